@@ -1,0 +1,35 @@
+"""Writes the C source of `eptransport._native` from the public headers: they are the cdef, so Python can't disagree."""
+
+import re
+import sys
+from pathlib import Path
+
+from cffi import FFI
+
+HEADERS = ("backend.h", "eptransport.h")
+
+
+def cdef_of(header: Path) -> str:
+    """A header as cffi reads it: no directives but integer constants, no linkage blocks."""
+    text = header.read_text()
+    text = re.sub(r"#ifdef __cplusplus\n.*?#endif\n", "", text, flags=re.S)
+    lines = []
+    for line in text.splitlines():
+        if line.startswith("#"):
+            if re.fullmatch(r"#define EPT_\w+ \d+", line):
+                lines.append(line)
+            continue
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(include: str, output: str) -> None:
+    ffi = FFI()
+    for name in HEADERS:
+        ffi.cdef(cdef_of(Path(include) / "eptransport" / name))
+    ffi.set_source("eptransport._native", '#include "eptransport/eptransport.h"\n')
+    ffi.emit_c_code(output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
