@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eptransport.all_to_all import AllToAll, Dispatched, Plan, Routing
-    from eptransport.backends import choose, registry
+    from eptransport.backends import choose, include_dir, registry
     from eptransport.engine import Engine, Memory, Peer, Region, RemoteSignal, Signal, Transfer, Write
     from eptransport.errors import (
         AccessDenied,
@@ -47,7 +47,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "all_to_all": ("AllToAll", "Dispatched", "Plan", "Routing"),
-    "backends": ("choose", "registry"),
+    "backends": ("choose", "include_dir", "registry"),
     "engine": ("Engine", "Memory", "Peer", "Region", "RemoteSignal", "Signal", "Transfer", "Write"),
     "errors": (
         "AccessDenied",
@@ -95,6 +95,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "loopback_groups",
     "loopback_run",
     "choose",
+    "include_dir",
     "registry",
     "AccessDenied",
     "AuthError",

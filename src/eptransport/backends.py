@@ -27,6 +27,7 @@ __all__ = [
     "Registry",
     "candidates",
     "choose",
+    "include_dir",
     "registry",
 ]
 
@@ -159,6 +160,11 @@ class Choice:
     @property
     def name(self) -> str:
         return self.plugin.name
+
+
+def include_dir() -> str:
+    """The folder of the public C headers, for the compiler's -I: all that a plugin of your own needs."""
+    return str(Path(__file__).parent / "include")
 
 
 def registry(plugin_path: tuple[str, ...] = ()) -> Registry:
