@@ -69,6 +69,10 @@ typedef struct ept_engine_config {
   uint32_t max_regions;         /* 0: 65,536 exported and as many imported */
   uint32_t max_signals;         /* 0: 262,143, what 18 bits of chan name */
   uint64_t stripe_bytes;        /* a write longer than this is cut over the rails; 0: 1 MiB */
+  /* NULL: none. A waiting thread asks it about every 100 ms, with no lock held; nonzero ends that wait with CLOSED. It is
+   * how a language's own interrupts and a close by another thread get through. Lives until ept_engine_close. */
+  int32_t (*interrupted)(void *context);
+  void *interrupted_context;
 } ept_engine_config;
 
 int32_t ept_engine_create(const ept_engine_config *config, ept_engine **engine, ept_error *error);
