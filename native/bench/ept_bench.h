@@ -28,8 +28,9 @@ int32_t eptb_barrier(uint32_t *words, uint32_t parties, uint64_t timeout_ns);
  * each other now. `samples[iterations]`: one-way nanoseconds, written by side 0. */
 int32_t eptb_atomics_pingpong(uint64_t *shared, uint32_t side, uint32_t iterations, double *samples,
                               uint64_t timeout_ns);
-/* The floor of loopback: `count` messages of `bytes`, each a copy and an atomic count, on one core. */
-int32_t eptb_copy_rate(uint64_t bytes, uint64_t count, double *seconds);
+/* The floor of loopback: `count` messages of `bytes`, each a copy from one of `ring` buffers into another and an atomic
+ * count, on one core. */
+int32_t eptb_copy_rate(uint64_t bytes, uint64_t count, uint32_t ring, double *seconds);
 /* Copies as a rank of a mesh would: lengths[i] bytes of each range, one after the other, into its own place. */
 int32_t eptb_copy_ranges(uint8_t *destination, const uint8_t *source, const uint64_t *lengths, uint32_t count);
 

@@ -79,14 +79,13 @@ int32_t eptb_atomics_pingpong(uint64_t *shared, uint32_t side, uint32_t iteratio
   return EPT_OK;
 }
 
-int32_t eptb_copy_rate(uint64_t bytes, uint64_t count, double *seconds) {
-  constexpr uint64_t slots = 64;
-  std::vector<uint8_t> source(bytes * slots + 64), destination(bytes * slots + 64);
+int32_t eptb_copy_rate(uint64_t bytes, uint64_t count, uint32_t ring, double *seconds) {
+  std::vector<uint8_t> source(bytes * ring), destination(bytes * ring);
   for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<uint8_t>(i * 131 + 7);
   std::atomic<uint64_t> signal{0};
   const uint64_t before = now_ns();
   for (uint64_t i = 0; i < count; ++i) {
-    const uint64_t offset = i % slots * bytes;
+    const uint64_t offset = i % ring * bytes;
     std::memcpy(destination.data() + offset, source.data() + offset, bytes);
     signal.fetch_add(1, std::memory_order_release);
   }

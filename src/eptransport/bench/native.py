@@ -1,0 +1,213 @@
+"""The loops in libept_bench (native/bench), which do the timing that Python is too slow for."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from eptransport.errors import UnsupportedError, error_class
+
+__all__ = [
+    "Shared",
+    "atomics_pingpong",
+    "barrier",
+    "copy_ranges",
+    "copy_rate",
+    "engine_pingpong",
+    "engine_rate",
+    "engine_stream",
+    "mesh_exchange",
+    "tcp_pingpong",
+    "tcp_stream",
+]
+
+TIMEOUT_NS = 120_000_000_000
+
+
+class Shared:
+    """4 KiB that ranks share: words for their barrier, and for the probe of the cores."""
+
+    BYTES = 4096
+    _PROBE_AT = 1024
+
+    def __init__(self, buffer: Any) -> None:
+        self._bytes = (ctypes.c_char * self.BYTES).from_buffer(buffer)
+
+    @property
+    def barrier(self) -> int:
+        return ctypes.addressof(self._bytes)
+
+    @property
+    def probe(self) -> int:
+        return ctypes.addressof(self._bytes) + self._PROBE_AT
+
+
+def barrier(shared: Shared, parties: int) -> None:
+    """Until all parties have come."""
+    _call("eptb_barrier", _pointer(shared.barrier), _u32(parties), _u64(TIMEOUT_NS))
+
+
+def atomics_pingpong(shared: Shared, side: int, iterations: int) -> array[float]:
+    """One-way ns of each turn; side 1 gets zeros."""
+    samples = array("d", bytes(8 * iterations))
+    _call(
+        "eptb_atomics_pingpong",
+        _pointer(shared.probe),
+        _u32(side),
+        _u32(iterations),
+        _pointer(samples.buffer_info()[0]),
+        _u64(TIMEOUT_NS),
+    )
+    return samples
+
+
+def copy_rate(size: int, count: int, ring: int) -> float:
+    """Seconds for `count` copies of `size` bytes, each with an atomic count."""
+    seconds = ctypes.c_double()
+    _call("eptb_copy_rate", _u64(size), _u64(count), _u32(ring), ctypes.byref(seconds))
+    return seconds.value
+
+
+def copy_ranges(destination: int, source: int, lengths: Sequence[int]) -> None:
+    """Copies ranges that are packed as those of mesh_exchange. The addresses are the caller's to keep alive."""
+    _call("eptb_copy_ranges", _pointer(destination), _pointer(source), _u64s(lengths), _u32(len(lengths)))
+
+
+def tcp_pingpong(fd: int, side: int, size: int, iterations: int) -> array[float]:
+    """One-way ns of each turn; side 1 gets zeros."""
+    samples = array("d", bytes(8 * iterations))
+    _call(
+        "eptb_tcp_pingpong",
+        _i32(fd),
+        _u32(side),
+        _u64(size),
+        _u32(iterations),
+        _pointer(samples.buffer_info()[0]),
+        _u64(TIMEOUT_NS),
+    )
+    return samples
+
+
+def tcp_stream(fd: int, side: int, size: int, count: int, ring: int) -> float:
+    """Seconds from the first byte to the answer."""
+    seconds = ctypes.c_double()
+    _call(
+        "eptb_tcp_stream",
+        _i32(fd),
+        _u32(side),
+        _u64(size),
+        _u32(count),
+        _u32(ring),
+        ctypes.byref(seconds),
+        _u64(TIMEOUT_NS),
+    )
+    return seconds.value
+
+
+def mesh_exchange(
+    fds: Sequence[int], rank: int, send_bytes: Sequence[int], recv_bytes: Sequence[int], send: int, recv: int
+) -> None:
+    """One phase of an all-to-all over plain sockets. The addresses are the caller's to keep alive."""
+    _call(
+        "eptb_mesh_exchange",
+        (ctypes.c_int32 * len(fds))(*fds),
+        _u32(len(fds)),
+        _u32(rank),
+        _u64s(send_bytes),
+        _u64s(recv_bytes),
+        _pointer(send),
+        _pointer(recv),
+        _u64(TIMEOUT_NS),
+    )
+
+
+def engine_pingpong(engine: int, peer: int, side: int, size: int, iterations: int, tag: int) -> array[float]:
+    """As tcp_pingpong, by a write with a signal each way."""
+    samples = array("d", bytes(8 * iterations))
+    _call(
+        "eptb_engine_pingpong",
+        _pointer(engine),
+        _u32(peer),
+        _u32(side),
+        _u64(size),
+        _u32(iterations),
+        _pointer(samples.buffer_info()[0]),
+        _u64(tag),
+        _u64(TIMEOUT_NS),
+    )
+    return samples
+
+
+def engine_stream(engine: int, peer: int, side: int, size: int, count: int, ring: int, tag: int) -> float:
+    """As tcp_stream, by writes with a signal, at most `ring` in flight."""
+    seconds = ctypes.c_double()
+    _call(
+        "eptb_engine_stream",
+        _pointer(engine),
+        _u32(peer),
+        _u32(side),
+        _u64(size),
+        _u32(count),
+        _u32(ring),
+        ctypes.byref(seconds),
+        _u64(tag),
+        _u64(TIMEOUT_NS),
+    )
+    return seconds.value
+
+
+def engine_rate(sender: int, sender_rank: int, receiver: int, receiver_rank: int, size: int, count: int, batch: int) -> float:
+    """Seconds for `count` writes with a signal between two engines that this thread alone drives."""
+    seconds = ctypes.c_double()
+    _call(
+        "eptb_engine_rate",
+        _pointer(sender),
+        _u32(sender_rank),
+        _pointer(receiver),
+        _u32(receiver_rank),
+        _u64(size),
+        _u64(count),
+        _u32(batch),
+        ctypes.byref(seconds),
+        _u64(TIMEOUT_NS),
+    )
+    return seconds.value
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    # The core first: libept_bench is linked with it, and must meet the copy that this process has.
+    import eptransport._native
+
+    del eptransport
+    path = resources.files("eptransport").joinpath("libept_bench.so")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as problem:
+        raise UnsupportedError(
+            f"the loops of eptransport bench can't be loaded: {problem} (build with -Dbench=true)", operation="bench"
+        ) from None
+    library.eptb_last_error.restype = ctypes.c_char_p
+    return library
+
+
+def _call(name: str, *arguments: Any) -> None:
+    library = _library()
+    code = getattr(library, name)(*arguments)
+    if code < 0:
+        sentence = library.eptb_last_error().decode("utf-8", "replace")
+        raise error_class(code)(sentence or f"{name} failed", code=code, operation="bench")
+
+
+def _u64s(values: Sequence[int]) -> Any:
+    return (ctypes.c_uint64 * len(values))(*values)
+
+
+_i32 = ctypes.c_int32
+_u32 = ctypes.c_uint32
+_u64 = ctypes.c_uint64
+_pointer = ctypes.c_void_p
