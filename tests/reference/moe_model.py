@@ -426,7 +426,10 @@ def round_fraction(value: Fraction) -> np.float32:
     """Nearest fp32, ties to even."""
     sign = -1 if value < 0 else 1
     size = abs(value)
-    exponent = -149  # of the last place; subnormals stop here
+    if size == 0:
+        return np.float32(0)
+    log2 = size.numerator.bit_length() - size.denominator.bit_length()  # at most 1 too large, never too small
+    exponent = max(-149, log2 - 25)  # of the last place; subnormals stop at -149
     while size / Fraction(2) ** exponent >= 2**24:
         exponent += 1
     quanta, rest = divmod(size, Fraction(2) ** exponent)
