@@ -274,7 +274,8 @@ typedef enum ept_event_kind {
   EPT_EVENT_VISIBLE = 5,          /* cookie of `visible` */
   EPT_EVENT_QUIESCED = 6,         /* cookie of `quiesce`; code OK or STUCK */
   EPT_EVENT_FENCED = 7,           /* cookie of `peer_fence`; immediate: how many immediates were consumed on `rail` */
-  EPT_EVENT_ERROR = 8             /* cookie of a failed operation (0: none can be named), code, provider_errno, text */
+  EPT_EVENT_ERROR = 8             /* cookie of a failed operation (0: none can be named), code, provider_errno, text. While
+                                     the peer is not lost, an operation that gives ERROR gives no IMM at the target */
 } ept_event_kind;
 
 typedef struct ept_event {
@@ -404,7 +405,8 @@ typedef struct ept_backend {
    * itself. Does a bounded amount of work. */
   int32_t (*poll)(ept_worker *worker, ept_event *events, size_t capacity);
   /* [W] OK: nothing is pending, and *descriptor (owned by the worker, always the same) becomes readable when poll would
-   * find something or could send more. LATER: poll again, do not sleep. -1 in *descriptor: can't sleep. */
+   * find something or could send more, also for what is posted by another thread while the caller sleeps. LATER: poll
+   * again, do not sleep. -1 in *descriptor: can't sleep. */
   int32_t (*arm)(ept_worker *worker, int32_t *descriptor);
   /* [W] (optional) A VISIBLE event when all that arrived from `rank` so far can be read by a GPU. */
   int32_t (*visible)(ept_worker *worker, uint32_t rank, uint64_t cookie);
@@ -421,7 +423,8 @@ typedef struct ept_backend {
   int32_t (*device_image)(ept_instance *instance, const void **image, size_t *length);
   int32_t (*device_module)(ept_instance *instance, void *cuda_module);
 
-  /* [A] (optional) Value of a named feature; UNSUPPORTED: unknown. */
+  /* [A] (optional) Value of a named feature; UNSUPPORTED: unknown. The engine asks for:
+   *   "bulk"  1 while much payload is half received or unsent: the engine then sleeps on `arm` instead of spinning */
   int32_t (*query)(ept_instance *instance, const char *feature, int64_t *value);
   /* [W] */
   int32_t (*counters)(ept_worker *worker, uint32_t rail, ept_rail_counters *counters);

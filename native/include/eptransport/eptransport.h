@@ -115,6 +115,7 @@ typedef struct ept_engine_info {
   uint64_t registered_bytes;    /* of all memory registered now */
   uint64_t regions, signals;    /* exported now */
   uint64_t unknown_chans;       /* immediates for a chan that nobody holds: counted, dropped */
+  uint64_t timeout_ns, dead_ns; /* as configured, defaults filled in */
 } ept_engine_info;
 int32_t ept_engine_info_get(ept_engine *engine, ept_engine_info *info, ept_error *error);
 int32_t ept_engine_rail(ept_engine *engine, uint32_t index, ept_rail *rail, ept_rail_counters *counters,

@@ -87,7 +87,8 @@ typedef enum ept_message_type {
   EPT_MESSAGE_DESCRIPTOR = 3,   /* ept_descriptor */
   EPT_MESSAGE_QUIESCE = 4,      /* ept_quiesce_message: the keys of `region` are revoked, say when you are through */
   EPT_MESSAGE_QUIESCED = 5,     /*   the answer */
-  EPT_MESSAGE_GOODBYE = 6       /* orderly close: what comes after is not a failure */
+  EPT_MESSAGE_GOODBYE = 6,      /* orderly close: what comes after is not a failure */
+  EPT_MESSAGE_VOID = 7          /* ept_void: a piece was refused and will never land */
 } ept_message_type;
 
 #define EPT_TAG_OURS 0x8000000000000000ull   /* the top bit of a tag */
@@ -106,8 +107,10 @@ typedef struct ept_hello {
   uint32_t send_credits;        /* SENDs likewise; a HELLO takes none */
   uint32_t credit_chan;         /* chan on which the reader's grants of immediates arrive here, at the writer */
   uint32_t send_credit_chan;    /*   and of SENDs; worth EPT_SEND_QUANTUM each */
-  uint32_t consumed;            /* receive state: immediates of this (peer, epoch) consumed so far; 0 on a new peer */
+  uint32_t plain_chan;          /* chan of transfers that raise no signal: they are counted for their credits alone */
   uint32_t anchor_length;       /* bytes of blob behind this struct: the region that zero-length signals name */
+  uint64_t consumed;            /* receive state: immediates of this (peer, epoch) consumed so far; 0 on a new peer */
+  uint64_t reserved;
 } ept_hello;
 
 #define EPT_SEND_QUANTUM 4u
@@ -117,6 +120,16 @@ typedef struct ept_descriptor {
   uint32_t seq;
   uint64_t pieces;              /* immediates of code 15 that belong to it; the descriptor comes on top */
 } ept_descriptor;
+
+/* A piece that failed while its peer lives (a revoked key, say) can't be left out of the count: the prefix, and with it the
+ * credits behind it, would stand still. So its sender says that it is void. It counts as a piece, under the credit of the
+ * piece that was refused; a transfer with a void piece ends without raising its signal. */
+typedef struct ept_void {
+  uint32_t chan;
+  uint32_t seq;
+  uint32_t code;                /* of the piece */
+  uint32_t reserved;
+} ept_void;
 
 typedef struct ept_quiesce_message {
   uint64_t region;              /* the exporter's number of the region, ~0: all */
@@ -249,7 +262,7 @@ EPT_HD static inline uint64_t ept_dispatch_header_bytes(uint32_t local_experts) 
 #define EPT_E4M3_MAX 448.0f
 
 #ifdef __cplusplus
-static_assert(sizeof(ept_message) == 16 && sizeof(ept_hello) == 32 && sizeof(ept_descriptor) == 16, "wire layout");
+static_assert(sizeof(ept_message) == 16 && sizeof(ept_hello) == 48 && sizeof(ept_descriptor) == 16, "wire layout");
 static_assert(sizeof(ept_moe_header) == EPT_MOE_HEADER_BYTES, "wire layout");
 #endif
 

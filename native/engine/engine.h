@@ -1,0 +1,350 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The engine: what turns a backend's writes with immediates (backend.h) into transfers that raise signals (contract).
+ *
+ * INVARIANTS
+ *  - One lock, `lock`, guards every field of an engine and every call into its plugin. It is held for one bounded step
+ *    (a post, a poll and its events) and never while anything sleeps. So a plugin instance is never entered twice, and
+ * no ordering between fields needs to be argued. The one thing read outside is a signal's count (atomic, release on
+ *    raise, acquire on wait).
+ *  - At most one thread drives: `driver` says which kind. A thread that waits drives if nobody does; others wait for
+ *    `moved`, which is notified whenever a drive brought something or the driver leaves. Nobody else sleeps on the
+ *    plugin's descriptor but the proxy, which may oversleep there: it looks at `driver` when it wakes.
+ *  - For each peer, operations leave in the order in which they were taken: queue -> staged -> plugin. This is what the
+ *    proof in wire.h needs.
+ *  - credits of a peer: taken when an operation goes from queue to staged, given back by the peer's grants alone.
+ *
+ * The files: engine.cc life and progress; peers.cc HELLO, status, messages; memory.cc memory and regions; transfers.cc
+ * the way out (queue, credits, pieces); signals.cc the way in (immediates, prefix, grants).
+ */
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/error.h"
+#include "engine/host.h"
+#include "engine/plugin.h"
+#include "engine/slots.h"
+#include "eptransport/eptransport.h"
+#include "eptransport/wire.h"
+
+namespace ept {
+
+/* A mutex whose holder can see that others want it: a spinning driver gives way instead of starving them. */
+class EngineLock {
+ public:
+  void lock() {
+    if (mutex_.try_lock()) return;
+    wanted_.fetch_add(1, std::memory_order_relaxed);
+    mutex_.lock();
+    wanted_.fetch_sub(1, std::memory_order_relaxed);
+  }
+  void unlock() { mutex_.unlock(); }
+  bool wanted() const { return wanted_.load(std::memory_order_relaxed) > 0; }
+
+ private:
+  std::mutex mutex_;
+  std::atomic<int> wanted_{0};
+};
+using Hold = std::unique_lock<EngineLock>;
+
+class Descriptor {
+ public:
+  Descriptor() = default;
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(const Descriptor &) = delete;
+  Descriptor &operator=(const Descriptor &) = delete;
+  ~Descriptor();
+  int get() const { return fd_; }
+
+ private:
+  int fd_ = -1;
+};
+
+constexpr uint64_t forever = UINT64_MAX;
+constexpr uint32_t nobody = UINT32_MAX;
+
+/* ---- the way out ---- */
+
+struct Transfer {
+  uint64_t remaining = 0; /* operations not yet ended */
+  int32_t code = EPT_OK;  /* the first failure */
+  int32_t provider_errno = 0;
+  uint32_t peer = nobody; /* of the failure, or the only one */
+  bool watched = false;   /* somebody holds the handle */
+  bool notify = false;
+  std::string text;
+};
+
+struct RemoteSignal {
+  uint32_t peer = nobody;
+  uint32_t chan = 0;
+  uint64_t next = 0;    /* number of the next transfer */
+  uint32_t pending = 0; /* operations that still name it */
+};
+
+struct Memory {
+  struct Export {
+    uint32_t rank;
+    uint64_t key;
+  };
+  ept_memory desc{};
+  ept_mem *mem = nullptr;
+  uint32_t in_flight = 0; /* operations that still read from it */
+  std::vector<Export> exports;
+};
+
+struct Region {
+  uint32_t peer = nobody;
+  ept_region *region = nullptr;
+  uint64_t length = 0;
+  uint64_t exporter_memory = 0; /* the exporter's number of the memory: QUIESCE names it */
+  uint32_t in_flight = 0;
+  bool revoked = false; /* the exporter took it back */
+};
+
+/* One write, taken, not yet cut into operations altogether. */
+struct Work {
+  uint64_t transfer = 0, memory = 0, region = 0, signal = 0;
+  const uint8_t *source = nullptr;
+  uint64_t offset = 0, length = 0;
+  uint32_t chan = 0, seq = 0, code = 1;
+  uint64_t pieces = 1, next_piece = 0, piece_bytes = 0;
+  bool has_immediate = false;
+  bool described = false; /* its DESCRIPTOR has gone */
+  /* write_paged: ranges of whole pages, coalesced; empty for a plain write */
+  struct Range {
+    uint64_t source, destination, length;
+  };
+  std::vector<Range> ranges;
+};
+
+/* An operation that the plugin has, or gets next: what its end needs. */
+struct InFlight {
+  uint64_t transfer = 0, memory = 0, region = 0, signal = 0;
+  uint32_t peer = nobody;
+  uint32_t immediate = 0;                      /* 0: a message or a grant */
+  std::unique_ptr<std::vector<uint8_t>> bytes; /* of a SEND */
+};
+
+struct Message {
+  std::unique_ptr<std::vector<uint8_t>> bytes; /* with its ept_message */
+  bool free_of_credit = false;                 /* HELLO, GOODBYE: the plugin keeps room for them */
+  bool user = false;
+};
+
+/* ---- the way in ---- */
+
+struct Signal {
+  uint32_t source = nobody;
+  std::string label;
+  uint64_t *word = nullptr;      /* its home */
+  std::unique_ptr<uint64_t> own; /* the home where the caller gave none */
+  uint32_t chan = 0;             /* 0: not exported */
+  uint64_t notify_at = forever;
+  uint32_t waiters = 0;
+};
+
+/* plain: transfers that raise no signal, counted for their credits. */
+enum class ChanKind : uint8_t { free, signal, plain, credits, send_credits };
+
+struct Chan {
+  /* What one-piece transfers in order never need, so most chans never have it. */
+  struct Window {
+    uint32_t got[EPT_IMM_WINDOW] = {};  /* pieces that came, void ones included */
+    uint32_t need[EPT_IMM_WINDOW] = {}; /* 0: not known yet (code 15 before its descriptor) */
+    bool voided[EPT_IMM_WINDOW] = {};
+    bool finished[EPT_IMM_WINDOW] = {}; /* past the prefix, waiting for it */
+  };
+  ChanKind kind = ChanKind::free;
+  uint32_t source = nobody;
+  uint32_t epoch = 0;
+  uint64_t signal = 0;
+  uint32_t prefix = 0; /* P mod window */
+  std::unique_ptr<Window> window;
+};
+
+struct Received {
+  uint32_t from;
+  std::vector<uint8_t> data;
+};
+
+struct Peer {
+  uint32_t rank = nobody;
+  int32_t status = EPT_PEER_NEW;
+  uint32_t epoch = 0;
+  std::vector<uint8_t> address;
+  int32_t why_code = EPT_OK, why_errno = 0;
+  std::string why;
+  bool linked = false, greeted = false, heard = false; /* plugin says connected; our HELLO went; theirs came */
+  bool goodbye = false;
+  uint64_t last_sign = 0;
+
+  uint32_t credits = 0, send_credits = 0;         /* that we may spend */
+  uint32_t credit_chan = 0, send_credit_chan = 0; /* at the peer: where our grants go */
+  ept_region *anchor = nullptr;                   /* the peer's region that zero-length signals name */
+  std::deque<Work> queue;
+  std::deque<Message> messages;
+  std::vector<ept_op> staged; /* [staged_head, size): what the plugin gets next */
+  size_t staged_head = 0;
+  uint64_t in_flight = 0;  /* staged or posted, not ended */
+  uint32_t plain_chan = 0; /* at the peer */
+  uint64_t plain_next = 0;
+  uint32_t next_rail = 0;
+  bool dirty = false; /* in Engine::dirty */
+
+  uint32_t own_credit_chan = 0, own_send_credit_chan = 0; /* here: where the peer's grants come in */
+  uint32_t own_plain_chan = 0;
+  uint64_t anchor_key = 0;
+  uint32_t unread = 0;                       /* messages in the inbox */
+  uint32_t consumed = 0, consumed_sends = 0; /* not yet granted back */
+  uint64_t consumed_total = 0;
+};
+
+struct PendingQuiesce {
+  uint32_t plugin_waiting = 0; /* events of the plugin that must still come */
+  std::vector<uint32_t> asked; /* peers that must still answer; one that dies leaves (lose) */
+  int32_t code = EPT_OK;
+  std::string text;
+};
+
+/* A QUIESCE of a peer that can be answered when this rank's operations into the region have ended. */
+struct QuiesceAnswer {
+  uint32_t peer;
+  uint64_t memory, nonce;
+  bool asked = false;
+};
+
+enum class Driver : uint8_t { none, caller, proxy };
+
+}  // namespace ept
+
+struct ept_engine {
+  /* ---- set once ---- */
+  ept::Host host;
+  const ept_backend *plugin = nullptr;
+  std::string plugin_name, job;
+  ept::Values values;
+  std::vector<uint8_t> secret;
+  uint32_t rank = 0, world = 1, epoch = 0;
+  int32_t progress_mode = EPT_PROGRESS_AUTO;
+  uint32_t credits = 0, send_credits = 0;
+  uint64_t spin_ns = 0, timeout_ns = 0, warn_ns = 0, dead_ns = 0, stripe_bytes = 0;
+  uint32_t max_regions = 0, max_signals = 0;
+  std::vector<int32_t> proxy_cpus;
+  ept_caps caps{};
+  std::vector<ept_rail> rails;
+
+  /* ---- guarded by lock ---- */
+  ept::EngineLock lock;
+  std::condition_variable_any moved;
+  std::condition_variable_any proxy_turn;
+  uint32_t moved_waiters = 0;
+  ept::Driver driver = ept::Driver::none;
+  bool proxy_parked = false, stopping = false, closed = false;
+  uint64_t last_drive = 0; /* by a caller */
+  bool bulk = false;       /* much payload is under way: sleep rather than spin */
+
+  ept_instance *instance = nullptr;
+  ept_worker *worker = nullptr;
+  std::deque<ept::Peer> peers;
+  std::vector<uint32_t> dirty;
+  ept::Slots<ept::Memory> memories;
+  ept::Slots<ept::Region> regions;
+  ept::Slots<ept::Signal> signals;
+  ept::Slots<ept::RemoteSignal> remote_signals;
+  ept::Slots<ept::Transfer> transfers;
+  ept::Slots<ept::InFlight> in_flight;
+  std::deque<ept::Chan> chans; /* by number; 0 is never given out */
+  std::vector<uint32_t> free_chans;
+  std::unordered_map<uint64_t, std::deque<ept::Received>> inbox; /* by tag */
+  std::deque<ept_error> failures;
+  std::unordered_map<uint64_t, ept::PendingQuiesce> quiescing; /* by nonce, which is also the plugin's cookie */
+  std::vector<ept::QuiesceAnswer> answers;
+  std::unordered_map<uint64_t, ept::QuiesceAnswer> answering; /* by the plugin's cookie */
+  uint64_t next_nonce = 1;
+  uint64_t registered_bytes = 0, exported_regions = 0, unknown_chans = 0;
+  std::vector<uint8_t> anchor; /* 64 bytes that every peer may name, and none has reason to write */
+  ept_mem *anchor_mem = nullptr;
+  uint32_t join_round = 0;
+  bool joined = false;
+
+  std::unique_ptr<ept::Descriptor> wake, notify;
+  std::thread proxy;
+
+  ~ept_engine();
+
+  /* engine.cc */
+  int32_t open(const ept_engine_config &config, ept_error *error);
+  int32_t step(ept_error *error); /* one poll, its events, and what they set free; events or an error */
+  template <class Done>
+  int32_t wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_error *error); /* wait.h */
+  int32_t drive_once(ept::Hold &hold, uint64_t &idle_since, uint64_t until, ept_error *error);
+  void sleep(ept::Hold &hold, uint64_t until);
+  void wake_up(const ept::Descriptor &fd);
+  void run_proxy();
+  int32_t plugin_error(int32_t code, const char *operation, int32_t peer, ept_error *error);
+  int32_t usable(const char *operation, ept_error *error);
+  int32_t usable_peer(uint32_t peer, const char *operation, ept_error *error);
+  void say(int32_t level, const std::string &text) { host.log.say(level, text); }
+
+  /* peers.cc */
+  int32_t connect(const void *const *addresses, const size_t *lengths, ept_error *error);
+  void on_peer(const ept_event &event);
+  void on_message(const ept_event &event);
+  void on_hello(ept::Peer &peer, const uint8_t *body, size_t length);
+  void greet(ept::Peer &peer);
+  void lose(ept::Peer &peer, int32_t status, int32_t code, int32_t provider_errno, const char *why);
+  void post_message(ept::Peer &peer, uint16_t type, uint64_t tag, const void *body, size_t length);
+  int32_t address(std::vector<uint8_t> &blob, ept_error *error);
+  std::string describe(const ept::Peer &peer);
+
+  /* memory.cc */
+  void revoke_exports(ept::Memory &memory, uint32_t rank);
+  void release_regions_of(uint32_t peer);
+  void answer_quiesces();
+  void on_quiesced(const ept_event &event);
+
+  /* transfers.cc */
+  int32_t admit(const ept_write &write, const char *operation, ept_error *error);
+  int32_t check_range(uint32_t peer, ept_memory_id source, uint64_t source_offset, ept_region_id destination,
+                      uint64_t offset, uint64_t length, const char *operation, ept_error *error);
+  void take(const ept_write &write, uint64_t transfer);
+  void take(ept::Work work, uint32_t peer);
+  uint64_t new_transfer(uint32_t peer, bool watched);
+  void mark_dirty(ept::Peer &peer);
+  void pump(ept::Peer &peer);
+  void pump_dirty();
+  void stage_grants(ept::Peer &peer);
+  void stage_messages(ept::Peer &peer);
+  bool stage_descriptor(ept::Peer &peer, ept::Work &work);
+  void stage_pieces(ept::Peer &peer, ept::Work &work);
+  ept_op &stage(ept::Peer &peer, int32_t kind, ept::InFlight record);
+  bool post_staged(ept::Peer &peer);
+  void operation_ended(uint64_t cookie, int32_t code, int32_t provider_errno, const char *text);
+  void parts_ended(uint64_t transfer, uint64_t parts, uint32_t peer, int32_t code, int32_t provider_errno,
+                   const char *text);
+  void let_go(uint64_t memory, uint64_t region, uint64_t signal, uint32_t operations);
+  void fail_peer_work(ept::Peer &peer);
+
+  /* signals.cc */
+  uint32_t new_chan(ept::ChanKind kind, uint32_t source, uint64_t signal);
+  void free_chans_of(uint32_t source);
+  void on_immediate(uint32_t immediate);
+  void on_descriptor(uint32_t source, const ept_descriptor &descriptor);
+  void on_void(uint32_t source, const ept_void &voided);
+  void piece(ept::Chan &chan, uint32_t seq, uint32_t code, bool is_void, uint64_t need);
+  void finish(ept::Chan &chan, uint32_t seq, bool raise);
+  void give_back(uint32_t source, uint32_t credits);
+  void raise(ept::Chan &chan);
+  void raise_signal(ept::Signal &signal);
+  void notify_owner() { wake_up(*notify); }
+};

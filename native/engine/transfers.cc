@@ -1,0 +1,488 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * The way out: a write is checked, queued for its peer, cut into pieces, staged within credits, posted, and ended once.
+ *
+ * Invariant: for each peer, queue -> staged -> plugin keeps the order in which writes were taken, and a transfer's
+ * number (seq) is given when it is taken. So transfers of a chan are posted in order, and the first unfinished one is
+ * wholly posted before a later one begins, which is what wire.h's proof leans on. */
+#include <algorithm>
+
+#include "engine/engine.h"
+#include "engine/wait.h"
+
+using namespace ept;
+
+namespace {
+
+/* Writes that may wait in a peer's queue; past it a caller is told LATER. Twice the window: room to run ahead. */
+constexpr size_t work_queue = 2 * EPT_IMM_WINDOW;
+/* Operations handed to a plugin in one post: past 32, batching gains nothing (the plugin's lock is amortised). */
+constexpr size_t post_batch = 64;
+/* Below it a message takes the first rail: on a stream transport that is the one the other side polls hottest. */
+constexpr uint64_t small_bytes = 16 << 10;
+/* Failures of unwatched transfers kept for ept_engine_failure. */
+constexpr size_t kept_failures = 1024;
+
+uint64_t round_up(uint64_t value, uint64_t to) { return (value + to - 1) / to * to; }
+
+}  // namespace
+
+/* ---- taking ---- */
+
+int32_t ept_engine::check_range(uint32_t peer, ept_memory_id source, uint64_t source_offset, ept_region_id destination,
+                                uint64_t offset, uint64_t length, const char *operation, ept_error *error) {
+  const auto number = static_cast<int32_t>(peer);
+  auto ull = [](uint64_t v) { return static_cast<unsigned long long>(v); };
+  const Memory *memory = memories.find(source);
+  if (!memory)
+    return fail(error, EPT_E_INVALID, operation, number, "the source is no registered memory (closed already?)");
+  const Region *region = regions.find(destination);
+  if (!region || region->peer != peer) {
+    return fail(error, EPT_E_INVALID, operation, number, "the destination is no region of rank %u%s", peer,
+                region ? ": it is another rank's" : " (dropped already?)");
+  }
+  if (region->revoked) {
+    return fail(error, EPT_E_ACCESS, operation, number, "rank %u has taken this region back", peer);
+  }
+  if (source_offset > memory->desc.length || length > memory->desc.length - source_offset) {
+    return fail(error, EPT_E_INVALID, operation, number,
+                "source [%llu, %llu + %llu) is not inside memory of %llu bytes", ull(source_offset), ull(source_offset),
+                ull(length), ull(memory->desc.length));
+  }
+  if (!(memory->desc.access & EPT_ACCESS_LOCAL)) {
+    return fail(error, EPT_E_ACCESS, operation, number,
+                "the source memory was registered without the right to be a source");
+  }
+  /* The target checks too; here the answer comes at once and names the numbers. */
+  if (offset > region->length || length > region->length - offset) {
+    return fail(error, EPT_E_ACCESS, operation, number,
+                "destination [%llu, %llu + %llu) is not inside the region of %llu bytes of rank %u", ull(offset),
+                ull(offset), ull(length), ull(region->length), peer);
+  }
+  return EPT_OK;
+}
+
+int32_t ept_engine::admit(const ept_write &write, const char *operation, ept_error *error) {
+  if (int32_t code = usable_peer(write.peer, operation, error)) return code;
+  if (write.length) {
+    if (int32_t code = check_range(write.peer, write.source, write.source_offset, write.destination,
+                                   write.destination_offset, write.length, operation, error)) {
+      return code;
+    }
+  }
+  if (write.signal) {
+    const RemoteSignal *signal = remote_signals.find(write.signal);
+    if (!signal || signal->peer != write.peer) {
+      return fail(error, EPT_E_INVALID, operation, static_cast<int32_t>(write.peer), "the signal is none of rank %u%s",
+                  write.peer, signal ? ": it is another rank's" : " (dropped already?)");
+    }
+  }
+  return peers[write.peer].queue.size() < work_queue ? EPT_OK : EPT_LATER;
+}
+
+uint64_t ept_engine::new_transfer(uint32_t peer, bool watched) {
+  uint64_t id = transfers.add();
+  Transfer &transfer = *transfers.find(id);
+  transfer.peer = peer;
+  transfer.watched = watched;
+  return id;
+}
+
+void ept_engine::take(const ept_write &write, uint64_t transfer) {
+  Work work;
+  work.transfer = transfer;
+  work.signal = write.signal;
+  if (write.length) {
+    work.memory = write.source;
+    work.region = write.destination;
+    work.source = static_cast<const uint8_t *>(memories.find(write.source)->desc.address) + write.source_offset;
+    work.offset = write.destination_offset;
+    work.length = write.length;
+  }
+  work.piece_bytes = write.length;
+  if (write.length > stripe_bytes && rails.size() > 1) {
+    uint64_t ways = std::min<uint64_t>(rails.size(), EPT_IMM_MAX_PIECES);
+    work.piece_bytes = round_up((write.length + ways - 1) / ways, 4096);
+  }
+  work.piece_bytes = std::min(work.piece_bytes, caps.max_message);
+  work.pieces = write.length ? (write.length + work.piece_bytes - 1) / work.piece_bytes : 1;
+  take(std::move(work), write.peer);
+}
+
+void ept_engine::take(Work work, uint32_t number) {
+  Peer &peer = peers[number];
+  RemoteSignal *signal = work.signal ? remote_signals.find(work.signal) : nullptr;
+  work.chan = signal ? signal->chan : peer.plain_chan;
+  work.seq = static_cast<uint32_t>((signal ? signal->next++ : peer.plain_next++) % EPT_IMM_WINDOW);
+  work.code = work.pieces <= EPT_IMM_MAX_PIECES ? static_cast<uint32_t>(work.pieces) : EPT_IMM_MANY;
+  const auto operations = static_cast<uint32_t>(work.pieces);
+  if (signal) signal->pending += operations;
+  if (work.memory) memories.find(work.memory)->in_flight += operations;
+  if (work.region) regions.find(work.region)->in_flight += operations;
+  transfers.find(work.transfer)->remaining += work.pieces;
+  peer.queue.push_back(std::move(work));
+  mark_dirty(peer);
+}
+
+/* ---- staging and posting ---- */
+
+void ept_engine::mark_dirty(Peer &peer) {
+  if (peer.dirty) return;
+  peer.dirty = true;
+  dirty.push_back(peer.rank);
+}
+
+void ept_engine::pump_dirty() {
+  /* A peer that is marked again while it is pumped (its queue is full below) waits for the next turn. */
+  std::vector<uint32_t> turn;
+  turn.swap(dirty);
+  for (uint32_t number : turn) {
+    peers[number].dirty = false;
+    pump(peers[number]);
+  }
+  if (dirty.empty()) {
+    turn.clear();
+    dirty.swap(turn); /* keeps the capacity: no allocation in a steady state */
+  }
+}
+
+void ept_engine::pump(Peer &peer) {
+  /* Looked at in each turn: a post that fails may lose the peer. */
+  while (peer.linked && peer.status != EPT_PEER_LOST && peer.status != EPT_PEER_LEFT) {
+    if (peer.heard) stage_grants(peer);
+    if (!peer.messages.empty()) stage_messages(peer);
+    while (peer.heard && peer.credits && !peer.queue.empty() && peer.staged.size() - peer.staged_head < post_batch) {
+      Work &work = peer.queue.front();
+      if (work.code == EPT_IMM_MANY && !work.described && !stage_descriptor(peer, work)) break;
+      stage_pieces(peer, work);
+      if (work.next_piece == work.pieces) peer.queue.pop_front();
+    }
+    if (peer.staged_head == peer.staged.size()) return;
+    if (!post_staged(peer)) {
+      mark_dirty(peer);
+      return;
+    }
+  }
+}
+
+ept_op &ept_engine::stage(Peer &peer, int32_t kind, InFlight record) {
+  record.peer = peer.rank;
+  uint64_t cookie = in_flight.add();
+  *in_flight.find(cookie) = std::move(record);
+  peer.in_flight++;
+  ept_op &op = peer.staged.emplace_back();
+  op = ept_op{};
+  op.size = sizeof op;
+  op.kind = kind;
+  op.peer = peer.rank;
+  op.cookie = cookie;
+  return op;
+}
+
+/* Grants take no credit; the receive depth reserves room for them. */
+void ept_engine::stage_grants(Peer &peer) {
+  auto grant = [&](uint32_t &consumed, uint32_t quantum, uint32_t chan) {
+    while (consumed >= quantum) {
+      consumed -= quantum;
+      ept_op &op = stage(peer, EPT_OP_SIGNAL, {});
+      op.region = peer.anchor;
+      op.immediate = ept_imm(1, 0, chan);
+    }
+  };
+  grant(peer.consumed, EPT_GRANT_QUANTUM, peer.credit_chan);
+  grant(peer.consumed_sends, EPT_SEND_QUANTUM, peer.send_credit_chan);
+}
+
+bool ept_engine::stage_descriptor(Peer &peer, Work &work) {
+  if (!peer.send_credits) return false;
+  peer.send_credits--;
+  peer.credits--; /* it counts as a piece */
+  ept_message head{EPT_WIRE_VERSION, EPT_MESSAGE_DESCRIPTOR, epoch, 0};
+  ept_descriptor descriptor{work.chan, work.seq, work.pieces};
+  InFlight record;
+  record.bytes = std::make_unique<std::vector<uint8_t>>(sizeof head + sizeof descriptor);
+  std::memcpy(record.bytes->data(), &head, sizeof head);
+  std::memcpy(record.bytes->data() + sizeof head, &descriptor, sizeof descriptor);
+  const std::vector<uint8_t> &bytes = *record.bytes;
+  ept_op &op = stage(peer, EPT_OP_SEND, std::move(record));
+  op.source = bytes.data();
+  op.length = bytes.size();
+  work.described = true;
+  return true;
+}
+
+void ept_engine::stage_pieces(Peer &peer, Work &work) {
+  ept_mem *mem = work.memory ? memories.find(work.memory)->mem : nullptr;
+  ept_region *region = work.region ? regions.find(work.region)->region : peer.anchor;
+  const auto rail_count = static_cast<uint32_t>(rails.size());
+  while (peer.credits && work.next_piece < work.pieces && peer.staged.size() - peer.staged_head < post_batch) {
+    peer.credits--;
+    const uint64_t i = work.next_piece++;
+    InFlight record;
+    record.transfer = work.transfer;
+    record.memory = work.memory;
+    record.region = work.region;
+    record.signal = work.signal;
+    record.immediate = ept_imm(work.code, work.seq, work.chan);
+    ept_op &op = stage(peer, EPT_OP_WRITE, std::move(record));
+    op.source_mem = mem;
+    op.region = region;
+    op.immediate = ept_imm(work.code, work.seq, work.chan);
+    if (!work.ranges.empty()) {
+      const Work::Range &range = work.ranges[i];
+      op.source = work.source + range.source;
+      op.offset = range.destination;
+      op.length = range.length;
+    } else {
+      const uint64_t at = i * work.piece_bytes;
+      op.source = work.source + at;
+      op.offset = work.offset + at;
+      op.length = std::min(work.piece_bytes, work.length - at);
+    }
+    if (!work.length && work.ranges.empty()) op.kind = EPT_OP_SIGNAL;
+    if (op.length >= small_bytes || work.pieces > 1) op.rail = peer.next_rail++ % rail_count;
+  }
+}
+
+/* True: all staged operations were taken. */
+bool ept_engine::post_staged(Peer &peer) {
+  while (peer.staged_head < peer.staged.size()) {
+    size_t posted = 0;
+    const ept_op *ops = peer.staged.data() + peer.staged_head;
+    int32_t code = plugin->post(worker, ops, peer.staged.size() - peer.staged_head, &posted);
+    peer.staged_head += posted;
+    if (code == EPT_LATER) return false;
+    if (code < 0 && peer.staged_head < peer.staged.size()) {
+      ept_error said{};
+      said.size = sizeof said;
+      plugin->last_error(&said);
+      const uint64_t cookie = peer.staged[peer.staged_head++].cookie;
+      operation_ended(cookie, code, said.provider_errno, said.text);
+    }
+  }
+  peer.staged.clear();
+  peer.staged_head = 0;
+  return true;
+}
+
+/* ---- ending ---- */
+
+void ept_engine::let_go(uint64_t memory, uint64_t region, uint64_t signal, uint32_t operations) {
+  if (Memory *m = memory ? memories.find(memory) : nullptr) m->in_flight -= operations;
+  if (Region *r = region ? regions.find(region) : nullptr) r->in_flight -= operations;
+  if (RemoteSignal *s = signal ? remote_signals.find(signal) : nullptr) s->pending -= operations;
+}
+
+void ept_engine::operation_ended(uint64_t cookie, int32_t code, int32_t provider_errno, const char *text) {
+  InFlight *found = in_flight.find(cookie);
+  if (!found) {
+    if (code)
+      say(EPT_LOG_ERROR, std::string("an error that no operation owns: ") + (text ? text : ept_code_name(code)));
+    return;
+  }
+  Peer &peer = peers[found->peer];
+  peer.in_flight--;
+  const uint64_t transfer = found->transfer;
+  let_go(found->memory, found->region, found->signal, 1);
+  const uint32_t immediate = found->immediate;
+  const bool message = found->bytes != nullptr;
+  in_flight.remove(cookie);
+  if (code && immediate && peer.status == EPT_PEER_UP) {
+    ept_void gone{ept_imm_chan(immediate), ept_imm_seq(immediate), ept_imm_code(immediate), 0};
+    post_message(peer, EPT_MESSAGE_VOID, 0, &gone, sizeof gone);
+  }
+  if (transfer) {
+    parts_ended(transfer, 1, peer.rank, code, provider_errno, text);
+  } else if (code && peer.status == EPT_PEER_UP) {
+    /* A message or a grant that fails while the peer is up would leave both sides with another count of credits. */
+    lose(peer, EPT_PEER_LOST, code, provider_errno,
+         (std::string(message ? "a message" : "a grant") + " to it failed: " + (text ? text : ept_code_name(code)))
+             .c_str());
+  }
+}
+
+void ept_engine::parts_ended(uint64_t id, uint64_t parts, uint32_t peer, int32_t code, int32_t provider_errno,
+                             const char *text) {
+  Transfer *transfer = transfers.find(id);
+  if (!transfer) return;
+  if (code && !transfer->code) {
+    transfer->code = code;
+    transfer->peer = peer;
+    transfer->provider_errno = provider_errno;
+    transfer->text = text ? text : ept_code_name(code);
+  }
+  transfer->remaining -= parts;
+  if (transfer->remaining) return;
+  if (transfer->notify) notify_owner();
+  if (transfer->watched) return;
+  if (transfer->code) {
+    ept_error failure{};
+    failure.size = sizeof failure;
+    fail(&failure, transfer->code, "write", static_cast<int32_t>(transfer->peer),
+         "a write of rank %u to rank %u failed: %s", rank, transfer->peer, transfer->text.c_str());
+    failure.provider_errno = transfer->provider_errno;
+    if (failures.size() == kept_failures) failures.pop_front();
+    failures.push_back(failure);
+  }
+  transfers.remove(id);
+}
+
+void ept_engine::fail_peer_work(Peer &peer) {
+  const std::string why = peer.why;
+  std::vector<ept_op> staged(peer.staged.begin() + static_cast<ptrdiff_t>(peer.staged_head), peer.staged.end());
+  peer.staged.clear();
+  peer.staged_head = 0;
+  for (const ept_op &op : staged) operation_ended(op.cookie, peer.why_code, peer.why_errno, why.c_str());
+  std::deque<Work> queue;
+  queue.swap(peer.queue);
+  for (const Work &work : queue) {
+    const uint64_t rest = work.pieces - work.next_piece;
+    let_go(work.memory, work.region, work.signal, static_cast<uint32_t>(rest));
+    parts_ended(work.transfer, rest, peer.rank, peer.why_code, peer.why_errno, why.c_str());
+  }
+  peer.messages.clear();
+}
+
+/* ---- the C API ---- */
+
+extern "C" {
+
+int32_t ept_engine_write(ept_engine *engine, const ept_write *write, ept_transfer_id *transfer, ept_error *error) {
+  return ept_engine_scatter(engine, write, 1, transfer, error);
+}
+
+int32_t ept_engine_scatter(ept_engine *engine, const ept_write *writes, size_t count, ept_transfer_id *transfer,
+                           ept_error *error) {
+  return guarded(error, "write", [&]() -> int32_t {
+    Hold hold(engine->lock);
+    if (!count) return fail(error, EPT_E_INVALID, "scatter", -1, "no writes");
+    for (size_t i = 0; i < count; i++) {
+      if (int32_t code = engine->admit(writes[i], count == 1 ? "write" : "scatter", error)) return code;
+    }
+    const uint64_t id = engine->new_transfer(writes[0].peer, transfer != nullptr);
+    if (transfer) *transfer = id;
+    for (size_t i = 0; i < count; i++) engine->take(writes[i], id);
+    engine->pump_dirty();
+    return EPT_OK;
+  });
+}
+
+int32_t ept_engine_write_paged(ept_engine *engine, const ept_paged_write *write, ept_transfer_id *transfer,
+                               ept_error *error) {
+  return guarded(error, "write_paged", [&]() -> int32_t {
+    Hold hold(engine->lock);
+    ept_write whole{};
+    whole.size = sizeof whole;
+    whole.peer = write->peer;
+    whole.signal = write->signal;
+    if (int32_t code = engine->admit(whole, "write_paged", error)) return code;
+    if (write->pages && !write->page_bytes) {
+      return fail(error, EPT_E_INVALID, "write_paged", static_cast<int32_t>(write->peer), "pages of 0 bytes");
+    }
+    const uint64_t source_stride = write->source_stride ? write->source_stride : write->page_bytes;
+    const uint64_t destination_stride = write->destination_stride ? write->destination_stride : write->page_bytes;
+    Work work;
+    for (size_t i = 0; i < write->pages; i++) {
+      uint64_t from, to, step;
+      if (__builtin_mul_overflow(uint64_t{write->source_pages[i]}, source_stride, &step) ||
+          __builtin_add_overflow(step, write->source_offset, &from) ||
+          __builtin_mul_overflow(uint64_t{write->destination_pages[i]}, destination_stride, &step) ||
+          __builtin_add_overflow(step, write->destination_offset, &to)) {
+        return fail(error, EPT_E_INVALID, "write_paged", static_cast<int32_t>(write->peer),
+                    "page %zu (source %u, destination %u) lies past 2^64", i, write->source_pages[i],
+                    write->destination_pages[i]);
+      }
+      if (int32_t code = engine->check_range(write->peer, write->source, from, write->destination, to,
+                                             write->page_bytes, "write_paged", error)) {
+        return code;
+      }
+      /* Neighbours on both sides go as one operation. */
+      if (!work.ranges.empty()) {
+        Work::Range &last = work.ranges.back();
+        if (last.source + last.length == from && last.destination + last.length == to &&
+            last.length + write->page_bytes <= engine->caps.max_message) {
+          last.length += write->page_bytes;
+          continue;
+        }
+      }
+      for (uint64_t at = 0; at < write->page_bytes; at += engine->caps.max_message) {
+        work.ranges.push_back({from + at, to + at, std::min(write->page_bytes - at, engine->caps.max_message)});
+      }
+    }
+    const uint64_t id = engine->new_transfer(write->peer, transfer != nullptr);
+    if (transfer) *transfer = id;
+    if (work.ranges.empty()) {
+      engine->take(whole, id);
+    } else {
+      work.transfer = id;
+      work.signal = write->signal;
+      work.memory = write->source;
+      work.region = write->destination;
+      work.source = static_cast<const uint8_t *>(engine->memories.find(write->source)->desc.address);
+      work.pieces = work.ranges.size();
+      engine->take(std::move(work), write->peer);
+    }
+    engine->pump_dirty();
+    return EPT_OK;
+  });
+}
+
+int32_t ept_transfer_wait(ept_engine *engine, ept_transfer_id id, uint64_t timeout, ept_error *error) {
+  return guarded(error, "transfer_wait", [&]() -> int32_t {
+    Hold hold(engine->lock);
+    if (!engine->transfers.find(id)) {
+      return fail(error, EPT_E_INVALID, "transfer_wait", -1, "no such transfer (its end was told already?)");
+    }
+    const uint64_t begin = now_ns();
+    bool ended = false;
+    int32_t code = engine->wait(
+        hold, timeout,
+        [&]() -> int32_t {
+          const Transfer *transfer = engine->transfers.find(id);
+          if (!transfer) return EPT_E_INVALID;
+          ended = transfer->remaining == 0;
+          return ended ? transfer->code : EPT_LATER;
+        },
+        error);
+    Transfer *transfer = engine->transfers.find(id);
+    if (!transfer) return fail(error, EPT_E_INVALID, "transfer_wait", -1, "another thread took this transfer's end");
+    const auto number = static_cast<int32_t>(transfer->peer);
+    if (!ended) {
+      if (code != EPT_E_TIMEOUT) return code;
+      const Peer &peer = engine->peers[transfer->peer];
+      fail(error, code, "transfer_wait", number,
+           "rank %u waited %.3f s for a write to rank %u: %llu operations are not complete, %zu writes wait for "
+           "credits; %s",
+           engine->rank, static_cast<double>(now_ns() - begin) * 1e-9, peer.rank,
+           static_cast<unsigned long long>(transfer->remaining), peer.queue.size(), engine->describe(peer).c_str());
+      if (error) error->silent_ns = now_ns() - peer.last_sign;
+      return code;
+    }
+    if (code) {
+      fail(error, code, "write", number, "a write of rank %u to rank %u failed: %s", engine->rank, transfer->peer,
+           transfer->text.c_str());
+      if (error) error->provider_errno = transfer->provider_errno;
+    }
+    engine->transfers.remove(id);
+    return code;
+  });
+}
+
+int32_t ept_transfer_notify(ept_engine *engine, ept_transfer_id id, ept_error *error) {
+  Hold hold(engine->lock);
+  Transfer *transfer = engine->transfers.find(id);
+  if (!transfer)
+    return fail(error, EPT_E_INVALID, "transfer_notify", -1, "no such transfer (its end was told already?)");
+  transfer->notify = true;
+  if (transfer->remaining == 0) engine->notify_owner();
+  return EPT_OK;
+}
+
+int32_t ept_engine_failure(ept_engine *engine, ept_error *error) {
+  Hold hold(engine->lock);
+  if (engine->failures.empty()) return EPT_LATER;
+  if (error) *error = engine->failures.front();
+  engine->failures.pop_front();
+  return EPT_OK;
+}
+
+}  // extern "C"

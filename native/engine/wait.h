@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * The one wait: every call that waits goes through here, so each has a deadline and each can drive the network. */
+#pragma once
+
+#include <algorithm>
+
+#include "engine/engine.h"
+
+/* `done` runs under the lock and returns LATER to go on waiting; any other code ends the wait. TIMEOUT when `timeout`
+ * passed (the caller writes the sentence). What LATER means is told once in the log after warn_ns. */
+template <class Done>
+int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_error *error) {
+  int32_t code = done();
+  if (code != EPT_LATER) return code;
+  if (timeout == 0) {
+    if (progress_mode != EPT_PROGRESS_THREAD && driver != ept::Driver::caller) {
+      if (int32_t moved_on = step(error); moved_on < 0) return moved_on;
+      code = done();
+    }
+    return code == EPT_LATER ? EPT_E_TIMEOUT : code;
+  }
+  const uint64_t begin = ept::now_ns();
+  const uint64_t length = timeout == ept::forever ? timeout_ns : timeout;
+  const uint64_t deadline = length > ept::forever - begin ? ept::forever : begin + length;
+  uint64_t idle_since = begin;
+  bool driving = false;
+  while (code == EPT_LATER) {
+    if (!driving && progress_mode != EPT_PROGRESS_THREAD && driver != ept::Driver::caller) {
+      driver = ept::Driver::caller;
+      driving = true;
+    }
+    if (driving) {
+      int32_t moved_on = drive_once(hold, idle_since, deadline, error);
+      if (moved_on < 0) code = moved_on;
+      if (moved_on > 0 && moved_waiters) moved.notify_all();
+    } else {
+      moved_waiters++;
+      moved.wait_for(hold, std::chrono::nanoseconds(
+                               std::min<uint64_t>(deadline - std::min(deadline, ept::now_ns()), 100'000'000)));
+      moved_waiters--;
+    }
+    if (code == EPT_LATER) code = done();
+    if (code == EPT_LATER && ept::now_ns() >= deadline) code = EPT_E_TIMEOUT;
+  }
+  if (driving) {
+    driver = ept::Driver::none;
+    last_drive = ept::now_ns();
+    if (moved_waiters) moved.notify_all();
+    if (proxy_parked) proxy_turn.notify_one();
+  }
+  return code;
+}
