@@ -100,6 +100,7 @@ int32_t ept_engine::open(const ept_engine_config &config, ept_error *error) {
   max_regions = config.max_regions ? config.max_regions : 65'536;
   max_signals = config.max_signals ? std::min(config.max_signals, EPT_IMM_CHANS - 1) : EPT_IMM_CHANS - 1;
   spin_ns = config.spin_ns != forever ? config.spin_ns : cores() > 1 ? default_spin_ns : 0;
+  interrupted = config.interrupted, interrupted_context = config.interrupted_context;
   if (config.proxy_cpu_count) proxy_cpus.assign(config.proxy_cpus, config.proxy_cpus + config.proxy_cpu_count);
   send_credits = default_send_credits;
   if (int32_t code = values.check(*config.plugin, config.values, config.value_count, error)) return code;
@@ -294,12 +295,11 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
     hold.lock();
     return;
   }
-  left = std::min<uint64_t>(left, 1'000'000'000);
   int wake_fd = wake->get();
   hold.unlock();
   pollfd fds[2] = {{fd, POLLIN, 0}, {wake_fd, POLLIN, 0}};
   timespec limit{static_cast<time_t>(left / 1'000'000'000), static_cast<long>(left % 1'000'000'000)};
-  ppoll(fds, 2, &limit, nullptr);
+  ppoll(fds, 2, until == forever ? nullptr : &limit, nullptr);
   if (fds[1].revents) {
     uint64_t count;
     [[maybe_unused]] ssize_t got = read(wake_fd, &count, sizeof count);
@@ -406,6 +406,8 @@ int32_t ept_engine_close(ept_engine *engine, uint64_t timeout, ept_error *error)
         },
         error);
     engine->closed = true;
+    engine->moved.notify_all();
+    engine->notify_owner();
     if (waited == EPT_E_TIMEOUT) {
       std::string who;
       for (Peer &peer : engine->peers) {
@@ -485,6 +487,8 @@ int32_t ept_engine_info_get(ept_engine *engine, ept_engine_info *info, ept_error
     info->regions = engine->exported_regions;
     info->signals = engine->signals.used();
     info->unknown_chans = engine->unknown_chans;
+    info->timeout_ns = engine->timeout_ns;
+    info->dead_ns = engine->dead_ns;
     return EPT_OK;
   });
 }

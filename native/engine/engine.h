@@ -240,6 +240,8 @@ struct ept_engine {
   uint64_t spin_ns = 0, timeout_ns = 0, warn_ns = 0, dead_ns = 0, stripe_bytes = 0;
   uint32_t max_regions = 0, max_signals = 0;
   std::vector<int32_t> proxy_cpus;
+  int32_t (*interrupted)(void *) = nullptr;
+  void *interrupted_context = nullptr;
   ept_caps caps{};
   std::vector<ept_rail> rails;
 

@@ -6,6 +6,11 @@
 
 #include "engine/engine.h"
 
+namespace ept {
+/* A sleeping wait wakes that often to look at what no descriptor tells: its interrupts, and a driver that left. */
+constexpr uint64_t look_ns = 100'000'000;
+}  // namespace ept
+
 /* `done` runs under the lock and returns LATER to go on waiting; any other code ends the wait. TIMEOUT when `timeout`
  * passed (the caller writes the sentence). What LATER means is told once in the log after warn_ns. */
 template <class Done>
@@ -22,7 +27,7 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
   const uint64_t begin = ept::now_ns();
   const uint64_t length = timeout == ept::forever ? timeout_ns : timeout;
   const uint64_t deadline = length > ept::forever - begin ? ept::forever : begin + length;
-  uint64_t idle_since = begin;
+  uint64_t idle_since = begin, asked = begin;
   bool driving = false;
   while (code == EPT_LATER) {
     if (!driving && progress_mode != EPT_PROGRESS_THREAD && driver != ept::Driver::caller) {
@@ -30,17 +35,26 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
       driving = true;
     }
     if (driving) {
-      int32_t moved_on = drive_once(hold, idle_since, deadline, error);
+      int32_t moved_on = drive_once(hold, idle_since, std::min(deadline, asked + ept::look_ns), error);
       if (moved_on < 0) code = moved_on;
       if (moved_on > 0 && moved_waiters) moved.notify_all();
     } else {
       moved_waiters++;
-      moved.wait_for(hold, std::chrono::nanoseconds(
-                               std::min<uint64_t>(deadline - std::min(deadline, ept::now_ns()), 100'000'000)));
+      moved.wait_for(hold, std::chrono::nanoseconds(ept::look_ns));
       moved_waiters--;
     }
     if (code == EPT_LATER) code = done();
-    if (code == EPT_LATER && ept::now_ns() >= deadline) code = EPT_E_TIMEOUT;
+    if (code != EPT_LATER) break;
+    const uint64_t now = ept::now_ns();
+    if (now >= deadline) code = EPT_E_TIMEOUT;
+    if (interrupted && now - asked >= ept::look_ns) {
+      hold.unlock();
+      const bool stop = interrupted(interrupted_context) != 0;
+      hold.lock();
+      asked = now;
+      if (stop) code = ept::fail(error, EPT_E_CLOSED, "wait", -1, "the wait of rank %u was interrupted", rank);
+    }
+    if (now - asked >= ept::look_ns) asked = now;
   }
   if (driving) {
     driver = ept::Driver::none;
