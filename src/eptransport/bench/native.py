@@ -160,7 +160,9 @@ def engine_stream(engine: int, peer: int, side: int, size: int, count: int, ring
     return seconds.value
 
 
-def engine_rate(sender: int, sender_rank: int, receiver: int, receiver_rank: int, size: int, count: int, batch: int) -> float:
+def engine_rate(
+    sender: int, sender_rank: int, receiver: int, receiver_rank: int, size: int, count: int, batch: int
+) -> float:
     """Seconds for `count` writes with a signal between two engines that this thread alone drives."""
     seconds = ctypes.c_double()
     _call(
