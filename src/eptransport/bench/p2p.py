@@ -140,7 +140,7 @@ def _measure(job: P2pJob, rank: Rank) -> _RankResult:
     rank.pin()
     mesh = None if job.threads else Mesh(rank)
     group = rank.group(Settings(backend=job.backend, **job.options))
-    try:
+    with group:
         pair = _Pair(job, rank, group, mesh)
         runs = [_Run("latency", size, pair.latency_floor) for size in job.latency_bytes]
         runs += [_Run("bandwidth", size, pair.bandwidth_floor) for size in job.bandwidth_bytes]
@@ -152,12 +152,8 @@ def _measure(job: P2pJob, rank: Rank) -> _RankResult:
                 done += 1
                 rank.progress(done)
             regime.append(pair.probe())
-        return _RankResult(pair.side, group.backend, regime, runs)
-    finally:
-        rank.gather(None)
-        group.close()
-        if mesh is not None:
-            mesh.close()
+        rank.barrier()
+    return _RankResult(pair.side, group.backend, regime, runs)
 
 
 class _Pair:

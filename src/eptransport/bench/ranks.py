@@ -1,12 +1,14 @@
 """The ranks that take part in a measurement, and how they meet.
 
-A job is a picklable object with `run(rank)`. `run_job` runs it on every rank and gives back what each returned: as processes
-(`spawn`), or as threads of this process where the backend is loopback. `Rank` is what the job sees, alike for all.
+A job is a picklable object with `run(rank)`. `run_job` runs it on every rank and gives back what each returned: as
+processes (`spawn`), or as threads of this process where the backend is loopback. `Rank` is what the job sees, alike for
+all.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import mmap
 import multiprocessing
 import os
@@ -118,7 +120,7 @@ class Mesh:
 
 
 def run_job(job: Job, world: int, *, threads: bool = False, progress: Callable[[int], None] | None = None) -> list[Any]:
-    """What `job.run` returned on each rank, in rank order. The first error of a rank is raised; the others are ended."""
+    """What `job.run` returned on each rank, in rank order. The first error of a rank is raised, the others are ended."""
     return (_run_threads if threads else _run_processes)(job, world, progress or (lambda done: None))
 
 
@@ -137,16 +139,18 @@ def _run_processes(job: Job, world: int, progress: Callable[[int], None]) -> lis
                 process.start()
                 there.close()
                 ranks.append(_Child(rank, process, here))
-            return _serve(ranks, progress)
-        finally:
+            results = _serve(ranks, progress)
             for child in ranks:
-                if child.process.is_alive():
-                    child.process.terminate()
+                child.pipe.close()
             for child in ranks:
                 child.process.join(5)
-                if child.process.is_alive():
-                    child.process.kill()
-                    child.process.join()
+            return results
+        finally:
+            # What is still there waits for a rank that failed, or for nobody: its result is known or not wanted.
+            for child in ranks:
+                child.process.kill()
+            for child in ranks:
+                child.process.join()
                 child.pipe.close()
 
 
@@ -231,10 +235,8 @@ def _child(pipe: Connection, shared_file: str, rank: int, world: int, job: Job) 
     except BaseException as error:
         pipe.send(("error", _portable(error, rank)))
     # Whoever serves the store leaves last: the pipe is closed by the other side when it has every result.
-    try:
+    with contextlib.suppress(EOFError, OSError):
         pipe.recv()
-    except (EOFError, OSError):
-        pass
 
 
 def _portable(error: BaseException, rank: int) -> EptError:

@@ -1,7 +1,7 @@
 """What a layer looks like, how its tokens are routed, and what an exchange of it must cost.
 
-The bytes are worked out here from the drawing in wire.h, apart from the library, so that the counters can be held against
-them: a row too many, and the two differ.
+The bytes are worked out here from the drawing in wire.h, apart from the library, so that the counters can be held
+against them: a row too many, and the two differ.
 """
 
 from __future__ import annotations
