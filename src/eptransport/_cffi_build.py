@@ -8,6 +8,9 @@ from cffi import FFI
 
 HEADERS = ("backend.h", "eptransport.h")
 
+# What a waiting native thread asks Python: see _call.py.
+CALLBACKS = 'extern "Python" int32_t ept_python_interrupted(void *);'
+
 
 def cdef_of(header: Path) -> str:
     """A header as cffi reads it: no directives but integer constants, no linkage blocks."""
@@ -27,6 +30,7 @@ def main(include: str, output: str) -> None:
     ffi = FFI()
     for name in HEADERS:
         ffi.cdef(cdef_of(Path(include) / "eptransport" / name))
+    ffi.cdef(CALLBACKS)
     ffi.set_source("eptransport._native", '#include "eptransport/eptransport.h"\n')
     ffi.emit_c_code(output)
 
