@@ -120,7 +120,7 @@ class Mesh:
 
 
 def run_job(job: Job, world: int, *, threads: bool = False, progress: Callable[[int], None] | None = None) -> list[Any]:
-    """What `job.run` returned on each rank, in rank order. The first error of a rank is raised, the others are ended."""
+    """What `job.run` returned on each rank, in rank order. A rank's error is raised, and the other ranks are ended."""
     return (_run_threads if threads else _run_processes)(job, world, progress or (lambda done: None))
 
 
