@@ -1,8 +1,8 @@
 """`eptransport bench moe`: dispatch and combine of one layer, beside gloo's way and beside a bare mesh of sockets.
 
-All sides run in the same processes on the same inputs, in turn: each round runs every side for a number of iterations.
-Ranks meet before each half, so that a half's time is the exchange alone; an iteration takes as long as its slowest rank.
-The experts' own work is outside the clock: what they would return is made before.
+All sides run in the same processes on the same inputs, in turn: each round runs every side for a number of
+iterations. Ranks meet before each half, so that a half's time is the exchange alone; an iteration takes as long as its
+slowest rank. The experts' own work is outside the clock: what they would return is made before.
 
     eptransport   AllToAll.dispatch and combine, outputs allocated before
     gloo          all_to_all_single of the counts, of the rows (one a token and expert), of the results; then weighed
@@ -381,15 +381,14 @@ class _Ours:
         layer, shape = self.layer, self.layer.shape
         self.expert_out = reference.serve_experts(shape, self.rank.rank, self.job.layout, self.got)
         self.moe.combine(self.expert_out, self.got, out=self.y)
-        self.expert_out = self.expert_out.to(shape.torch_dtype(shape.combine_dtype))
         expected = reference.expected(shape, layer.x, layer.ids, layer.weights)
         wrong = (self.y != expected).any(dim=1).nonzero().flatten()
         if len(wrong):
             token = int(wrong[0])
             column = int((self.y[token] != expected[token]).nonzero()[0])
             raise InternalError(
-                f"rank {self.rank.rank}: {len(wrong)} of {shape.tokens} tokens differ from the reference; token {token} "
-                f"has {float(self.y[token, column])} at {column}, expected {float(expected[token, column])}",
+                f"rank {self.rank.rank}: {len(wrong)} of {shape.tokens} tokens differ from the reference; token "
+                f"{token} has {float(self.y[token, column])} at {column}, not {float(expected[token, column])}",
                 operation="bench",
             )
         assert torch.isfinite(self.y).all()
@@ -493,6 +492,7 @@ class _Gloo:
         self.dispatch()
         self.expert_out = torch.empty(0)
         self.note = ""
+        self._weigh: Callable[[], None] = self._weigh_bmm
 
     def check(self) -> str:
         """Against the sum in fp32. bf16 rounds a product or a sum by at most 2 ** -8 of it, fp16 by 2 ** -11; each of

@@ -1,0 +1,236 @@
+"""Tables, JSON and pictures of what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group as Lines
+from rich.table import Table
+from rich.text import Text
+
+from eptransport import __version__
+from eptransport._process import cores
+from eptransport.bench.moe import MoeResult, SideResult
+from eptransport.bench.p2p import Measure, P2pResult
+from eptransport.errors import InvalidArgument, UnsupportedError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = [
+    "as_json",
+    "machine",
+    "moe_picture",
+    "moe_table",
+    "need_matplotlib",
+    "p2p_picture",
+    "p2p_table",
+    "write_json",
+]
+
+# One colour a side, in every picture; told apart also in grey and by the colour-blind.
+COLOURS = {"eptransport": "#0b6e99", "gloo": "#d9822b"}
+FLOOR_COLOUR = "#9aa5ab"
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must not be read without."""
+    return {
+        "eptransport": __version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "cores": cores(),
+        "kernel": platform.release(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def as_json(result: P2pResult | MoeResult) -> dict[str, Any]:
+    return {"machine": machine(), **dataclasses.asdict(result)}
+
+
+def write_json(file: Path, result: P2pResult | MoeResult) -> None:
+    try:
+        file.write_text(json.dumps(as_json(result), indent=2) + "\n")
+    except OSError as problem:
+        raise InvalidArgument(f"can't write {file}: {problem.strerror}") from None
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def p2p_table(result: P2pResult) -> RenderableType:
+    job = result.job
+    table = Table(title=f"point to point over {result.backend}, {job.ranks} ranks", title_justify="left")
+    for name in ("write with signal", "p50", "p99", "floor", "floor p50", "ratio", "messages", "bytes", "cores"):
+        table.add_column(name, justify="left" if name in ("write with signal", "floor") else "right")
+    for measure in result.measures:
+        table.add_row(
+            f"{_size(measure.bytes)} {_KINDS[measure.kind]}",
+            f"{measure.ours.p50:.2f} {measure.unit}",
+            f"{_worst(measure):.2f} {measure.unit}",
+            measure.floor_name,
+            f"{measure.floor.p50:.2f} {measure.unit}",
+            f"{measure.ratio:.2f}",
+            f"{measure.messages:.2f}",
+            f"{measure.wire_bytes:,.0f}",
+            f"{measure.cores:.1f}",
+        )
+    notes = (
+        f"median of {job.rounds} rounds, ours and the floor in turn; of bandwidths and rates, the worst round as p99"
+    )
+    return Lines(table, Text(f"{notes}; messages and bytes are for one write\n{_conditions(result.regime_ns)}"))
+
+
+def moe_table(result: MoeResult) -> RenderableType:
+    job, shape = result.job, result.job.shape
+    routing = f"skewed (Zipf {job.skew:g})" if job.skew else "random"
+    table = Table(
+        title=(
+            f"dispatch and combine over {result.backend}: {shape.ranks} ranks x {shape.tokens} tokens, hidden "
+            f"{shape.hidden}, top-{shape.top_k} of {shape.experts}, {shape.dispatch_dtype} there and "
+            f"{shape.combine_dtype} back, {job.layout}, {routing} routing"
+        ),
+        title_justify="left",
+    )
+    for name in ("", "p50 ms", "p99 ms", "dispatch", "combine", "ratio", "MB a rank", "messages a rank", "cores"):
+        table.add_column(name, justify="right" if name else "left")
+    for index, side in enumerate(result.sides):
+        table.add_row(
+            f"{side.name} (floor)" if index == 0 else side.name + (f" ({side.note})" if side.note else ""),
+            f"{side.total.p50:.2f}",
+            f"{side.total.p99:.2f}",
+            f"{side.dispatch.p50:.2f}",
+            f"{side.combine.p50:.2f}",
+            f"{side.ratio:.2f}",
+            f"{side.wire_bytes / 1e6:.2f}",
+            f"{side.messages:.1f}",
+            f"{side.cores:.1f}",
+            style="bold" if side.name == "eptransport" else None,
+        )
+    lines = [
+        f"the slowest rank of each iteration; median of {job.rounds} rounds of {job.iterations}, sides in turn; ratio: "
+        "to the floor",
+        _conditions(result.regime_ns),
+        f"checked before: {result.checked}",
+        f"registered memory: {result.registered_bytes / 2**20:.1f} MiB a rank",
+    ]
+    return Lines(table, Text("\n".join(lines)))
+
+
+_KINDS = {"latency": "one way", "bandwidth": "bandwidth", "rate": "rate, one core"}
+
+
+def _worst(measure: Measure) -> float:
+    return measure.ours.p99 if measure.kind == "latency" else min(measure.ours.rounds)
+
+
+def _conditions(regime_ns: tuple[float, ...]) -> str:
+    probe = f"{min(regime_ns):.0f} to {max(regime_ns):.0f} ns" if any(regime_ns) else "one rank, not measured"
+    about = machine()
+    return f"{about['cpu']}, {about['cores']} cores; shared memory between two cores: {probe} one way"
+
+
+def _size(size: int) -> str:
+    for unit, scale in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale and size % scale == 0:
+            return f"{size // scale} {unit}"
+    return f"{size} B"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def need_matplotlib() -> Any:
+    """pyplot, drawing into files only. UnsupportedError, with the mend, where it is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UnsupportedError(
+            "a picture needs matplotlib: pip install 'eptransport[bench]'", operation="picture"
+        ) from None
+    return plt
+
+
+def moe_picture(file: Path, result: MoeResult) -> None:
+    """Left: where the time goes; right: how it spreads over iterations."""
+    plt = need_matplotlib()
+    shape = result.job.shape
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    names = [side.name for side in result.sides]
+    dispatch = [side.dispatch.p50 for side in result.sides]
+    combine = [side.combine.p50 for side in result.sides]
+    colours = [_colour(side) for side in result.sides]
+    bars.bar(names, dispatch, color=colours, label="dispatch")
+    bars.bar(names, combine, bottom=dispatch, color=colours, alpha=0.55, label="combine")
+    for place, side in enumerate(result.sides):
+        bars.annotate(
+            f"{side.total.p50:.1f} ms\n{side.ratio:.1f} x floor", (place, dispatch[place] + combine[place]), ha="center",
+            va="bottom",
+        )  # fmt: skip
+    bars.set_ylabel("ms, slowest rank (dark: dispatch, light: combine)")
+    bars.margins(y=0.2)
+    for side in result.sides:
+        ordered = sorted(side.samples)
+        share = [(index + 1) / len(ordered) * 100 for index in range(len(ordered))]
+        curves.step(ordered, share, where="post", color=_colour(side), label=side.name)
+    curves.set_xlabel("ms, dispatch and combine")
+    curves.set_ylabel("% of iterations")
+    curves.set_xlim(left=0)
+    curves.legend(loc="lower right")
+    figure.suptitle(
+        f"{shape.ranks} ranks x {shape.tokens} tokens, hidden {shape.hidden}, top-{shape.top_k} of {shape.experts}, "
+        f"{shape.dispatch_dtype} there, {shape.combine_dtype} back, over {result.backend}"
+    )
+    _save(plt, figure, file)
+
+
+def p2p_picture(file: Path, result: P2pResult) -> None:
+    """A panel a measure: each round of ours beside the floor's."""
+    plt = need_matplotlib()
+    count = len(result.measures)
+    figure, panels = plt.subplots(1, count, figsize=(3.2 * count, 3.8), layout="constrained", squeeze=False)
+    for panel, measure in zip(panels[0], result.measures, strict=True):
+        rounds = range(1, len(measure.ours.rounds) + 1)
+        panel.plot(rounds, measure.ours.rounds, "o-", color=COLOURS["eptransport"], label="eptransport")
+        panel.plot(rounds, measure.floor.rounds, "s--", color=FLOOR_COLOUR, label=measure.floor_name)
+        panel.set_title(f"{_size(measure.bytes)} {_KINDS[measure.kind]}")
+        panel.set_ylabel(measure.unit)
+        panel.set_xlabel("round")
+        panel.set_ylim(bottom=0)
+        panel.legend()
+    figure.suptitle(f"write with signal over {result.backend}")
+    _save(plt, figure, file)
+
+
+def _colour(side: SideResult) -> str:
+    return COLOURS.get(side.name, FLOOR_COLOUR)
+
+
+def _save(plt: Any, figure: Any, file: Path) -> None:
+    try:
+        figure.savefig(file, dpi=130)
+    except (OSError, ValueError) as problem:  # no such folder; a suffix that names no format
+        raise InvalidArgument(f"can't write {file}: {problem}") from None
+    finally:
+        plt.close(figure)
