@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+// One opened backend of one rank: what it holds, and which file moves what.
+//
+//   connect.cc   listening, accepting, dialling, the handshake's clockwork: from peer_open to streams that are up
+//   peers.cc     what a peer goes through: opened, up, lost, closed, fenced
+//   worker.cc    post, poll, arm, quiesce
+//   tcp.cc       settings, limits, memory, and the table that wires all of it
+//
+// There is no thread and no lock here: the engine makes all calls of an instance one at a time, and streams are moved
+// only inside post, poll and arm.
+//
+// READINESS. epoll is edge-triggered: it says once that a socket has something, and the stream remembers until a recv
+// finds it empty. `ready` holds the streams which have something to do that needs no further word from epoll; arm may
+// only say that sleep is safe when it is empty. While the caller spins, the one or two streams that were last active
+// (`hot`) are read without asking epoll, which is asked every kEpollEvery polls for the others; a stream in the midst of
+// a long payload is never hot, since recv on a socket whose packets are just arriving fights with the kernel for it and
+// halves its speed. When more streams than that are active, epoll is asked in every poll and nobody is hot.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <list>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "address.h"
+#include "handshake.h"
+#include "memory.h"
+#include "stream.h"
+
+namespace tcp {
+
+struct Settings {
+  uint32_t streams = 0;
+  std::string interface;
+  PortRange ports;
+  int sndbuf = 0, rcvbuf = 0;
+  bool nodelay = true;
+  std::string congestion;  // "auto", "" or a name
+  uint32_t depth = 0;
+  uint64_t handshake_ns = 0;
+  uint32_t half_open = 0;
+};
+
+struct Peer;
+
+struct Listener : Source {
+  explicit Listener(int socket) : Source(Kind::kListener), fd(socket) {}
+  const int fd;
+};
+
+// A connection that came in and has not shown the secret yet, or has but waits for its peer to be opened (`parked`).
+struct Accepted : Source {
+  Accepted(Fd socket, std::string from, uint64_t deadline, const Credentials &credentials,
+           const std::array<uint8_t, kNonceBytes> &nonce)
+      : Source(Kind::kAccepted), fd(std::move(socket)), where(std::move(from)), deadline_ns(deadline),
+        acceptor(credentials, nonce) {}
+  Fd fd;
+  std::string where;
+  uint64_t deadline_ns;
+  Acceptor acceptor;
+  enum class Step { kHello, kProof, kParked } step = Step::kHello;
+  size_t have = 0;
+  uint8_t bytes[sizeof(Hello)];
+};
+
+// One stream on its way to a peer of a higher rank.
+struct Dial : Source {
+  Dial() : Source(Kind::kDial) {}
+  Peer *peer = nullptr;
+  uint32_t stream = 0;
+  Fd fd;
+  enum class Step { kPause, kConnect, kChallenge, kAnswer, kDone } step = Step::kPause;
+  uint64_t due_ns = 0;     // kPause: next try; else the deadline of this one, 0: none
+  uint32_t attempts = 0;
+  size_t endpoint = 0;     // of the peer's order
+  std::unique_ptr<Dialer> dialer;
+  size_t have = 0;
+  uint8_t bytes[kLargestMessage];
+};
+
+// A stream that said FINISH: its socket is read dry until the other side ends too, since closing it with unread bytes
+// would reset it, and a reset can destroy what the other side has not read.
+struct Lingering : Source {
+  Lingering() : Source(Kind::kLingering) {}
+  Fd fd;
+  uint64_t deadline_ns = 0;
+};
+
+struct Peer : Link {
+  enum class State { kConnecting, kUp, kEnded };
+  State state = State::kConnecting;
+  uint64_t number = 0;          // of this opening, for quiesce
+  bool self = false;            // this rank itself: memory only
+  uint32_t agreed_streams = 0;
+  Address address;
+  std::vector<Endpoint> order;  // to dial, best first
+  std::vector<std::unique_ptr<Dial>> dials;
+  std::vector<std::unique_ptr<Stream>> streams;
+  uint32_t streams_up = 0;
+  std::string last_try;         // why it is not up yet
+
+  int32_t code = EPT_OK;        // why it ended
+  int number_of_system = 0;
+  std::string text;
+  bool announce = false;        // a PEER event tells of the end
+  bool unclear = false;         // ended with operations whose fate over there is unknown
+
+  bool drained() const;         // every accepted operation has had its event
+};
+
+// An event that did not come out of a stream.
+struct Pending {
+  ept_event event;
+  std::string text;
+  std::vector<uint8_t> data;
+  bool has_text = false, has_data = false, of_self = false;
+};
+
+struct Quiesce {
+  uint64_t cookie;
+  uint32_t rank;
+  int32_t scope;
+  struct Until {
+    uint64_t peer;  // Peer::number
+    uint32_t stream;
+    uint64_t operations;
+  };
+  std::vector<Until> untils;
+};
+
+constexpr uint32_t kHot = 2;
+constexpr uint32_t kEpollEvery = 16;
+constexpr uint32_t kMaxStreams = 16;
+
+}  // namespace tcp
+
+struct ept_worker {
+  ept_instance *instance;
+};
+
+struct ept_instance {
+  const ept_host *host = nullptr;
+  ept_open_params params{};
+  tcp::Settings settings;
+  tcp::Credentials credentials;
+  tcp::Limits limits{};
+  tcp::Address own;
+  std::vector<tcp::Interface> interfaces;
+  tcp::Listening listening;
+  std::vector<std::unique_ptr<tcp::Listener>> listeners;
+  tcp::Source timer_source{tcp::Source::Kind::kTimer};
+  tcp::Fd epoll, timer, spare;
+  uint64_t timer_set_ns = 0;  // what the timer is set to, 0: off
+
+  tcp::Exports exports;
+  uint64_t memories = 0;
+  std::unique_ptr<uint8_t[]> sink;
+
+  std::unordered_map<uint32_t, std::unique_ptr<tcp::Peer>> peers;
+  std::vector<std::unique_ptr<tcp::Peer>> leaving;  // not in `peers` any more, with events still to give
+  std::vector<tcp::Peer *> ended;                   // of both, with events still to give
+  std::unordered_map<uint32_t, uint32_t> closed_epochs, fenced_epochs;
+  struct Consumed {
+    uint32_t epoch;
+    std::vector<uint64_t> immediates;  // a rail
+  };
+  std::unordered_map<uint32_t, Consumed> consumed;  // of the last epoch that ended, for peer_fence
+  struct Refused {
+    uint32_t epoch;
+    int32_t code;
+    std::string text;
+  };
+  std::unordered_map<uint32_t, Refused> refused_members;  // members that were told no before they were opened here
+  uint64_t peers_opened = 0;
+  uint32_t dialing = 0;  // Dials that are not done
+
+  std::list<std::unique_ptr<tcp::Accepted>> accepted;  // oldest first; at most settings.half_open that are not parked
+  std::atomic<uint32_t> half_open = 0;  // atomic for `query` alone, which any thread may call
+  std::vector<std::unique_ptr<tcp::Lingering>> lingering;
+  std::atomic<uint64_t> strangers = 0;
+  uint64_t stranger_logged_ns = 0;
+
+  ept_worker worker{};
+  bool worker_is_open = false;
+  uint64_t poll_number = 1;
+  std::vector<tcp::Stream *> ready, serving, owing, hot, touched;
+  uint32_t since_epoll = 0, since_clock = 0, crowded = 0;
+  uint64_t tick_due_ns = 0, liveness_due_ns = 0;
+  std::deque<tcp::Pending> pending;
+  uint32_t self_pending = 0;  // of those, events of operations to this rank itself
+  std::vector<ept_rail_counters> counters;     // a rail
+  std::deque<std::string> texts;               // shown to the caller until the next poll
+  std::vector<std::vector<uint8_t>> shown;
+  std::vector<std::unique_ptr<tcp::Source>> dead_sources;  // epoll may still name them within this poll
+  std::vector<tcp::Quiesce> quiesces;
+
+  uint64_t now() const { return host->clock_ns(host->context); }
+  void log(int32_t level, const std::string &text) const { host->log(host->context, level, text.c_str()); }
+
+  // connect.cc
+  int32_t start_listening();
+  void watch(int fd, tcp::Source *source, uint32_t epoll_events, bool known);
+  void on_listener(tcp::Listener *listener);
+  void on_accepted(tcp::Accepted *accepted);
+  void on_dial(tcp::Dial *dial);
+  void on_lingering(tcp::Lingering *lingering);
+  void start_dials(tcp::Peer *peer);
+  void adopt_parked(tcp::Peer *peer);
+  void stop_dials(tcp::Peer *peer);
+  void on_time(uint64_t now_ns);
+  uint64_t next_deadline(uint64_t now_ns);
+  void linger(tcp::Fd fd);
+
+  // peers.cc
+  int32_t peer_open(uint32_t rank, uint32_t epoch, const void *address, size_t length);
+  int32_t peer_state(uint32_t rank);
+  int32_t peer_close(uint32_t rank);
+  int32_t peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie);
+  void exports_removed();
+  void stream_up(tcp::Peer *peer, uint32_t stream, tcp::Fd fd, const tcp::Limits &limits);
+  void end_peer(tcp::Peer *peer, int32_t code, int number, std::string text, bool announce);
+  void streams_may_have_ended(tcp::Peer *peer);
+  void check_liveness();
+  void give_ended(tcp::Output *out);
+  void add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie, int32_t code,
+                   std::string text);
+
+  // worker.cc
+  int32_t post(const ept_op *ops, size_t count, size_t *posted);
+  int32_t poll(ept_event *events, size_t capacity);
+  int32_t arm(int32_t *descriptor);
+  int32_t quiesce(uint32_t rank, int32_t scope, uint64_t cookie);
+  void make_ready(tcp::Stream *stream);
+  void make_owing(tcp::Stream *stream);
+  void forget(tcp::Stream *stream);  // in all lists
+
+ private:
+  // connect.cc
+  void hello_arrived(tcp::Accepted *accepted);
+  void proof_arrived(tcp::Accepted *accepted);
+  void settle(tcp::Accepted *accepted);
+  void drop(tcp::Accepted *accepted);
+  void stranger(const std::string &where, const char *what);
+  bool answer(tcp::Accepted *accepted, int32_t code, const std::string &text);
+  void dial_now(tcp::Dial *dial);
+  void dial_connected(tcp::Dial *dial);
+  void dial_failed(tcp::Dial *dial, const std::string &why);
+  void answer_arrived(tcp::Dial *dial);
+  bool tune(int fd, bool same_host);
+  // worker.cc
+  int32_t check(const ept_op &op, tcp::Peer **peer);
+  int32_t post_to_self(tcp::Peer *peer, const ept_op &op);
+  void serve(tcp::Stream *stream, tcp::Output *out);
+  void serve_ready(tcp::Output *out);
+  void spin(tcp::Output *out);
+  int32_t ask_epoll();
+  void after_receive(tcp::Stream *stream, tcp::Output *out);
+  bool heat(tcp::Stream *stream);
+  void flush_touched();
+  void pay_owing(bool now);
+  void give_pending(tcp::Output *out);
+  void give_quiesced();
+  void note_consumed(const tcp::Peer &peer);
+};

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a peer goes through: kConnecting -> kUp -> kEnded, or straight to the end. An ended peer first gives what is left
+// to say: LOCAL_DONE of what was acknowledged, the PEER event, an ERROR for each other operation that was accepted; so
+// after PEER there is nothing but ERRORs. It stays in `peers`, to answer peer_state, until it is closed or opened again.
+#include <sys/epoll.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "instance.h"
+
+using namespace tcp;
+
+namespace {
+
+// Nothing that the kernel still holds may go out, and the other side shall notice.
+void abort_connection(Fd fd) {
+  struct linger at_once = {1, 0};
+  setsockopt(fd.get(), SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+}
+
+}  // namespace
+
+bool Peer::drained() const {
+  return std::all_of(streams.begin(), streams.end(),
+                     [](const auto &stream) { return stream == nullptr || stream->drained(); });
+}
+
+int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *address, size_t length) {
+  if (rank >= params.world)
+    return fail(EPT_E_INVALID, "peer_open", rank, 0, "tcp: rank %u is outside the world of %u", rank, params.world);
+  Address parsed;
+  int32_t code = decode(address, length, &parsed);
+  if (code != EPT_OK) return code;
+  if (parsed.rank != rank || parsed.epoch != epoch)
+    return fail(EPT_E_INVALID, "peer_open", rank, 0,
+                "tcp: asked to open rank %u of epoch %u with the address of rank %u of epoch %u", rank, epoch,
+                parsed.rank, parsed.epoch);
+  auto fence = fenced_epochs.find(rank);
+  if (fence != fenced_epochs.end() && epoch <= fence->second)
+    return fail(EPT_E_PEER_LOST, "peer_open", rank, 0,
+                "tcp: epoch %u of rank %u was fenced; it may come back with a higher one", epoch, rank);
+  auto found = peers.find(rank);
+  if (found != peers.end()) {
+    if (found->second->state != Peer::State::kEnded)
+      return fail(EPT_E_INVALID, "peer_open", rank, 0, "tcp: rank %u is open already, under epoch %u; close it first", rank,
+                  found->second->epoch);
+    peer_close(rank);
+  }
+  auto peer = std::make_unique<Peer>();
+  peer->exports = &exports;
+  peer->poll_number = &poll_number;
+  peer->sink = sink.get();
+  peer->counters = counters.data();
+  peer->rank = rank;
+  peer->epoch = epoch;
+  peer->depth = settings.depth;
+  peer->limits = limits;
+  peer->number = ++peers_opened;
+  peer->self = rank == params.rank;
+  peer->address = parsed;
+  peer->agreed_streams = std::min<uint32_t>(settings.streams, parsed.streams);
+  peer->where = to_text(parsed.endpoints.front());
+  peer->last_try = "nothing was heard of it yet";
+  if (!peer->self) {
+    peer->order = dial_order(parsed, own);
+    if (rank > params.rank && peer->order.empty())
+      return fail(EPT_E_UNAVAILABLE, "peer_open", rank, 0,
+                  "tcp: rank %u is on another machine and advertises only loopback addresses (%s); give it "
+                  "EPT_TCP_INTERFACE",
+                  rank, peer->where.c_str());
+    peer->streams.resize(peer->agreed_streams);
+  }
+  if (epoch > 0) exports.remove_all_of(rank, epoch - 1);
+  exports.bind(rank, epoch);
+  closed_epochs.erase(rank);
+  Peer *opened = peer.get();
+  peers[rank] = std::move(peer);
+  if (opened->self) {
+    opened->state = Peer::State::kUp;
+    add_pending(EPT_EVENT_PEER, rank, epoch, 0, 0, EPT_OK, "");
+    return EPT_OK;
+  }
+  auto refused = refused_members.find(rank);
+  if (refused != refused_members.end()) {
+    bool same = refused->second.epoch == epoch;
+    std::string text = refused->second.text;
+    int32_t why = refused->second.code;
+    refused_members.erase(refused);
+    if (same) {
+      end_peer(opened, why, 0, text, true);
+      return EPT_OK;
+    }
+  }
+  if (rank > params.rank)
+    start_dials(opened);
+  else
+    adopt_parked(opened);
+  return EPT_OK;
+}
+
+int32_t ept_instance::peer_state(uint32_t rank) {
+  auto found = peers.find(rank);
+  if (found == peers.end()) {
+    bool closed = closed_epochs.count(rank) != 0;
+    return fail(closed ? EPT_E_CLOSED : EPT_E_INVALID, "peer_state", rank, 0,
+                closed ? "tcp: rank %u was closed" : "tcp: rank %u was never opened", rank);
+  }
+  const Peer &peer = *found->second;
+  if (peer.state == Peer::State::kUp) return EPT_OK;
+  if (peer.state == Peer::State::kEnded)
+    return fail(peer.code, "peer_state", rank, peer.number_of_system, "tcp: %s", peer.text.c_str());
+  return fail(EPT_LATER, "peer_state", rank, 0, "tcp: rank %u is not connected yet, %u of %u streams are up; %s", rank,
+              peer.streams_up, peer.agreed_streams, peer.last_try.c_str());
+}
+
+void ept_instance::stream_up(Peer *peer, uint32_t stream, Fd fd, const Limits &agreed) {
+  int raw = fd.get();
+  peer->limits = agreed;
+  peer->streams[stream] = std::make_unique<Stream>(peer, stream, std::move(fd));
+  watch(raw, peer->streams[stream].get(), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, true);
+  if (++peer->streams_up < peer->agreed_streams) return;
+  peer->state = Peer::State::kUp;
+  add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_OK, "");
+  log(EPT_LOG_DEBUG, format("tcp: rank %u: rank %u at %s is up, %u streams", params.rank, peer->rank, peer->where.c_str(),
+                            peer->agreed_streams));
+  // What came in before all streams were up is looked at from now on.
+  for (auto &up : peer->streams) {
+    up->expect_input();
+    make_ready(up.get());
+  }
+}
+
+// Ends `peer` for good: nothing more is sent to it or read from it.
+void ept_instance::end_peer(Peer *peer, int32_t code, int number, std::string text, bool announce) {
+  if (peer->state == Peer::State::kEnded) return;
+  note_consumed(*peer);
+  peer->state = Peer::State::kEnded;
+  peer->code = code;
+  peer->number_of_system = number;
+  peer->text = std::move(text);
+  peer->announce = announce;
+  stop_dials(peer);
+  for (auto &stream : peer->streams) {
+    if (stream == nullptr) continue;
+    peer->unclear = peer->unclear || stream->in_flight();
+    forget(stream.get());
+    stream->end(0, "");
+    stream->drop_unsent_memory();
+    abort_connection(stream->take_fd());
+  }
+  ended.push_back(peer);
+}
+
+// A stream of `peer` has ended. Whether the peer left or died is known when all have said goodbye, or one has not.
+void ept_instance::streams_may_have_ended(Peer *peer) {
+  if (peer->state != Peer::State::kUp) return;
+  bool all = true;
+  for (auto &stream : peer->streams) {
+    if (!stream->ended()) {
+      all = false;
+      continue;
+    }
+    if (stream->orderly()) continue;
+    return end_peer(peer, EPT_E_PEER_LOST, stream->end_errno(),
+                    format("rank %u at %s is lost (stream %u): %s", peer->rank, peer->where.c_str(), stream->rail(),
+                           stream->end_text().c_str()),
+                    true);
+  }
+  if (all)
+    end_peer(peer, EPT_E_CLOSED, 0, format("rank %u at %s left", peer->rank, peer->where.c_str()), true);
+}
+
+int32_t ept_instance::peer_close(uint32_t rank) {
+  auto found = peers.find(rank);
+  if (found == peers.end()) return fail(EPT_E_INVALID, "peer_close", rank, 0, "tcp: rank %u is not open", rank);
+  std::unique_ptr<Peer> peer = std::move(found->second);
+  peers.erase(found);
+  uint32_t &closed = closed_epochs[rank];
+  closed = std::max(closed, peer->epoch);
+  peer->announce = false;
+  if (peer->state != Peer::State::kEnded) {
+    note_consumed(*peer);
+    bool was_up = peer->state == Peer::State::kUp;
+    peer->state = Peer::State::kEnded;
+    peer->code = EPT_E_CLOSED;
+    peer->text = format("rank %u was closed here while this was under way", rank);
+    stop_dials(peer.get());
+    for (auto &stream : peer->streams) {
+      if (stream == nullptr) continue;
+      peer->unclear = peer->unclear || stream->in_flight();
+      forget(stream.get());
+      if (was_up) stream->finish();
+      stream->end(0, "");
+      stream->drop_unsent_memory();
+      linger(stream->take_fd());
+    }
+    ended.push_back(peer.get());
+  }
+  leaving.push_back(std::move(peer));
+  if (std::find(ended.begin(), ended.end(), leaving.back().get()) == ended.end()) leaving.pop_back();
+  return EPT_OK;
+}
+
+int32_t ept_instance::peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie) {
+  if (rank >= params.world)
+    return fail(EPT_E_INVALID, "peer_fence", rank, 0, "tcp: rank %u is outside the world of %u", rank, params.world);
+  auto found = peers.find(rank);
+  if (found != peers.end() && found->second->epoch <= epoch)
+    end_peer(found->second.get(), EPT_E_PEER_LOST, 0, format("epoch %u of rank %u was fenced here", epoch, rank), false);
+  uint32_t &fence = fenced_epochs[rank];
+  fence = std::max(fence, epoch);
+  exports.remove_all_of(rank, epoch);
+  std::vector<Accepted *> stale;
+  for (auto &entry : accepted)
+    if (entry->step == Accepted::Step::kParked && entry->acceptor.peer().rank == rank &&
+        entry->acceptor.peer().epoch <= epoch)
+      stale.push_back(entry.get());
+  for (Accepted *entry : stale) drop(entry);
+  auto counts = consumed.find(rank);
+  for (uint32_t rail = 0; rail < settings.streams; ++rail) {
+    add_pending(EPT_EVENT_FENCED, rank, epoch, rail, cookie, EPT_OK, "");
+    if (counts != consumed.end() && counts->second.epoch == epoch && rail < counts->second.immediates.size())
+      pending.back().event.immediate = static_cast<uint32_t>(counts->second.immediates[rail]);
+  }
+  return EPT_OK;
+}
+
+// Payload that is half received into what was exported until now changes nothing any more.
+void ept_instance::exports_removed() {
+  for (auto &entry : peers)
+    for (auto &stream : entry.second->streams)
+      if (stream != nullptr) stream->revalidate();
+}
+
+void ept_instance::note_consumed(const Peer &peer) {
+  Consumed &entry = consumed[peer.rank];
+  entry.epoch = peer.epoch;
+  entry.immediates.assign(peer.streams.size(), 0);
+  for (size_t i = 0; i < peer.streams.size(); ++i)
+    if (peer.streams[i] != nullptr) entry.immediates[i] = peer.streams[i]->immediates();
+}
+
+void ept_instance::check_liveness() {
+  for (auto &entry : peers) {
+    Peer *peer = entry.second.get();
+    if (peer->state != Peer::State::kUp) continue;
+    for (auto &stream : peer->streams) {
+      std::string text;
+      if (!stream->in_flight() || !stream->unanswered(params.dead_ns, &text)) continue;
+      end_peer(peer, EPT_E_PEER_LOST, ETIMEDOUT,
+               format("rank %u at %s is lost (stream %u): %s", peer->rank, peer->where.c_str(), stream->rail(), text.c_str()),
+               true);
+      break;
+    }
+  }
+}
+
+void ept_instance::give_ended(Output *out) {
+  for (size_t i = 0; i < ended.size() && !out->full();) {
+    Peer *peer = ended[i];
+    for (auto &stream : peer->streams)
+      if (stream != nullptr) stream->complete(out);
+    if (out->full()) return;
+    if (peer->announce) {
+      ept_event &event = out->add(EPT_EVENT_PEER, peer->rank, peer->epoch, 0);
+      event.code = peer->code;
+      event.provider_errno = peer->number_of_system;
+      event.text = out->keep(peer->text);
+      peer->announce = false;
+    }
+    for (auto &stream : peer->streams)
+      if (stream != nullptr) stream->abandon(out, peer->code, peer->number_of_system, peer->text.c_str());
+    if (!peer->drained()) return;  // out is full
+    ended.erase(ended.begin() + static_cast<ptrdiff_t>(i));
+    auto left = std::find_if(leaving.begin(), leaving.end(), [&](const auto &other) { return other.get() == peer; });
+    if (left != leaving.end()) leaving.erase(left);
+  }
+}
+
+void ept_instance::add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie, int32_t code,
+                               std::string text) {
+  Pending entry{};
+  entry.event.size = sizeof entry.event;
+  entry.event.kind = kind;
+  entry.event.peer = peer;
+  entry.event.epoch = epoch;
+  entry.event.rail = rail;
+  entry.event.cookie = cookie;
+  entry.event.code = code;
+  entry.has_text = !text.empty();
+  entry.text = std::move(text);
+  pending.push_back(std::move(entry));
+}

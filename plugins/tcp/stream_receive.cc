@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stream, the receiving half: from recv to the events IMM and RECV.
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "stream.h"
+
+namespace tcp {
+namespace {
+
+constexpr int kRounds = 4;                     // recv calls of one receive: bounded work
+constexpr size_t kDirect = 4096;               // a payload with so much missing is received at its destination
+constexpr size_t kReceiveBytes = 2u << 20;     // of one recv
+
+}  // namespace
+
+Stream::Stream(const Link *link, uint32_t rail, Fd fd)
+    : Source(Kind::kStream), link_(link), rail_(rail), fd_(std::move(fd)), ring_(link->depth), buffer_(new uint8_t[kBufferBytes]), counters_(link->counters[rail]) {
+  // HELLOs of the engine take no credit, so a few come on top.
+  max_sends_ = std::max(4u, link->limits.send_credits + 4u);
+}
+
+Stream::~Stream() { drop_unsent_memory(); }
+
+void Stream::on_epoll(uint32_t epoll_events) {
+  if (epoll_events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) readable_ = true;
+  if (epoll_events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) hangup_ = true;
+  if (epoll_events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) blocked_ = false;
+}
+
+void Stream::receive(Output *out) {
+  parse(out);
+  for (int round = 0; round < kRounds && readable_ && !out->full() && !ended_; ++round) {
+    size_t asked = 0;
+    ssize_t got = read_some(&asked);
+    if (got == 0) break;
+    // Less than asked for: the socket is empty, unless its end is behind the bytes.
+    if (static_cast<size_t>(got) < asked) readable_ = hangup_;
+    parse(out);
+  }
+  if (!refusals_.empty()) flush();
+}
+
+// Bytes read, 0: none. Sets readable_ and the end.
+ssize_t Stream::read_some(size_t *asked) {
+  iovec parts[2];
+  int count = 1;
+  bool direct = in_payload_ && (destination_ == nullptr || left_ >= kDirect);
+  if (direct) {
+    // The buffer is empty here: parse() took all of it for this payload.
+    bool held = held_in_poll_ == *link_->poll_number;
+    if (!held) begin_ = end_ = 0;
+    size_t want = std::min<uint64_t>(left_, destination_ == nullptr ? kSinkBytes : kReceiveBytes);
+    parts[0] = iovec{destination_ == nullptr ? link_->sink : destination_, want};
+    if (want == left_ && !held) parts[count++] = iovec{buffer_.get(), kBufferBytes};
+  } else {
+    if (!make_room()) return 0;  // the caller looks at it until the next poll; readable_ stays
+    parts[0] = iovec{buffer_.get() + end_, kBufferBytes - end_};
+  }
+  *asked = parts[0].iov_len + (count == 2 ? parts[1].iov_len : 0);
+  ssize_t got;
+  do {
+    got = count == 1 ? recv(fd_.get(), parts[0].iov_base, parts[0].iov_len, MSG_DONTWAIT)
+                     : readv(fd_.get(), parts, count);
+  } while (got < 0 && errno == EINTR);
+  if (got > 0) {
+    size_t bytes = static_cast<size_t>(got);
+    if (!direct) {
+      end_ += bytes;
+    } else {
+      size_t landed = std::min(bytes, parts[0].iov_len);
+      if (destination_ != nullptr) destination_ += landed;
+      left_ -= landed;
+      if (bytes > landed) end_ = bytes - landed;
+    }
+    return got;
+  }
+  if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
+    readable_ = false;
+    if (dead_) end(dead_errno_, format("sending to it failed: %s", errno_text(dead_errno_).c_str()));
+    return 0;
+  }
+  if (got < 0) {
+    int number = errno;
+    end(number, errno_text(number));
+  } else if (finished_) {
+    end(0, "it left");
+  } else if (in_payload_ || begin_ != end_) {
+    end(0, format("the connection ended inside a frame, %llu bytes before its end",
+                  static_cast<unsigned long long>(in_payload_ ? left_ : sizeof(FrameHeader) - (end_ - begin_))));
+  } else if (dead_) {
+    end(dead_errno_, format("the connection ended without a goodbye (%s)", errno_text(dead_errno_).c_str()));
+  } else {
+    end(0, "the connection ended without a goodbye (its process is gone)");
+  }
+  return 0;
+}
+
+// Room behind end_. False: there is none, and what is in front was shown to the caller.
+bool Stream::make_room() {
+  bool held = held_in_poll_ == *link_->poll_number;
+  if (held) return end_ < kBufferBytes;
+  if (begin_ == end_) {
+    begin_ = end_ = 0;
+  } else if (kBufferBytes - begin_ < sizeof(FrameHeader) + kMaxSend) {
+    memmove(buffer_.get(), buffer_.get() + begin_, end_ - begin_);
+    end_ -= begin_;
+    begin_ = 0;
+  }
+  return end_ < kBufferBytes;
+}
+
+void Stream::parse(Output *out) {
+  more_ = false;
+  while (!ended_) {
+    if (out->full()) {
+      more_ = in_payload_ ? left_ == 0 || begin_ != end_ : end_ - begin_ >= sizeof(FrameHeader);
+      return;
+    }
+    if (in_payload_) {
+      size_t step = std::min<uint64_t>(left_, end_ - begin_);
+      if (step > 0) {
+        if (destination_ != nullptr) {
+          memcpy(destination_, buffer_.get() + begin_, step);
+          destination_ += step;
+        }
+        begin_ += step;
+        left_ -= step;
+      }
+      if (left_ > 0) return;
+      end_frame(out);
+      continue;
+    }
+    if (end_ - begin_ < sizeof(FrameHeader)) return;
+    FrameHeader header;
+    memcpy(&header, buffer_.get() + begin_, sizeof header);
+    if (!begin_frame(header, out)) return;
+  }
+}
+
+// Takes the header at begin_. False: the stream has ended, or the rest of a SEND must come first.
+bool Stream::begin_frame(const FrameHeader &header, Output *out) {
+  if (!plausible(header)) return false;
+  if (header.type == FrameType::kSend && end_ - begin_ < sizeof header + header.length) return false;
+  begin_ += sizeof header;
+
+  if (header.type == FrameType::kRefused) {
+    operation(header.number).refused = -static_cast<int32_t>(header.immediate);
+  }
+  acked_ = header.consumed;
+  switch (header.type) {
+    case FrameType::kWrite:
+    case FrameType::kSignal: {
+      uint8_t *destination = nullptr;
+      auto verdict = link_->exports->check(header.slot, header.key, link_->rank, link_->epoch, header.offset,
+                                           header.length, &destination);
+      bool allowed = verdict == Exports::Verdict::kAllowed;
+      current_ = header;
+      in_payload_ = true;
+      destination_ = allowed ? destination : nullptr;
+      refusal_ = allowed ? EPT_OK : EPT_E_ACCESS;
+      left_ = header.length;
+      break;
+    }
+    case FrameType::kSend: {
+      ept_event &event = out->add(EPT_EVENT_RECV, link_->rank, link_->epoch, rail_);
+      event.data = buffer_.get() + begin_;
+      event.length = header.length;
+      held_in_poll_ = *link_->poll_number;
+      begin_ += header.length;
+      ++counters_.rx_sends;
+      consumed_one(header.length);
+      break;
+    }
+    case FrameType::kFinish:
+      finished_ = true;
+      break;
+    case FrameType::kAck:
+    case FrameType::kRefused:
+      break;
+  }
+  return true;
+}
+
+// Everything that a header may not say, whoever says it. Ends the stream.
+bool Stream::plausible(const FrameHeader &header) {
+  if (header.magic != kFrameMagic || header.flags != 0 || header.reserved != 0 || header.reserved2 != 0) {
+    violation("starts a frame with", header.magic, kFrameMagic);
+    return false;
+  }
+  if (finished_) {
+    violation("sends after its FINISH a frame of type", static_cast<uint64_t>(header.type), 0);
+    return false;
+  }
+  if (header.consumed < acked_ || header.consumed > sent_) {
+    violation("claims to have consumed operations", header.consumed, sent_);
+    return false;
+  }
+  uint64_t longest = 0;
+  bool numbered = false;
+  switch (header.type) {
+    case FrameType::kWrite:
+      longest = link_->limits.max_message;
+      numbered = true;
+      break;
+    case FrameType::kSignal:
+      numbered = true;
+      break;
+    case FrameType::kSend:
+      longest = link_->limits.max_send;
+      numbered = true;
+      break;
+    case FrameType::kRefused:
+      if (header.number < acked_ || header.number >= header.consumed ||
+          -static_cast<int64_t>(header.immediate) < EPT_E_INTERNAL || header.immediate == 0) {
+        violation("refuses operation", header.number, header.consumed);
+        return false;
+      }
+      break;
+    case FrameType::kAck:
+    case FrameType::kFinish:
+      break;
+    default:
+      violation("sends a frame of type", static_cast<uint64_t>(header.type), static_cast<uint64_t>(FrameType::kFinish));
+      return false;
+  }
+  if (header.length > longest) {
+    violation("announces a payload of bytes", header.length, longest);
+    return false;
+  }
+  if (numbered && header.number != consumed_) {
+    violation("numbers an operation", header.number, consumed_);
+    return false;
+  }
+  if (numbered && header.number - stamped_ >= link_->limits.depth) {
+    violation("has more operations in flight than it said", header.number - stamped_, link_->limits.depth);
+    return false;
+  }
+  return true;
+}
+
+// The payload of current_ is whole, or was thrown away.
+void Stream::end_frame(Output *out) {
+  in_payload_ = false;
+  if (refusal_ != EPT_OK) {
+    refusals_.push_back(Refusal{current_.number, refusal_});
+  } else {
+    ept_event &event = out->add(EPT_EVENT_IMM, link_->rank, link_->epoch, rail_);
+    event.immediate = current_.immediate;
+    event.length = current_.length;
+    counters_.rx_bytes += current_.length;
+    ++counters_.rx_operations;
+    ++immediates_;
+  }
+  consumed_one(current_.length);
+}
+
+void Stream::consumed_one(uint64_t bytes) {
+  ++consumed_;
+  owed_bytes_ += bytes;
+  if (consumed_ - stamped_ >= std::min(kAckOperations, std::max(1u, link_->limits.depth / 2)) ||
+      owed_bytes_ >= kAckBytes)
+    acknowledge();
+}
+
+void Stream::revalidate() {
+  if (!in_payload_ || refusal_ != EPT_OK) return;
+  uint8_t *start = nullptr;
+  auto verdict = link_->exports->check(current_.slot, current_.key, link_->rank, link_->epoch, current_.offset,
+                                       current_.length, &start);
+  if (verdict == Exports::Verdict::kAllowed) return;
+  destination_ = nullptr;
+  refusal_ = EPT_E_ACCESS;
+}
+
+void Stream::violation(const char *what, uint64_t seen, uint64_t allowed) {
+  end(0, format("it broke the protocol: it %s %llu where %llu was due or the limit", what,
+                static_cast<unsigned long long>(seen), static_cast<unsigned long long>(allowed)));
+}
+
+void Stream::end(int number, std::string text) {
+  if (ended_) return;
+  ended_ = dead_ = true;
+  readable_ = more_ = false;
+  end_errno_ = number;
+  end_text_ = std::move(text);
+}
+
+bool Stream::unanswered(uint64_t dead_ns, std::string *text) {
+  tcp_info info{};
+  socklen_t length = sizeof info;
+  if (getsockopt(fd_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return false;
+  // A peer that is alive but does not read answers every probe of its closed window, which clears `probes`; one that
+  // reads acknowledges, which clears `retransmits`. TCP_USER_TIMEOUT can't tell the first from a dead one.
+  bool waiting = info.tcpi_retransmits > 0 || info.tcpi_probes > 0;
+  if (!waiting || static_cast<uint64_t>(info.tcpi_last_ack_recv) * 1000000 < dead_ns) return false;
+  *text = format("its machine has acknowledged nothing for %u ms (%u retransmissions, %u probes without an answer)",
+                 info.tcpi_last_ack_recv, info.tcpi_retransmits, info.tcpi_probes);
+  return true;
+}
+
+}  // namespace tcp
