@@ -371,17 +371,21 @@ def quantise(x: Array, scale_format: str, epsilon: float) -> tuple[Array, Array]
     codes, scales = [], []
     for start in range(0, len(x), BLOCK):
         block = x[start : start + BLOCK]
-        amax = np.float32(np.max(np.abs(block)))
+        amax = np.float32(np.max(np.abs(block), where=~np.isnan(block), initial=0))  # a NaN is no maximum
         quotient = np.float32(max(amax, np.float32(epsilon)) / E4M3_MAX)
         if scale_format == "fp32":
             scale = quotient
             scales.append(scale)
+        elif np.isinf(quotient):
+            scale = quotient
+            scales.append(np.uint8(255))
         else:
             fraction, exponent = np.frexp(quotient)  # quotient = fraction * 2^exponent, 0.5 <= fraction < 1
             power = int(exponent) - 1 if fraction == 0.5 else int(exponent)
             scale = np.float32(2.0**power)
             scales.append(np.uint8(power + 127))
-        codes.append(encode_e4m3(block / scale))
+        with np.errstate(invalid="ignore"):  # infinity by infinity
+            codes.append(encode_e4m3(block / scale))
     return np.concatenate(codes), np.array(scales, np.float32 if scale_format == "fp32" else np.uint8)
 
 
