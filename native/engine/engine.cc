@@ -152,9 +152,10 @@ int32_t ept_engine::open(const ept_engine_config &config, ept_error *error) {
     anchor_mem = nullptr;
     return plugin_error(code, "mem_register", -1, error);
   }
-  wake = std::make_unique<Descriptor>(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+  caller_wake = std::make_unique<Descriptor>(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+  proxy_wake = std::make_unique<Descriptor>(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   notify = std::make_unique<Descriptor>(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
-  if (wake->get() < 0 || notify->get() < 0) {
+  if (caller_wake->get() < 0 || proxy_wake->get() < 0 || notify->get() < 0) {
     return fail(error, EPT_E_NOMEM, "open", -1,
                 "the system gives no more file descriptors (eventfd: %s); raise ulimit -n", std::strerror(errno));
   }
@@ -176,7 +177,7 @@ ept_engine::~ept_engine() {
       stopping = true;
       proxy_turn.notify_all();
     }
-    wake_up(*wake);
+    wake_up(*proxy_wake);
     proxy.join();
   }
   if (!instance) return;
@@ -205,7 +206,14 @@ void ept_engine::wake_up(const Descriptor &fd) {
 
 /* ---- progress ---- */
 
+void ept_engine::wake_sleepers() {
+  if (caller_asleep) wake_up(*caller_wake);
+  if (proxy_asleep) wake_up(*proxy_wake);
+  caller_asleep = proxy_asleep = false;
+}
+
 int32_t ept_engine::step(ept_error *error) {
+  wake_sleepers(); /* a poll undoes their arm */
   ept_event events[event_batch];
   int32_t count = plugin->poll(worker, events, event_batch);
   if (count < 0) return plugin_error(count, "poll", -1, error);
@@ -286,6 +294,8 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
   int32_t code = plugin->arm(worker, &fd);
   if (code == EPT_LATER) return;
   uint64_t now = now_ns();
+  /* Operations that the plugin had no room for are offered again soon, whatever the descriptor says. */
+  if (!dirty.empty()) until = std::min(until, now + 1'000'000);
   uint64_t left = until > now ? until - now : 0;
   if (code != EPT_OK || fd < 0) {
     /* This backend can't be slept on: look again every 50 us. */
@@ -295,7 +305,10 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
     hold.lock();
     return;
   }
-  int wake_fd = wake->get();
+  const bool is_proxy = driver == Driver::proxy;
+  bool &asleep = is_proxy ? proxy_asleep : caller_asleep;
+  const int wake_fd = (is_proxy ? proxy_wake : caller_wake)->get();
+  asleep = true;
   hold.unlock();
   pollfd fds[2] = {{fd, POLLIN, 0}, {wake_fd, POLLIN, 0}};
   timespec limit{static_cast<time_t>(left / 1'000'000'000), static_cast<long>(left % 1'000'000'000)};
@@ -305,6 +318,7 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
     [[maybe_unused]] ssize_t got = read(wake_fd, &count, sizeof count);
   }
   hold.lock();
+  asleep = false;
 }
 
 void ept_engine::run_proxy() {

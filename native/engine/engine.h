@@ -7,9 +7,11 @@
  *    (a post, a poll and its events) and never while anything sleeps. So a plugin instance is never entered twice, and
  * no ordering between fields needs to be argued. The one thing read outside is a signal's count (atomic, release on
  *    raise, acquire on wait).
- *  - At most one thread drives: `driver` says which kind. A thread that waits drives if nobody does; others wait for
- *    `moved`, which is notified whenever a drive brought something or the driver leaves. Nobody else sleeps on the
- *    plugin's descriptor but the proxy, which may oversleep there: it looks at `driver` when it wakes.
+ *  - At most one thread drives: `driver` says which kind. A thread that waits drives if no caller does; others wait for
+ *    `moved`, which is notified whenever a drive brought something or the driver leaves. A caller takes over from the
+ *    proxy at once. Who sleeps on the plugin's descriptor is woken before anyone else polls, since a poll undoes the arm:
+ *    so no sleep lasts past an event. (A poll by a caller costs one wake-up then; while callers drive, the proxy only
+ *    looks now and then, and sleeps on the descriptor again when they have stayed away for a while.)
  *  - For each peer, operations leave in the order in which they were taken: queue -> staged -> plugin. This is what the
  *    proof in wire.h needs.
  *  - credits of a peer: taken when an operation goes from queue to staged, given back by the peer's grants alone.
@@ -250,6 +252,7 @@ struct ept_engine {
   std::condition_variable_any moved;
   std::condition_variable_any proxy_turn;
   uint32_t moved_waiters = 0;
+  bool caller_asleep = false, proxy_asleep = false;  /* in sleep(), the lock let go; only while they drive */
   ept::Driver driver = ept::Driver::none;
   bool proxy_parked = false, stopping = false, closed = false;
   uint64_t last_drive = 0; /* by a caller */
@@ -279,7 +282,7 @@ struct ept_engine {
   uint32_t join_round = 0;
   bool joined = false;
 
-  std::unique_ptr<ept::Descriptor> wake, notify;
+  std::unique_ptr<ept::Descriptor> caller_wake, proxy_wake, notify;
   std::thread proxy;
 
   ~ept_engine();
@@ -291,6 +294,7 @@ struct ept_engine {
   int32_t wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_error *error); /* wait.h */
   int32_t drive_once(ept::Hold &hold, uint64_t &idle_since, uint64_t until, ept_error *error);
   void sleep(ept::Hold &hold, uint64_t until);
+  void wake_sleepers();
   void wake_up(const ept::Descriptor &fd);
   void run_proxy();
   int32_t plugin_error(int32_t code, const char *operation, int32_t peer, ept_error *error);

@@ -142,6 +142,8 @@ void ept_engine::pump_dirty() {
   if (dirty.empty()) {
     turn.clear();
     dirty.swap(turn); /* keeps the capacity: no allocation in a steady state */
+  } else {
+    wake_sleepers(); /* who armed before it could know that something waits for room */
   }
 }
 
