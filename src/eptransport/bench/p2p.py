@@ -239,15 +239,15 @@ class _Pair:
 
 def sent(group: Group) -> tuple[int, int]:
     """Messages and bytes that this rank has sent, over all rails."""
-    counters = [counters for _, counters in group.engine.rails()]
-    return sum(each.tx_operations for each in counters), sum(each.tx_bytes for each in counters)
+    rails = group.engine.rails()
+    return sum(rail.tx_operations for rail in rails), sum(rail.tx_bytes for rail in rails)
 
 
 def _engine(group: Group) -> int:
     """The address of the `ept_engine`, for the native loops."""
     from eptransport._call import ffi
 
-    return int(ffi.cast("uintptr_t", group.engine.handle))
+    return int(ffi.cast("uintptr_t", group.engine._native.pointer))
 
 
 def _combine(first: _Run, initiators: list[_Run], results: list[_RankResult], index: int) -> Measure:

@@ -185,9 +185,11 @@ def moe_picture(file: Path, result: MoeResult) -> None:
     bars.bar(names, combine, bottom=dispatch, color=colours, alpha=0.55, label="combine")
     for place, side in enumerate(result.sides):
         bars.annotate(
-            f"{side.total.p50:.1f} ms\n{side.ratio:.1f} x floor", (place, dispatch[place] + combine[place]), ha="center",
+            f"{side.total.p50:.1f} ms\n{side.ratio:.1f} x floor",
+            (place, dispatch[place] + combine[place]),
+            ha="center",
             va="bottom",
-        )  # fmt: skip
+        )
     bars.set_ylabel("ms, slowest rank (dark: dispatch, light: combine)")
     bars.margins(y=0.2)
     for side in result.sides:
