@@ -137,10 +137,9 @@ class _RankResult:
 def _measure(job: P2pJob, rank: Rank) -> _RankResult:
     from eptransport import Settings
 
-    rank.pin()
     mesh = None if job.threads else Mesh(rank)
-    group = rank.group(Settings(backend=job.backend, **job.options))
-    with group:
+    with rank.group(Settings(backend=job.backend, **job.options)) as group:
+        rank.pin()  # after the group is made, which chooses how to wait by the cores it may use
         pair = _Pair(job, rank, group, mesh)
         runs = [_Run("latency", size, pair.latency_floor) for size in job.latency_bytes]
         runs += [_Run("bandwidth", size, pair.bandwidth_floor) for size in job.bandwidth_bytes]

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
+from eptransport._bootstrap import LocalStore
 from eptransport._process import cores
 from eptransport.bench import native
-from eptransport.errors import EptError, InternalError, PeerLost, Timeout
+from eptransport.errors import EptError, InternalError, PeerLost, Timeout, UnsupportedError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -164,7 +165,8 @@ class _Child:
 
 
 def _serve(ranks: Sequence[_Child], progress: Callable[[int], None]) -> list[Any]:
-    """Answers gathers until every rank has brought its result."""
+    """Answers gathers and serves the store until every rank has brought its result."""
+    store = LocalStore()
     by_pipe = {child.pipe: child for child in ranks}
     waiting = dict(by_pipe)
     while waiting:
@@ -185,6 +187,9 @@ def _serve(ranks: Sequence[_Child], progress: Callable[[int], None]) -> list[Any
                 progress(value)
             elif kind == "gather":
                 child.gathered.append(value)
+            elif kind == "store":
+                operation, arguments = value
+                child.pipe.send(getattr(store, operation)(*arguments))
             else:
                 child.results.append(value)
                 del waiting[child.pipe]
@@ -193,6 +198,32 @@ def _serve(ranks: Sequence[_Child], progress: Callable[[int], None]) -> list[Any
             for child in ranks:
                 child.pipe.send(values)
     return [child.results[0] for child in ranks]
+
+
+class _PipeStore:
+    """The store of the process that started the ranks, seen from one of them. For a group's set-up: needs no torch."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def set(self, key: str, value: str, /) -> None:
+        self._ask("set", key, value)
+
+    def get(self, key: str, /) -> bytes:
+        value: bytes = self._ask("get", key)
+        return value
+
+    def add(self, key: str, amount: int, /) -> int:
+        total: int = self._ask("add", key, amount)
+        return total
+
+    def check(self, keys: list[str], /) -> bool:
+        here: bool = self._ask("check", keys)
+        return here
+
+    def _ask(self, operation: str, *arguments: Any) -> Any:
+        self._pipe.send(("store", (operation, arguments)))
+        return self._pipe.recv()
 
 
 class _ProcessRank(Rank):
@@ -224,7 +255,7 @@ class _ProcessRank(Rank):
     def group(self, settings: Settings) -> Group:
         from eptransport import Group
 
-        return Group(settings, store=self.store(), rank=self.rank, world_size=self.world)
+        return Group(settings, store=_PipeStore(self._pipe), rank=self.rank, world_size=self.world)
 
 
 def _child(pipe: Connection, shared_file: str, rank: int, world: int, job: Job) -> None:
@@ -280,7 +311,7 @@ class _Room:
         self.shared = native.Shared(mmap.mmap(-1, native.Shared.BYTES))
         self.meeting = threading.Barrier(world, timeout=MEET_TIMEOUT_S)
         self.values: list[Any] = [None] * world
-        self.store: Any = None
+        self.store = LocalStore()
 
 
 class _ThreadRank(Rank):
@@ -305,18 +336,12 @@ class _ThreadRank(Rank):
             self._progress(done)
 
     def store(self) -> Store:
-        if self.rank == 0:
-            from torch.distributed import HashStore
-
-            self._room.store = HashStore()
-        self._room.meeting.wait()
-        store: Store = self._room.store
-        return store
+        raise UnsupportedError("torch.distributed needs a process a rank, and these ranks are threads of one")
 
     def group(self, settings: Settings) -> Group:
         from eptransport import Group
 
-        return Group(settings, store=self.store(), rank=self.rank, world_size=self.world)
+        return Group(settings, store=self._room.store, rank=self.rank, world_size=self.world)
 
 
 # ---- ranks that somebody else started (torchrun) ---------------------------------------------------------------------
