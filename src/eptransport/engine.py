@@ -16,11 +16,11 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from time import monotonic, sleep
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from eptransport._buffers import indices, view
 from eptransport._call import FOREVER, call, error_of, ffi, lib, new_error, size, sized, text, timeout_ns
@@ -40,6 +40,8 @@ __all__ = [
     "PeerInfo",
     "PeerStatus",
     "Rail",
+    "RailCounters",
+    "RailInfo",
     "Region",
     "RemoteSignal",
     "Signal",
@@ -113,12 +115,21 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
-class Rail:
-    """One way out of this machine, and what went over it: payload bytes of writes, operations, messages."""
+class RailInfo:
+    """One way out of this machine: a port of a card, an interface, or one of several streams over it."""
 
     name: str
     fabric: str
+    numa: int
+    """-1: unknown."""
     bits_per_s: int
+    """0: unknown."""
+
+
+@dataclass(frozen=True)
+class RailCounters:
+    """What went over a rail so far: payload bytes of writes, writes and signals, messages."""
+
     tx_bytes: int
     tx_operations: int
     rx_bytes: int
@@ -126,7 +137,15 @@ class Rail:
     tx_sends: int
     rx_sends: int
     later: int
+    """Times the backend had no room."""
     errors: int
+
+
+class Rail(NamedTuple):
+    """A rail and its counters."""
+
+    rail: RailInfo
+    counters: RailCounters
 
 
 @dataclass(frozen=True)
@@ -229,6 +248,11 @@ class Engine:
     @property
     def closed(self) -> bool:
         return self._native.closing
+
+    @property
+    def handle(self) -> Any:
+        """The `ept_engine *` of the C API, for code that calls that by itself; valid until `close`."""
+        return self._native.pointer
 
     # -- what one works with --
 
@@ -348,18 +372,10 @@ class Engine:
         for index in range(self.info().rails):
             rail, counters = sized("ept_rail"), sized("ept_rail_counters")
             self._native.call(lib.ept_engine_rail, index, rail, counters)
-            counted = (
-                "tx_bytes",
-                "tx_operations",
-                "rx_bytes",
-                "rx_operations",
-                "tx_sends",
-                "rx_sends",
-                "later",
-                "errors",
+            about = RailInfo(text(rail.name), text(rail.fabric), rail.numa, rail.bits_per_s)
+            found.append(
+                Rail(about, RailCounters(**{each.name: getattr(counters, each.name) for each in fields(RailCounters)}))
             )
-            numbers = {name: getattr(counters, name) for name in counted}
-            found.append(Rail(text(rail.name), text(rail.fabric), rail.bits_per_s, **numbers))
         return tuple(found)
 
     def drain_log(self) -> None:

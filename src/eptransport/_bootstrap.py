@@ -1,0 +1,165 @@
+"""How ranks find each other: a store of keys and values, and what every rank puts there for the others to read."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from eptransport.errors import EptError, MismatchError, Timeout, TransportError, error_class
+
+__all__ = ["Bootstrap", "LocalStore", "Store"]
+
+FIRST_POLL_S = 0.0002
+LONGEST_POLL_S = 0.02
+
+
+class Store(Protocol):
+    """What is used of a `torch.distributed.Store`, all of which are one (TCPStore, FileStore, HashStore, PrefixStore).
+
+    The store is trusted: without `EPT_SECRET` the job's secret goes through it.
+    """
+
+    def set(self, key: str, value: str, /) -> Any: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def add(self, key: str, amount: int, /) -> int: ...
+
+    def check(self, keys: list[str], /) -> bool: ...
+
+
+class LocalStore:
+    """A store for ranks that are threads of one process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str, /) -> None:
+        with self._lock:
+            self._values[key] = value.encode()
+
+    def get(self, key: str, /) -> bytes:
+        with self._lock:
+            return self._values[key]
+
+    def add(self, key: str, amount: int, /) -> int:
+        with self._lock:
+            total = int(self._values.get(key, b"0")) + amount
+            self._values[key] = str(total).encode()
+            return total
+
+    def check(self, keys: list[str], /) -> bool:
+        with self._lock:
+            return all(key in self._values for key in keys)
+
+
+class Bootstrap:
+    """The set-up of one group. In each stage every rank says something, or its error, which all then raise.
+
+    Invariant. The prefix holds the number of times that this rank has made a group of this name on this store. Making
+    one is collective, and a rank counts before anything of it can fail, so all have the same number, and what an
+    earlier group left there, or a failed attempt, is never read.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, name: str, timeout_s: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._world = world_size
+        self._name = name
+        self._timeout_s = timeout_s
+        try:
+            self.generation = store.add(f"ept/{name}/{rank}", 1)
+        except RuntimeError as problem:
+            raise self._failed(problem) from problem
+        self._prefix = f"ept/{name}/{self.generation}"
+
+    def say(self, stage: str, content: dict[str, Any] | None, error: EptError | None = None) -> None:
+        """Puts this rank's word of a stage."""
+        if error is not None:
+            said: dict[str, Any] = {"error": {"code": int(error.code), "text": error.message, "peer": error.peer}}
+        else:
+            said = {"said": content, "world_size": self._world}
+        try:
+            self._store.set(self._key(stage, self._rank), json.dumps(said))
+        except RuntimeError as problem:
+            raise self._failed(problem) from problem
+
+    def exchange(self, stage: str, content: dict[str, Any]) -> list[dict[str, Any]]:
+        """Says `content` and waits for all: what each rank said, in rank order. An error that any rank said is
+        raised."""
+        self.say(stage, content)
+        ranks = range(self._world)
+        self._wait(stage, list(ranks))
+        return [self._heard(stage, rank) for rank in ranks]
+
+    def errors(self, stage: str) -> None:
+        """Raises an error that some rank has said, if one has; doesn't wait."""
+        for rank in range(self._world):
+            if rank != self._rank and self._has([self._key(stage, rank)]):
+                self._heard(stage, rank)
+
+    def _wait(self, stage: str, missing: list[int]) -> None:
+        """Until all of them have said their word. A rank that failed ends it early: the others may never come."""
+        deadline = time.monotonic() + self._timeout_s
+        pause = FIRST_POLL_S
+        while missing and not self._has([self._key(stage, rank) for rank in missing]):
+            time.sleep(pause)
+            pause = min(pause * 1.5, LONGEST_POLL_S)
+            if pause == LONGEST_POLL_S:
+                missing = self._still_missing(stage, missing)
+            if missing and time.monotonic() > deadline:
+                raise self._late(stage, missing)
+
+    def _still_missing(self, stage: str, ranks: list[int]) -> list[int]:
+        here = [rank for rank in ranks if self._has([self._key(stage, rank)])]
+        for rank in here:
+            self._heard(stage, rank)
+        return [rank for rank in ranks if rank not in here]
+
+    def _heard(self, stage: str, rank: int) -> dict[str, Any]:
+        try:
+            said = json.loads(self._store.get(self._key(stage, rank)))
+        except RuntimeError as problem:
+            raise self._failed(problem) from problem
+        if "error" in said:
+            found = said["error"]
+            prefix = "" if rank == self._rank else f"rank {rank} of group {self._name!r} failed: "
+            raise error_class(found["code"])(prefix + found["text"], operation=stage, peer=found["peer"])
+        if said["world_size"] != self._world:
+            raise MismatchError(
+                f"ranks of group {self._name!r} disagree on world_size: rank {self._rank} has {self._world}, "
+                f"rank {rank} has {said['world_size']}",
+                operation=stage,
+                peer=rank,
+            )
+        content: dict[str, Any] = said["said"]
+        return content
+
+    def _has(self, keys: list[str]) -> bool:
+        try:
+            return self._store.check(keys)
+        except RuntimeError as problem:
+            raise self._failed(problem) from problem
+
+    def _key(self, stage: str, rank: int) -> str:
+        return f"{self._prefix}/{stage}/{rank}"
+
+    def _late(self, stage: str, missing: Sequence[int]) -> Timeout:
+        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        come = self._world - len(missing)
+        return Timeout(
+            f"rank {self._rank} of group {self._name!r} waited {self._timeout_s:g} s for rank {shown} in the set-up's "
+            f"stage {stage}: {come} of {self._world} ranks have come. Every rank must make the group, with the same "
+            "name, world size and store",
+            operation=stage,
+            peer=missing[0] if missing else None,
+            expected=self._world,
+            seen=come,
+        )
+
+    def _failed(self, problem: RuntimeError) -> TransportError:
+        return TransportError(f"the store of group {self._name!r} failed: {problem}", operation="set-up")
