@@ -68,7 +68,10 @@ def write_json(file: Path, result: P2pResult | MoeResult) -> None:
 def p2p_table(result: P2pResult) -> RenderableType:
     job = result.job
     table = Table(title=f"point to point over {result.backend}, {job.ranks} ranks", title_justify="left")
-    for name in ("write with signal", "p50", "p99", "floor", "floor p50", "ratio", "messages", "bytes", "cores"):
+    names = ["write with signal", "p50", "p99", "floor", "floor p50", "ratio", "messages", "bytes", "cores"]
+    if job.against:
+        names.append(f"{job.against} p50")
+    for name in names:
         table.add_column(name, justify="left" if name in ("write with signal", "floor") else "right")
     for measure in result.measures:
         table.add_row(
@@ -81,6 +84,7 @@ def p2p_table(result: P2pResult) -> RenderableType:
             f"{measure.messages:.2f}",
             f"{measure.wire_bytes:,.0f}",
             f"{measure.cores:.1f}",
+            *([f"{measure.other.p50:.2f} {measure.unit}"] if measure.other else []),
         )
     notes = (
         f"median of {job.rounds} rounds, ours and the floor in turn; of bandwidths and rates, the worst round as p99"
@@ -216,6 +220,8 @@ def p2p_picture(file: Path, result: P2pResult) -> None:
         rounds = range(1, len(measure.ours.rounds) + 1)
         panel.plot(rounds, measure.ours.rounds, "o-", color=COLOURS["eptransport"], label="eptransport")
         panel.plot(rounds, measure.floor.rounds, "s--", color=FLOOR_COLOUR, label=measure.floor_name)
+        if measure.other is not None and result.job.against:
+            panel.plot(rounds, measure.other.rounds, "^:", color=COLOURS["gloo"], label=result.job.against)
         panel.set_title(f"{_size(measure.bytes)} {_KINDS[measure.kind]}")
         panel.set_ylabel(measure.unit)
         panel.set_xlabel("round")
