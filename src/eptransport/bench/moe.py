@@ -465,14 +465,15 @@ class _Gloo:
     def __init__(self, layer: _Layer, rank: Rank) -> None:
         import torch
         from torch import distributed
-        from torch.distributed import PrefixStore
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         shape = layer.shape
         self.layer, self.rank = layer, rank
         distributed.init_process_group(
             "gloo", store=PrefixStore("gloo", rank.store()), rank=rank.rank, world_size=rank.world
         )
-        self.held = [len(shape.experts_of(r)) for r in range(shape.ranks)]
+        self.experts = [shape.experts_of(r) for r in range(shape.ranks)]
+        self.held = [len(held) for held in self.experts]
         pairs = shape.tokens * shape.top_k
         if shape.dispatch_dtype == "fp8":
             self.wire = torch.uint8
@@ -527,8 +528,8 @@ class _Gloo:
         sent_counts = torch.bincount(flat, minlength=shape.experts)
         mine = self.held[self.rank.rank]
         all_to_all_single(self.counts, sent_counts, [mine] * shape.ranks, self.held)
-        self.to = [int(part.sum()) for part in sent_counts.split(self.held)]
-        self.come = [int(part.sum()) for part in self.counts.split(mine)]
+        self.to = [int(sent_counts[held.start : held.stop].sum()) for held in self.experts]
+        self.come = self.counts.view(shape.ranks, mine).sum(dim=1).tolist()
         token = self.order.div(shape.top_k, rounding_mode="floor")
         if shape.dispatch_dtype == "fp8":
             torch.index_select(self._quantised(), 0, token, out=self.send)

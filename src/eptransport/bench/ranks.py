@@ -28,7 +28,7 @@ from eptransport.bench import native
 from eptransport.errors import EptError, InternalError, PeerLost, Timeout, UnsupportedError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
     from eptransport import Group, Settings
 
@@ -243,7 +243,7 @@ class _ProcessRank(Rank):
 
     def store(self) -> Store:
         if self._store is None:
-            from torch.distributed import TCPStore
+            from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
             if self.rank == 0:
                 self._store = TCPStore(HOST, 0, self.world, is_master=True, wait_for_workers=False)
@@ -370,7 +370,7 @@ class StoreRank(Rank):
 
         self._round += 1
         prefix = f"eptransport/bench/{self._round}"
-        self._store.set(f"{prefix}/{self.rank}", pickle.dumps(value))
+        self._store.set(f"{prefix}/{self.rank}", pickle.dumps(value).hex())
         deadline = time.monotonic() + MEET_TIMEOUT_S
         values = []
         for other in range(self.world):
@@ -379,7 +379,7 @@ class StoreRank(Rank):
                 if time.monotonic() > deadline:
                     raise Timeout(f"rank {other} did not come within {MEET_TIMEOUT_S:.0f} s", peer=other)
                 time.sleep(0.001)
-            values.append(pickle.loads(self._store.get(key)))
+            values.append(pickle.loads(bytes.fromhex(self._store.get(key).decode())))
         return values
 
     def store(self) -> Store:
