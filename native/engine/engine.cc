@@ -503,6 +503,9 @@ int32_t ept_engine_info_get(ept_engine *engine, ept_engine_info *info, ept_error
     info->unknown_chans = engine->unknown_chans;
     info->timeout_ns = engine->timeout_ns;
     info->dead_ns = engine->dead_ns;
+    info->rank = engine->rank;
+    info->world = engine->world;
+    info->epoch = engine->epoch;
     return EPT_OK;
   });
 }

@@ -116,6 +116,8 @@ typedef struct ept_engine_info {
   uint64_t regions, signals;    /* exported now */
   uint64_t unknown_chans;       /* immediates for a chan that nobody holds: counted, dropped */
   uint64_t timeout_ns, dead_ns; /* as configured, defaults filled in */
+  uint32_t rank, world, epoch;
+  uint32_t reserved;
 } ept_engine_info;
 int32_t ept_engine_info_get(ept_engine *engine, ept_engine_info *info, ept_error *error);
 int32_t ept_engine_rail(ept_engine *engine, uint32_t index, ept_rail *rail, ept_rail_counters *counters,
