@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,21 +16,18 @@ from eptransport.adapters.transformers import ExpertParallel, expert_parallel
 from eptransport.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eptransport import Group
+    from eptransport import Group, Store
 
 __all__ = ["Finish", "decode", "encode", "find_tiny_deepseek", "generate", "load_tiny_deepseek", "serve_tiny_deepseek"]
 
 
-def serve_tiny_deepseek(
-    group: Group, store: Store, prompts: Sequence[str], new_tokens: int, name: str = "demo"
-) -> list[str]:
+def serve_tiny_deepseek(group: Group, prompts: Sequence[str], new_tokens: int) -> list[str]:
     """This rank's prompts (none, one or several) and their continuations, experts spread over the group.
 
-    Collective: all ranks call it, each with its own prompts and its own number of new tokens. The store tells when all
-    are done; `name` is new for each call with the same store.
+    Collective: all ranks call it, each with its own prompts and its own number of new tokens.
     """
     parallel = expert_parallel(load_tiny_deepseek(), group, max_tokens=1024)
-    finish = Finish(store, group.rank, group.world_size, name)
+    finish = Finish(group._store, group.rank, group.world_size)
     try:
         texts = generate(parallel, [encode(prompt) for prompt in prompts], new_tokens, finish)
     finally:
@@ -44,8 +41,7 @@ def load_tiny_deepseek() -> Any:
 
     model = DeepseekV3ForCausalLM.from_pretrained(find_tiny_deepseek(), dtype=torch.float32)
     model.set_experts_implementation("grouped_mm")
-    model.eval()
-    return model
+    return model.train(False)
 
 
 def find_tiny_deepseek() -> pathlib.Path:
@@ -146,18 +142,8 @@ class _Batch:
         self.mask = torch.cat([self.mask, torch.ones_like(self.tokens)], dim=1)
 
 
-class Store(Protocol):
-    """What `Finish` needs of a `torch.distributed.Store`."""
-
-    def set(self, key: str, value: str) -> None: ...
-
-    def get(self, key: str) -> bytes: ...
-
-    def check(self, keys: list[str]) -> bool: ...
-
-
 class Finish:
-    """How ranks agree on the last step without a barrier.
+    """How ranks agree on the last step without a barrier. One instance for one generation; made on every rank.
 
     A rank writes down the number of steps that it needed, once it knows it and before its next step. A rank that has
     made s steps knows that every other one has begun its step number s (no dispatch ends without a message from
@@ -165,14 +151,15 @@ class Finish:
     all ranks that have made s steps; they stop there, one step after the last of them needed to.
     """
 
-    def __init__(self, store: Store, rank: int, world: int, name: str) -> None:
-        self.store, self.rank, self.name = store, rank, name
-        self.keys = [f"eptransport/finish/{name}/{other}" for other in range(world)]
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self._store = store
+        time = store.add(f"ept-finish/{rank}", 1)  # what earlier generations left is never read
+        self._keys = [f"ept-finish/{time}/{other}" for other in range(world_size)]
+        self._mine = self._keys[rank]
 
     def announce(self, steps: int) -> None:
-        if self.store.check([self.keys[self.rank]]):
-            raise ConfigError(f"this store has the end of a generation named {self.name!r} already; give another name")
-        self.store.set(self.keys[self.rank], str(steps))
+        self._store.set(self._mine, str(steps))
 
     def everyone(self, steps: int) -> bool:
-        return all(self.store.check([key]) and int(self.store.get(key)) < steps for key in self.keys)
+        """Whether all ranks needed less steps than this one has made."""
+        return all(self._store.check([key]) and int(self._store.get(key)) < steps for key in self._keys)

@@ -35,12 +35,12 @@ CASES = [(world, name) for world in PROMPTS for name in models.NAMES]
 
 def serve_all(group: Any, store: Any) -> dict[str, Any]:
     """On one rank: every model in turn, and the trained one again with results sent back in bf16."""
-    served = {name: serve(group, store, name, models.build(name)) for name in models.NAMES}
-    served["tiny, bf16"] = serve(group, store, "tiny, bf16", models.build("tiny"), combine_dtype=torch.bfloat16)
+    served = {name: serve(group, store, models.build(name)) for name in models.NAMES}
+    served["tiny, bf16"] = serve(group, store, models.build("tiny"), combine_dtype=torch.bfloat16)
     return served
 
 
-def serve(group: Any, store: Any, name: str, model: Any, **options: Any) -> dict[str, Any]:
+def serve(group: Any, store: Any, model: Any, **options: Any) -> dict[str, Any]:
     parallel = expert_parallel(model, group, max_tokens=96, **options)
     forwards: list[tuple[int, ...]] = []
     forward = model.forward
@@ -52,10 +52,9 @@ def serve(group: Any, store: Any, name: str, model: Any, **options: Any) -> dict
         return output
 
     model.forward = counted
-    finish = demo.Finish(store, group.rank, group.world_size, name)
-    served = models.run(
-        parallel, PROMPTS[group.world_size][group.rank], NEW_TOKENS[group.world_size][group.rank], finish
-    )
+    world, rank = group.world_size, group.rank
+    finish = demo.Finish(store, rank, world)
+    served = models.run(parallel, PROMPTS[world][rank], NEW_TOKENS[world][rank], finish)
     held = {key: module.down_proj.shape[0] for key, module in models.experts_of(model).items()}
     exchanges = len(parallel.exchanges)
     local = list(parallel.exchanges[0].local_experts)

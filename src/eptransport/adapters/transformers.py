@@ -117,6 +117,8 @@ class ExpertParallel:
         """Frees the buffers of the exchanges; the model can't be called after. Collective."""
         for exchange in self.exchanges:
             exchange.close()
+        for key in [key for key, exchange in _EP_EXCHANGES.items() if exchange in self.exchanges]:
+            del _EP_EXCHANGES[key]
 
     def _wrapped_forward(self) -> Callable[..., Any]:
         @functools.wraps(self._forward)  # generate() reads the signature
@@ -382,7 +384,7 @@ def _output_of_nothing(model: torch.nn.Module, shape: tuple[int, ...]) -> Any:
 
 _EP_OPTIONS: dict[str, Any] = {"group": None, "max_tokens": MAX_TOKENS, "top_k": None, "dtype": None, "options": {}}
 _EP_GROUPS: dict[tuple[int, ...], Any] = {}
-_EP_EXCHANGES: dict[tuple[int, _Shape], Any] = {}
+_EP_EXCHANGES: dict[tuple[Any, _Shape], Any] = {}
 _LAYER = "_eptransport_layer"  # where a module that transformers built keeps its _Layer
 
 
@@ -415,12 +417,11 @@ def _register() -> bool:
 
 def _layer_of_mesh(experts: torch.nn.Module, ep_mesh: Any) -> _Layer:
     name = type(experts).__name__
-    num_experts = (
-        int(experts.num_experts) * ep_mesh.size()
-    )  # transformers has split them already, evenly, in rank order
+    held: Any = experts.num_experts  # transformers has split them already: evenly, in rank order
+    num_experts = held * ep_mesh.size()
     shape = _shape(experts, name, experts, num_experts, _EP_OPTIONS["top_k"], _EP_OPTIONS["dtype"])
     group = _EP_OPTIONS["group"] or _group_of_mesh(ep_mesh)
-    key = (id(group), shape)
+    key = (group, shape)
     if key not in _EP_EXCHANGES:
         _EP_EXCHANGES[key] = _all_to_all(group, shape, _EP_OPTIONS["max_tokens"], _EP_OPTIONS["options"])
     return _Layer(name, experts, experts.forward, _EP_EXCHANGES[key], shape)
