@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// engine_test.cc PLUGIN: the engine through its C API, over the loopback plugin, polite and under the adversary; ranks are
-// engines of one process that one thread drives (inline), or that drive themselves (auto, thread).
+// engine_test.cc PLUGIN: the engine through its C API, over loopback (polite and under the adversary) or another plugin;
+// ranks are engines of one process that one thread drives (inline), or that drive themselves (auto, thread).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -242,11 +242,12 @@ void credits_hold(const ept_plugin *plugin) {
   ept_engine_info info{};
   info.size = sizeof info;
   OK(ept_engine_info_get(group[1], &info, &error));
-  CHECK(taken > static_cast<int>(info.credits), "the queue runs ahead of the credits");
+  CHECK(taken > 256, "the queue runs ahead: %d", taken);
   ept_peer_info peer{};
   peer.size = sizeof peer;
   OK(ept_engine_peer(group[0], 1, &peer, &error));
-  CHECK(peer.credits == 0 && peer.queued > 0, "%u credits, %u queued", peer.credits, peer.queued);
+  CHECK(peer.queued > 0, "nothing waits");
+  if (!std::strcmp(ept_plugin_name(plugin), "loopback")) CHECK(peer.credits == 0, "%u credits are left", peer.credits);
   link.until(static_cast<uint64_t>(taken));
 }
 
@@ -367,7 +368,8 @@ int main(int argc, char **argv) {
   };
   run("own places, polite", [&] { own_places(plugin, {}); });
   run("mixed sizes, polite", [&] { mixed_sizes(plugin, {}, 1); });
-  run("mixed sizes, four rails", [&] { mixed_sizes(plugin, {{"rails", "4"}}, 2); });
+  const bool loopback = std::strcmp(ept_plugin_name(plugin), "loopback") == 0;
+  run("mixed sizes, four rails", [&] { mixed_sizes(plugin, {{loopback ? "rails" : "streams", "4"}}, 2); });
   run("paged, polite", [&] { paged(plugin, {}); });
   run("credits hold", [&] { credits_hold(plugin); });
   run("waits say who", [&] { waits_say_who(plugin); });
@@ -378,7 +380,7 @@ int main(int argc, char **argv) {
   run("revoked", [&] { revoked(plugin); });
   run("quiesce", [&] { quiesce(plugin); });
   run("a rank leaves", [&] { a_rank_leaves(plugin); });
-  for (int seed = 1; seed <= 5; seed++) {
+  for (int seed = 1; loopback && seed <= 5; seed++) {
     std::string text = std::to_string(seed);
     run(("adversary " + text).c_str(), [&] {
       own_places(plugin, {{"adversary", text.c_str()}});
