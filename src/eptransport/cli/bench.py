@@ -1,0 +1,214 @@
+"""`eptransport bench p2p` and `eptransport bench moe`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from eptransport.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from eptransport.bench.moe import MoeResult
+    from eptransport.bench.p2p import P2pResult
+
+__all__ = ["bench", "need_torch"]
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="Measure, always beside what the machine does without eptransport, and in turn with it.",
+)
+
+Result = TypeVar("Result")
+
+
+class Against(str, Enum):
+    gloo = "gloo"
+
+
+class PresetName(str, Enum):
+    deepseek_v3 = "deepseek-v3"
+    kimi_k2 = "kimi-k2"
+    qwen3_235b = "qwen3-235b"
+    mixtral = "mixtral"
+
+
+class Layout(str, Enum):
+    contiguous = "contiguous"
+    masked = "masked"
+    rows = "rows"
+    by_rank = "by_rank"
+
+
+class Dtype(str, Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class DispatchDtype(str, Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+    fp8 = "fp8"
+
+
+Ranks = Annotated[int, typer.Option(help="Processes on this machine (loopback: threads).")]
+Backend = Annotated[
+    str | None, typer.Option(help="auto, a backend's name, or a plugin's path; EPT_BACKEND if not given.")
+]
+Rounds = Annotated[int, typer.Option(min=1, help="Each figure is the median of so many rounds.")]
+AgainstOption = Annotated[
+    Against | None, typer.Option(help="Compare with another library, in the same processes and rounds.")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all figures here; - is stdout.")]
+PictureFile = Annotated[Path | None, typer.Option(help="Draw the figures into this file (.png, .svg, .pdf).")]
+
+
+@bench.command()
+def p2p(
+    ranks: Ranks = 2,
+    backend: Backend = None,
+    size: Annotated[list[int] | None, typer.Option(help="Bytes of a write for latency; may be repeated.")] = None,
+    bandwidth_size: Annotated[
+        list[int] | None, typer.Option(help="Bytes of a write for bandwidth; may be repeated.")
+    ] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Turns of a ping-pong, a round.")] = 5000,
+    stream_mib: Annotated[int, typer.Option(min=1, help="MiB of a bandwidth run, a round.")] = 256,
+    rounds: Rounds = 5,
+    against: AgainstOption = None,
+    json_file: JsonFile = None,
+    picture: PictureFile = None,
+) -> None:
+    """A write with a signal: latency and bandwidth, and on loopback the rate of one core."""
+    from eptransport.bench import report
+    from eptransport.bench.p2p import P2pJob, run
+
+    if against:
+        need_torch("--against gloo")
+    job = P2pJob(
+        ranks=ranks,
+        backend=_backend(backend, ranks),
+        latency_bytes=tuple(size or P2pJob.latency_bytes),
+        bandwidth_bytes=tuple(bandwidth_size or P2pJob.bandwidth_bytes),
+        iterations=iterations,
+        stream_bytes=stream_mib << 20,
+        rounds=rounds,
+        against=against.value if against else None,
+    )
+    _check_outputs(picture)
+    result = _with_progress("point to point", job.units, lambda progress: run(job, progress))
+    _show(result, report.p2p_table(result), json_file)
+    if picture:
+        report.p2p_picture(picture, result)
+
+
+@bench.command()
+def moe(
+    ranks: Ranks = 4,
+    backend: Backend = None,
+    preset: Annotated[
+        PresetName | None, typer.Option(help="Hidden size, experts, top-k and dispatch dtype of a published model.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 128,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Hidden size [7168].", show_default=False)] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Experts of all ranks [256].", show_default=False)] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts of a token [8].", show_default=False)] = None,
+    skew: Annotated[float, typer.Option(min=0, help="Zipf exponent of the experts' popularity; 0: all alike.")] = 0.0,
+    dtype: Annotated[Dtype, typer.Option(help="Of the model, and of what combine brings back.")] = Dtype.bf16,
+    dispatch_dtype: Annotated[
+        DispatchDtype | None, typer.Option(help="On the wire of dispatch; --dtype or the preset's if not given.")
+    ] = None,
+    layout: Annotated[Layout, typer.Option(help="How dispatch lays out what it brought.")] = Layout.contiguous,
+    iterations: Annotated[int, typer.Option(min=1, help="Of each side, a round.")] = 20,
+    rounds: Rounds = 5,
+    against: AgainstOption = None,
+    seed: Annotated[int, typer.Option(help="Of tokens and routing.")] = 20,
+    json_file: JsonFile = None,
+    picture: PictureFile = None,
+) -> None:
+    """Dispatch and combine of one layer. The result is first compared with plain torch, bit for bit."""
+    need_torch("bench moe")
+    from eptransport.bench import report
+    from eptransport.bench.moe import MoeJob, check, run
+    from eptransport.bench.shapes import PRESETS, Shape
+
+    base = PRESETS[preset.value] if preset else None
+    shape = Shape(
+        ranks=ranks,
+        tokens=tokens,
+        hidden=hidden or (base.hidden if base else 7168),
+        experts=experts or (base.experts if base else 256),
+        top_k=top_k or (base.top_k if base else 8),
+        dtype=dtype.value,
+        dispatch_dtype=dispatch_dtype.value if dispatch_dtype else base.dispatch_dtype if base else dtype.value,
+        combine_dtype=dtype.value,
+    )
+    job = MoeJob(
+        shape=shape,
+        backend=_backend(backend, ranks),
+        layout=layout.value,
+        skew=skew,
+        against=against.value if against else None,
+        iterations=iterations,
+        rounds=rounds,
+        seed=seed,
+    )
+    check(job)
+    _check_outputs(picture)
+    result = _with_progress("dispatch and combine", job.units, lambda progress: run(job, progress))
+    _show(result, report.moe_table(result), json_file)
+    if picture:
+        report.moe_picture(picture, result)
+
+
+def need_torch(what: str, extra: str = "bench") -> None:
+    """UnsupportedError, with the mend, where torch is missing."""
+    import importlib.util
+
+    for package in ("torch", "numpy"):
+        if importlib.util.find_spec(package) is None:
+            raise UnsupportedError(f"{what} needs {package}: pip install 'eptransport[{extra}]'", operation=what)
+
+
+def _backend(given: str | None, ranks: int) -> str:
+    """The backend to bench, after a look at whether it can run here: better now than from each rank."""
+    from eptransport import Settings, choose
+
+    settings = Settings() if given is None else Settings(backend=given)
+    if settings.backend != "loopback":
+        choose(settings, ranks, one_process=False)
+    return settings.backend
+
+
+def _check_outputs(picture: Path | None) -> None:
+    """Before minutes of measuring, not after."""
+    if picture:
+        from eptransport.bench.report import need_matplotlib
+
+        need_matplotlib()
+
+
+def _with_progress(what: str, units: int, work: Callable[[Callable[[int], None]], Result]) -> Result:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=units)
+        return work(lambda done: progress.update(task, completed=done))
+
+
+def _show(result: P2pResult | MoeResult, table: RenderableType, json_file: Path | None) -> None:
+    from eptransport.bench import report
+
+    to_stdout = str(json_file) == "-"
+    Console(stderr=to_stdout, highlight=False, width=None if sys.stdout.isatty() else 150).print(table)
+    if to_stdout:
+        typer.echo(json.dumps(report.as_json(result), indent=2))
+    elif json_file:
+        report.write_json(json_file, result)

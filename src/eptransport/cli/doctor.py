@@ -1,0 +1,94 @@
+"""`eptransport doctor` and `eptransport settings`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["doctor", "settings"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def doctor(
+    as_json: Json = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also where plugins are and their settings.")
+    ] = False,
+) -> None:
+    """Which backends can run here, what the others lack and how to get it; which one would be taken; all settings that
+    are not at their default. Exit code 1 if no job could start."""
+    from eptransport.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+        raise typer.Exit(0 if found.healthy else 1)
+
+    console = Console(highlight=False)
+    extras = ", ".join(f"{name} {version or '(missing)'}" for name, version in found.extras.items())
+    console.print(f"eptransport {found.version}, Python {found.python}, {found.system}, {found.cores} cores")
+    console.print(f"beside it: {extras}", markup=False)
+
+    table = Table(title="backends", title_justify="left", show_lines=verbose)
+    for name in ("backend", "here", "what it would use, or what is missing", "mend"):
+        table.add_column(name, overflow="fold")
+    for backend in found.backends:
+        if not backend.path:
+            continue
+        finding = [backend.finding]
+        if backend.waives:
+            finding.append(f"waives clause {backend.waives}")
+        if verbose:
+            finding += [f"{backend.version}, {backend.source}: {backend.path}", *backend.options]
+        state = "[green]usable[/]" if backend.usable else "[yellow]no[/]"
+        table.add_row(backend.name, state, "\n".join(map(_plain, finding)), _plain(backend.mend))
+    absent = [backend for backend in found.backends if not backend.path]
+    if absent:
+        names = ", ".join(backend.name for backend in absent)
+        table.add_row(names, "[yellow]no[/]", absent[0].finding, _plain(absent[0].mend))
+    console.print(table)
+    for source, reason in found.refused.items():
+        console.print(f"[yellow]refused[/] {_plain(source)}: {_plain(reason)}", soft_wrap=True)
+
+    for choice in found.choices:
+        order = f" (order: {', '.join(choice.order)})" if choice.order else ""
+        taken = f"[green]{choice.backend}[/]" if choice.backend else "[red]none[/]"
+        console.print(f"ranks that are {choice.where}: {taken}, {_plain(choice.why)}{order}", soft_wrap=True)
+
+    changed = [row for row in found.settings if row.source != "default"]
+    console.print(f"settings not at their default: {'none' if not changed else ''}")
+    for row in changed:
+        console.print(f"  {row}", markup=False, soft_wrap=True)
+    if found.problem:
+        console.print(f"[bold red]no job can start:[/] {_plain(found.problem)}", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def settings(as_json: Json = False) -> None:
+    """Every setting: its value, where that came from, and what it is for."""
+    from eptransport import Settings
+
+    rows = Settings().explain()
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return
+    table = Table(title="settings", title_justify="left")
+    for name in ("environment", "value", "from", "what it is for"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        style = None if row.source == "default" else "bold"
+        table.add_row(row.variable, _plain(row.value), row.source, _plain(row.doc), style=style)
+    Console(highlight=False).print(table)
+
+
+def _plain(text: str) -> str:
+    """So that a bracket in a value is no markup."""
+    from rich.markup import escape
+
+    return escape(text)
