@@ -190,7 +190,7 @@ int32_t stream(ept_engine *engine, End &end, uint32_t side, uint64_t bytes, uint
   }
   *seconds = static_cast<double>(now_ns() - before) / 1e9;
   if (code == EPT_OK && side == 1)
-    for (uint64_t i = 0; i < bytes * ring; i += 61)
+    for (uint64_t i = 0; i < bytes * (count < ring ? count : ring); i += 61)
       if (end.landing()[i] != end.expected(i))
         return fail(EPT_E_INTERNAL, "stream: byte %llu is wrong", static_cast<unsigned long long>(i));
   return code;

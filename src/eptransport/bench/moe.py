@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     import torch
 
     from eptransport import Group
+    from eptransport.all_to_all import Layout
 
-__all__ = ["LAYOUTS", "MoeJob", "MoeResult", "SideResult", "Traffic", "measure", "run"]
+__all__ = ["MoeJob", "MoeResult", "SideResult", "Traffic", "measure", "run"]
 
-LAYOUTS = ("contiguous", "masked", "rows", "by_rank")
 SEED = 20
 
 
@@ -39,7 +39,7 @@ SEED = 20
 class MoeJob:
     shape: Shape
     backend: str = "tcp"
-    layout: str = "contiguous"
+    layout: Layout = "contiguous"
     skew: float = 0.0
     against: str | None = None
     """`gloo`, or None."""

@@ -64,6 +64,7 @@ def serve_experts(shape: Shape, rank: int, layout: str, got: Dispatched) -> torc
         return (x.float() * factors[:, None, None]).to(dtype)
     if layout == "contiguous":
         out = torch.zeros_like(x, dtype=dtype)
+        assert got.offsets is not None
         starts, counts = got.offsets.tolist(), got.counts.tolist()
         for expert, count in enumerate(counts):
             rows = slice(starts[expert], starts[expert] + count)

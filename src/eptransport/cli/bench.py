@@ -13,13 +13,13 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from eptransport.errors import UnsupportedError
+from eptransport.errors import InvalidArgument, UnsupportedError
 
 if TYPE_CHECKING:
     from eptransport.bench.moe import MoeResult
     from eptransport.bench.p2p import P2pResult
 
-__all__ = ["bench", "need_torch"]
+__all__ = ["bench", "check_outputs", "need_torch"]
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -103,7 +103,7 @@ def p2p(
         rounds=rounds,
         against=against.value if against else None,
     )
-    _check_outputs(picture)
+    check_outputs(picture, json_file)
     result = _with_progress("point to point", job.units, lambda progress: run(job, progress))
     _show(result, report.p2p_table(result), json_file)
     if picture:
@@ -162,7 +162,7 @@ def moe(
         seed=seed,
     )
     check(job)
-    _check_outputs(picture)
+    check_outputs(picture, json_file)
     result = _with_progress("dispatch and combine", job.units, lambda progress: run(job, progress))
     _show(result, report.moe_table(result), json_file)
     if picture:
@@ -188,8 +188,11 @@ def _backend(given: str | None, ranks: int) -> str:
     return settings.backend
 
 
-def _check_outputs(picture: Path | None) -> None:
+def check_outputs(picture: Path | None, json_file: Path | None = None) -> None:
     """Before minutes of measuring, not after."""
+    for file in (picture, json_file):
+        if file and not file.parent.is_dir():
+            raise InvalidArgument(f"can't write {file}: there is no folder {file.parent}")
     if picture:
         from eptransport.bench.report import need_matplotlib
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from eptransport.errors import EptError, InternalError, InvalidArgument, PeerLost, Timeout, UnsupportedError
+from eptransport.cli.bench import check_outputs
+from eptransport.errors import EptError, InternalError, PeerLost, Timeout, UnsupportedError
 
 if TYPE_CHECKING:
     from eptransport.cli.demo_rank import Shown
@@ -49,8 +50,7 @@ def demo(
         raise UnsupportedError(
             f"the demo needs {', '.join(missing)}: pip install 'eptransport[demo]'", operation="demo"
         )
-    if not picture.parent.is_dir():
-        raise InvalidArgument(f"can't write {picture}: there is no folder {picture.parent}")
+    check_outputs(picture)
     from eptransport import Settings, choose
     from eptransport.bench import report
     from eptransport.bench.moe import combine_ranks
