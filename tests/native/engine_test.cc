@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// engine_test.cc PLUGIN: the engine through its C API, over loopback (polite and under the adversary) or another plugin;
-// ranks are engines of one process that one thread drives (inline), or that drive themselves (auto, thread).
+// engine_test.cc [PLUGIN...]: the engine through its C API, over loopback (polite and under the adversary) or another
+// plugin; ranks are engines of one process that one thread drives (inline), or that drive themselves (auto, thread).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -16,21 +16,21 @@
 
 namespace {
 
-#define CHECK(condition, ...)                                                        \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      std::fprintf(stderr, "%s:%d: %s is false: ", __FILE__, __LINE__, #condition);  \
-      std::fprintf(stderr, "" __VA_ARGS__);                                          \
-      std::fprintf(stderr, "\n");                                                    \
-      std::exit(1);                                                                  \
-    }                                                                                \
+#define CHECK(condition, ...)                                                       \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
+      std::fprintf(stderr, "%s:%d: %s is false: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, "" __VA_ARGS__);                                         \
+      std::fprintf(stderr, "\n");                                                   \
+      std::exit(1);                                                                 \
+    }                                                                               \
   } while (0)
 
 ept_error error{sizeof(ept_error), 0, -1, 0, 0, 0, 0, {}, {}};
-#define OK(call)                                                                                      \
-  do {                                                                                                \
-    int32_t code_ = (call);                                                                           \
-    CHECK(code_ == EPT_OK, "%s: %s: %s", ept_code_name(code_), error.operation, error.text);          \
+#define OK(call)                                                                             \
+  do {                                                                                       \
+    int32_t code_ = (call);                                                                  \
+    CHECK(code_ == EPT_OK, "%s: %s: %s", ept_code_name(code_), error.operation, error.text); \
   } while (0)
 
 constexpr uint64_t second = 1'000'000'000;
@@ -92,7 +92,8 @@ struct Link {
   ept_signal_id signal = 0;
   ept_remote_signal_id remote = 0;
 
-  Link(Group &g, uint32_t from_, uint32_t to_, size_t bytes) : group(g), from(from_), to(to_), source(bytes), target(bytes) {
+  Link(Group &g, uint32_t from_, uint32_t to_, size_t bytes)
+      : group(g), from(from_), to(to_), source(bytes), target(bytes) {
     for (size_t i = 0; i < bytes; i++) source[i] = static_cast<uint8_t>(i * 7 + i / 251 + from);
     source_memory = add(group[from], source);
     target_memory = add(group[to], target);
@@ -210,9 +211,8 @@ void paged(const ept_plugin *plugin, std::vector<ept_value> values) {
   for (uint32_t count : {1u, 2u, 14u, 15u, 1100u, pages, 0u}) {
     uint64_t before = link.count();
     std::fill(link.target.begin(), link.target.end(), 0);
-    ept_paged_write write{sizeof write, 1,           link.source_memory, link.region, page,  0,
-                          0,            0,           0,                  from.data(), to.data(), count,
-                          link.remote};
+    ept_paged_write write{sizeof write, 1,     link.source_memory, link.region, page, 0, 0, 0, 0, from.data(),
+                          to.data(),    count, link.remote};
     ept_transfer_id transfer = 0;
     OK(ept_engine_write_paged(group[0], &write, &transfer, &error));
     for (int i = 0; i < 2'000'000 && link.count() == before; i++) {
@@ -355,16 +355,13 @@ void a_rank_leaves(const ept_plugin *plugin) {
   OK(ept_signal_wait(group[1], cb.signal, 1, 5 * second, &error));
 }
 
-}  // namespace
-
-int main(int argc, char **argv) {
-  CHECK(argc > 1, "usage: engine_test PLUGIN");
+void test(const std::string &path) {
   const ept_plugin *plugin = nullptr;
-  OK(ept_plugin_open(argv[1], &plugin, &error));
-  auto run = [](const char *name, auto &&test) {
-    std::printf("%s\n", name);
+  OK(ept_plugin_open(path.c_str(), &plugin, &error));
+  auto run = [&](const char *name, auto &&body) {
+    std::printf("%s: %s\n", ept_plugin_name(plugin), name);
     std::fflush(stdout);
-    test();
+    body();
   };
   run("own places, polite", [&] { own_places(plugin, {}); });
   run("mixed sizes, polite", [&] { mixed_sizes(plugin, {}, 1); });
@@ -387,6 +384,18 @@ int main(int argc, char **argv) {
       paged(plugin, {{"adversary", text.c_str()}});
       messages(plugin, {{"adversary", text.c_str()}});
     });
+  }
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  const char *folder = std::getenv("EPT_TEST_PLUGINS");
+  CHECK(folder || argc > 1, "usage: engine_test PLUGIN..., or EPT_TEST_PLUGINS names the folder of the built ones");
+  if (argc > 1) {
+    for (int i = 1; i < argc; i++) test(argv[i]);
+  } else {
+    for (const char *name : {"loopback", "tcp"}) test(std::string(folder) + "/ept_" + name + ".so");
   }
   std::puts("ok");
 }

