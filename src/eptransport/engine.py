@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from eptransport._buffers import indices, view
 from eptransport._call import FOREVER, call, error_of, ffi, lib, new_error, size, sized, text, timeout_ns
+from eptransport._guard import Guard
 from eptransport._notify import Notifier
-from eptransport._process import process
 from eptransport.backends import Plugin, native_values
 from eptransport.errors import ClosedError, Code, EptError, InvalidArgument, Timeout
 
@@ -58,6 +58,7 @@ CLOSE_S = 5.0
 RETRY_S = 0.0002
 """Between two tries of a transfer that found no room."""
 ORPHANS_A_CALL = 16
+LOG_LINE_BYTES = 1200
 
 _PROGRESS = {"auto": lib.EPT_PROGRESS_AUTO, "thread": lib.EPT_PROGRESS_THREAD, "inline": lib.EPT_PROGRESS_INLINE}
 _ROLES = {"data": lib.EPT_ROLE_DATA, "signal": lib.EPT_ROLE_SIGNAL}
@@ -247,7 +248,7 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        return self._native.closing
+        return self._native.stopping
 
     @property
     def handle(self) -> Any:
@@ -771,88 +772,65 @@ class Transfer:
 
 
 class _Native:
-    """The engine's pointer, and who uses it: it is freed only when no thread is inside.
+    """The engine's pointer, and what must outlive its use.
 
-    Invariants. `users` counts the threads inside a native call, under `lock`. Once `closing` is set, and it is never
-    unset, nobody enters; those who wait inside are asked every 100 ms (`stop_waiting`) and leave. What `keep` holds is
-    touched by the network until the native close has returned, so it is dropped after that. In a forked child there are
-    no native threads, and the sockets are the parent's: nothing is called there at all.
+    Invariants. Closing goes in this order: `stopping` makes those who wait inside leave (they ask every 100 ms), the
+    children (AllToAlls, the arena) close, the guard shuts, the engine is freed. What `keep` holds is touched by the
+    network until then, so it is dropped after that.
     """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.pointer: Any = ffi.NULL
+        self.guard = Guard(f"the engine of rank {rank}")
+        self.stopping = False
         self.keep: dict[Any, Any] = {}
         self.children: dict[int, Callable[[], None]] = {}
-        self.closing = False
-        self.users = 0
-        self.lock = threading.RLock()
-        self.idle = threading.Event()
-        self.generation = process.generation
         self.handle = ffi.new_handle(self)
 
     def call(self, function: Callable[..., int], *args: Any, allow: int = 0) -> int:
         """`function(engine, *args, error)`, as `_call.call`."""
-        self.enter()
+        self.guard.enter()
         try:
             return call(function, self.pointer, *args, allow=allow)
         except Exception:
             self.drain_log()
             raise
         finally:
-            self.leave()
+            self.guard.leave()
 
     def plain(self, function: Callable[..., int], *args: Any) -> int:
         """`function(engine, *args)`, for calls that have no error to fill."""
-        self.enter()
+        self.guard.enter()
         try:
             return function(self.pointer, *args)
         finally:
-            self.leave()
-
-    def enter(self) -> None:
-        if self.generation != process.generation:
-            raise ClosedError("this engine is the parent process's: a forked child must make a group of its own")
-        with self.lock:
-            if self.closing:
-                raise ClosedError(f"the engine of rank {self.rank} is closed")
-            self.users += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.users -= 1
-            if self.closing and not self.users:
-                self.idle.set()
+            self.guard.leave()
 
     def stop_waiting(self) -> bool:
+        """What a waiting native thread asks."""
         self.drain_log()
-        return self.closing
+        return self.stopping
 
     def drain_log(self) -> None:
         if self.pointer == ffi.NULL:
             return
-        level, line = ffi.new("int32_t *"), ffi.new("char[]", 1200)
+        level, line = ffi.new("int32_t *"), ffi.new("char[]", LOG_LINE_BYTES)
         while lib.ept_engine_log(self.pointer, level, line, len(line)) == Code.OK:
             logger.log(level[0], "rank %d: %s", self.rank, text(line))
 
     def close(self, timeout: float) -> None:
-        if self.generation != process.generation or self.pointer == ffi.NULL:
+        if self.guard.forked or self.pointer == ffi.NULL or self.stopping:
             return
+        self.stopping = True
         for close_child in reversed(list(self.children.values())):
             close_child()
-        with self.lock:
-            if self.closing:
-                return
-            self.closing = True
-            if self.users:
-                self.idle.clear()
-            else:
-                self.idle.set()
-        if not self.idle.wait(max(timeout, CLOSE_S)):
-            logger.error("rank %d: %d threads are still inside the engine: it is left open", self.rank, self.users)
+        self.guard.shut()
+        if not self.guard.wait_idle(CLOSE_S):
+            logger.error("rank %d: a thread is still inside the engine, which is left open", self.rank)
             return
-        pointer, error = self.pointer, new_error()
         self.drain_log()
+        pointer, error = self.pointer, new_error()
         code = lib.ept_engine_close(pointer, timeout_ns(timeout), error)
         self.pointer = ffi.NULL
         self.keep.clear()

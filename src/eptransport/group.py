@@ -15,6 +15,7 @@ import eptransport
 from eptransport._bootstrap import Bootstrap, LocalStore, Store
 from eptransport._call import ffi, lib, new_error, timeout_ns
 from eptransport._process import cores, host_id, process
+from eptransport._trace import Trace
 from eptransport.backends import Candidate, Choice, candidates, unavailable, why
 from eptransport.engine import Engine, PeerStatus
 from eptransport.errors import (
@@ -83,6 +84,7 @@ class Group:
         self._choice = choice
         self._arena_lock = threading.Lock()
         self._arena: Any = None
+        self.trace = Trace(self.settings.trace, place.rank) if self.settings.trace else None
         self._fault: torch.Tensor | None = None
         self._active_mask: torch.Tensor | None = None
         self._announce(local)
@@ -123,6 +125,8 @@ class Group:
     def close(self, timeout: float | None = None) -> None:
         """Closes the AllToAlls of the group, says goodbye to the peers, frees everything. Blocks at most `timeout` s
         for what is in flight. Not collective; closing twice is fine."""
+        if self.trace is not None and not self.engine.closed:
+            self.trace.write()
         self.engine.close() if timeout is None else self.engine.close(timeout)
 
     def __enter__(self) -> Group:
