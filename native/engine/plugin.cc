@@ -2,9 +2,13 @@
 #include "engine/plugin.h"
 
 #include <dlfcn.h>
+#include <link.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <cstring>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -68,7 +72,30 @@ const char *missing_entry(const ept_backend &t) {
   return nullptr;
 }
 
+/* The loader maps a truncated library without a word, and the process dies of SIGBUS at the first page that isn't
+ * there. So: does the file reach as far as its own segments say? Anything that is no ELF file is left to the loader to
+ * refuse. */
+bool truncated(const char *path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  const auto length = static_cast<uint64_t>(std::max<std::streamoff>(file.tellg(), 0));
+  ElfW(Ehdr) header;
+  file.seekg(0);
+  if (!file.read(reinterpret_cast<char *>(&header), sizeof header)) return false;
+  if (std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_phentsize != sizeof(ElfW(Phdr))) return false;
+  for (unsigned i = 0; i < header.e_phnum; i++) {
+    ElfW(Phdr) segment;
+    file.seekg(static_cast<std::streamoff>(header.e_phoff + i * sizeof segment));
+    if (!file.read(reinterpret_cast<char *>(&segment), sizeof segment)) return true;
+    if (segment.p_type == PT_LOAD && segment.p_offset + segment.p_filesz > length) return true;
+  }
+  return false;
+}
+
 int32_t load(const char *path, std::unique_ptr<ept_plugin> &plugin, ept_error *error) {
+  if (truncated(path)) {
+    return fail(error, EPT_E_INVALID, "plugin_open", -1,
+                "%s is shorter than its own headers say: a copy that broke off?", path);
+  }
   void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (!library) {
     return fail(error, EPT_E_INVALID, "plugin_open", -1, "%s can't be loaded as a plugin: %s", path, dlerror());
