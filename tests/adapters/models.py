@@ -55,7 +55,7 @@ def build(name: str) -> Any:
 
 
 def experts_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    return {name: m for name, m in model.named_modules() if type(m).__name__.endswith("Experts")}
+    return {name: module for name, module in model.named_modules() if hasattr(module, "is_transposed")}
 
 
 class Choices:
@@ -67,7 +67,8 @@ class Choices:
             module.register_forward_pre_hook(self._record)
 
     def _record(self, _module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        self.seen.append(arguments[1].sort(-1).values.clone())
+        if len(arguments[1]):
+            self.seen.append(arguments[1].sort(-1).values.clone())
 
 
 def run(

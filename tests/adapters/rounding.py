@@ -144,7 +144,7 @@ def softmax(p: torch.Tensor, x: torch.Tensor, *args: Any, dim: int = -1, **_: An
 
 RULES: dict[str, Callable[..., torch.Tensor]] = {
     **dict.fromkeys(("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul"), once),
-    **dict.fromkeys(("div", "truediv", "rtruediv", "itruediv", "pow"), once),
+    **dict.fromkeys(("div", "truediv", "rtruediv", "itruediv", "pow", "square"), once),
     **dict.fromkeys(("sigmoid", "silu", "exp", "rsqrt", "sqrt", "cos", "sin"), library),
     **dict.fromkeys(("matmul", "bmm", "mm"), product),
     "linear": linear,
@@ -158,6 +158,6 @@ EXACT = frozenset(
     get set getitem setitem embedding to float type type_as view reshape view_as expand expand_as transpose permute
     contiguous clone flatten unsqueeze squeeze cat stack chunk split gather scatter masked_fill where topk sort max
     index_select repeat_interleave zeros_like ones_like empty_like new_zeros new_ones new_empty neg abs dropout copy
-    data detach full tensor arange zeros ones empty
+    clamp relu data detach full tensor arange zeros ones empty
     """.split()  # noqa: SIM905
 )

@@ -92,7 +92,8 @@ class ExpertParallel:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> ExpertParallel:
-        """The same for a model that transformers built with `ep_implementation="eptransport"`."""
+        """The same for a model that transformers built with `ep_implementation="eptransport"`. Where the plan makes
+        other parts collective too (tensor parallelism, FSDP), ranks without tokens can't `idle`."""
         layers = [vars(module)[_LAYER] for module in model.modules() if _LAYER in vars(module)]
         if not layers:
             raise InvalidArgument('no module of this model was built with ep_implementation="eptransport"')
@@ -114,7 +115,7 @@ class ExpertParallel:
             layer.serve()
 
     def close(self) -> None:
-        """Frees the buffers of the exchanges; the model can't be called after. Collective."""
+        """Closes the exchanges; the model can't be called after. Not collective."""
         for exchange in self.exchanges:
             exchange.close()
         for key in [key for key, exchange in _EP_EXCHANGES.items() if exchange in self.exchanges]:
@@ -198,21 +199,26 @@ class _Layer:
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of each token's experts, wherever they live."""
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
-            raise UnsupportedError(
-                f"{self.name}: no gradient flows through expert-parallel experts; call the model under "
-                "torch.no_grad() or torch.inference_mode()"
-            )
+        self._refuse_grad(hidden_states, top_k_weights)
         x = hidden_states.reshape(-1, self.shape.hidden).contiguous()
         ids, weights = self._routing(top_k_index, top_k_weights)
         return self._exchange(x, ids, weights).view(hidden_states.shape)
 
     def serve(self) -> None:
-        """The experts' part for the tokens of the other ranks, with none of our own."""
+        """The experts' part for the tokens of the other ranks, with none of our own. Through the module, so that what
+        transformers or others have put around its forward is there too."""
         device = next(self.module.parameters()).device
         x = torch.empty(0, self.shape.hidden, dtype=self.shape.dtype, device=device)
         ids = torch.empty(0, self.shape.top_k, dtype=torch.int64, device=device)
-        self._exchange(x, ids, torch.empty(0, self.shape.top_k, device=device))
+        self.module(x, ids, torch.empty(0, self.shape.top_k, device=device))
+
+    def _refuse_grad(self, *inputs: torch.Tensor) -> None:
+        """Before anything is sent: an error between dispatch and combine would leave the other ranks waiting."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.module.parameters())):
+            raise UnsupportedError(
+                f"{self.name}: no gradient flows through expert-parallel experts; call the model under "
+                "torch.no_grad() or torch.inference_mode()"
+            )
 
     def _routing(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`top_k` ids a token and as many weights, whatever the router gave."""
