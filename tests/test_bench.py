@@ -19,12 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
-import moe_model as model  # noqa: E402
+import moe_model as model
 
-import eptransport as ept  # noqa: E402
-from eptransport.bench import figures, moe, native, p2p, reference, report  # noqa: E402
-from eptransport.bench.ranks import Mesh, Rank, run_job  # noqa: E402
-from eptransport.bench.shapes import PRESETS, Shape, routing, tokens  # noqa: E402
+import eptransport as ept
+from eptransport.bench import figures, moe, native, p2p, reference, report
+from eptransport.bench.ranks import Mesh, Rank, run_job
+from eptransport.bench.shapes import PRESETS, Shape, routing, tokens
 
 SMALL = Shape(ranks=3, tokens=13, hidden=256, experts=10, top_k=3)
 
@@ -199,8 +199,9 @@ def test_bare_loops_give_a_sample_a_turn() -> None:
         assert len(samples) == 50
         assert min(samples) > 0
         seconds, _ = on_threads(
-            lambda: native.tcp_stream(a.fileno(), 0, 1 << 16, 20, 4), lambda: native.tcp_stream(b.fileno(), 1, 1 << 16, 20, 4)
-        )  # fmt: skip
+            lambda: native.tcp_stream(a.fileno(), 0, 1 << 16, 20, 4),
+            lambda: native.tcp_stream(b.fileno(), 1, 1 << 16, 20, 4),
+        )
         assert seconds > 0
     shared = native.Shared(mmap.mmap(-1, native.Shared.BYTES))
     for _ in range(2):  # twice: the words are not zeroed between
@@ -262,8 +263,10 @@ class FailingJob:
 
     def run(self, rank: Rank) -> int:
         rank.gather(rank.rank)
+        if rank.rank != 1 and self.how == "barrier":
+            rank.barrier()
         if rank.rank == 1:
-            if self.how == "ours":
+            if self.how in ("ours", "barrier"):
                 raise ept.InvalidArgument("a wrong argument of rank 1")
             if self.how == "exit":
                 import os
@@ -271,6 +274,12 @@ class FailingJob:
                 os._exit(7)
             raise ZeroDivisionError("by rank 1")
         return len(rank.gather(None))  # the others wait for rank 1
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_ranks_that_wait_at_a_barrier_hear_of_it(threads: bool) -> None:
+    with pytest.raises(ept.InvalidArgument, match="rank 1"):
+        run_job(FailingJob("barrier"), 3, threads=threads)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +402,7 @@ def test_a_wrong_bit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         return y
 
     monkeypatch.setattr(ept.AllToAll, "combine", flips)
-    with pytest.raises(ept.InternalError, match="1 of 13 tokens differ from the reference; token 5 .* at 7"):
+    with pytest.raises(ept.InternalError, match=r"1 of 13 tokens differ from the reference; token 5 .* at 7"):
         moe.run(moe.MoeJob(SMALL, backend="loopback", iterations=1, rounds=1))
 
 

@@ -22,8 +22,10 @@ extern "C" {
 const char *eptb_last_error(void);
 
 /* ---- bare: memory (memory.cc) -------------------------------------------------------------------------------------
- * A barrier over processes that share `words` (two uint32, zeroed once): spins a little, then sleeps. */
+ * A barrier over threads or processes that share `words` (three uint32, zeroed once). Who waits, sleeps. */
 int32_t eptb_barrier(uint32_t *words, uint32_t parties, uint64_t timeout_ns);
+/* Ends every wait there, now and later, with CLOSED: a rank has failed. */
+int32_t eptb_barrier_break(uint32_t *words);
 /* Two processes (side 0 and 1) hand a counter to each other through 128 shared, zeroed bytes: how fast the cores reach
  * each other now. `samples[iterations]`: one-way nanoseconds, written by side 0. */
 int32_t eptb_atomics_pingpong(uint64_t *shared, uint32_t side, uint32_t iterations, double *samples,

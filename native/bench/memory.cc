@@ -40,7 +40,7 @@ const char *eptb_last_error(void) { return last_error; }
 // before it moves the round on (release), and nobody counts for the next round before seeing that (acquire): so the
 // count is never raised for two rounds at once.
 int32_t eptb_barrier(uint32_t *words, uint32_t parties, uint64_t timeout_ns) {
-  std::atomic_ref<uint32_t> come(words[0]), round(words[1]);
+  std::atomic_ref<uint32_t> come(words[0]), round(words[1]), broken(words[2]);
   const uint32_t mine = round.load(std::memory_order_acquire);
   if (come.fetch_add(1, std::memory_order_acq_rel) + 1 == parties) {
     come.store(0, std::memory_order_relaxed);
@@ -50,6 +50,7 @@ int32_t eptb_barrier(uint32_t *words, uint32_t parties, uint64_t timeout_ns) {
   }
   Deadline deadline(timeout_ns);
   while (round.load(std::memory_order_acquire) == mine) {
+    if (broken.load(std::memory_order_acquire) != 0) return fail(EPT_E_CLOSED, "barrier: another rank has failed");
     const uint64_t left = deadline.left_ns();
     if (left == 0)
       return fail(EPT_E_TIMEOUT, "barrier: %u of %u ranks came in %.0f s", come.load(std::memory_order_relaxed),
@@ -57,6 +58,15 @@ int32_t eptb_barrier(uint32_t *words, uint32_t parties, uint64_t timeout_ns) {
     const timespec wait = {static_cast<time_t>(left / 1'000'000'000u), static_cast<long>(left % 1'000'000'000u)};
     syscall(SYS_futex, words + 1, FUTEX_WAIT, mine, &wait, nullptr, 0);
   }
+  if (broken.load(std::memory_order_acquire) != 0) return fail(EPT_E_CLOSED, "barrier: another rank has failed");
+  return EPT_OK;
+}
+
+// Moves the round too, or a wait that began after the look at `broken` would sleep.
+int32_t eptb_barrier_break(uint32_t *words) {
+  std::atomic_ref<uint32_t>(words[2]).store(1, std::memory_order_release);
+  std::atomic_ref<uint32_t>(words[1]).fetch_add(1, std::memory_order_release);
+  syscall(SYS_futex, words + 1, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
   return EPT_OK;
 }
 

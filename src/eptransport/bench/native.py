@@ -15,6 +15,7 @@ __all__ = [
     "Shared",
     "atomics_pingpong",
     "barrier",
+    "break_barrier",
     "copy_ranges",
     "copy_rate",
     "engine_pingpong",
@@ -49,6 +50,11 @@ class Shared:
 def barrier(shared: Shared, parties: int) -> None:
     """Until all parties have come."""
     _call("eptb_barrier", _pointer(shared.barrier), _u32(parties), _u64(TIMEOUT_NS))
+
+
+def break_barrier(shared: Shared) -> None:
+    """Ends every wait there, now and later, with ClosedError."""
+    _call("eptb_barrier_break", _pointer(shared.barrier))
 
 
 def atomics_pingpong(shared: Shared, side: int, iterations: int) -> array[float]:

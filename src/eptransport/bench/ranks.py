@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from eptransport._bootstrap import LocalStore
 from eptransport._process import cores
 from eptransport.bench import native
-from eptransport.errors import EptError, InternalError, PeerLost, Timeout, UnsupportedError
+from eptransport.errors import ClosedError, EptError, InternalError, PeerLost, Timeout, UnsupportedError
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -295,6 +295,7 @@ def _run_threads(job: Job, world: int, progress: Callable[[int], None]) -> list[
         except BaseException as error:
             errors.append(error)
             room.meeting.abort()
+            native.break_barrier(room.shared)
 
     threads = [threading.Thread(target=body, args=(rank,), name=f"bench rank {rank}") for rank in range(world)]
     for thread in threads:
@@ -302,7 +303,9 @@ def _run_threads(job: Job, world: int, progress: Callable[[int], None]) -> list[
     for thread in threads:
         thread.join()
     if errors:
-        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
+        # The first, unless it only heard of another one.
+        heard = (threading.BrokenBarrierError, ClosedError, PeerLost)
+        raise next((error for error in errors if not isinstance(error, heard)), errors[0])
     return results
 
 
