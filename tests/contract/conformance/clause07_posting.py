@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""7. Posting never blocks and never allocates without bound; a receiver can't be overrun."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from conformance.registry import Violation, check, require
+from conformance.world import PATIENCE_S, Subject, World
+from eptransport.errors import Timeout
+
+MANY = 200_000
+"""Far more than any queue may hold."""
+PROMPT_S = 1.0
+"""A call that doesn't block may be kept from its core for so long, on a busy machine."""
+
+
+def _post_until_refused(post: Callable[[int], Any]) -> list[Any]:
+    """Posts until the answer is "later", which Python tells as Timeout; every call must come back promptly."""
+    taken = []
+    for number in range(MANY):
+        begin = time.monotonic()
+        try:
+            taken.append(post(number))
+        except Timeout:
+            return taken
+        finally:
+            took = time.monotonic() - begin
+            require(took < PROMPT_S, f"post {number} took {took:.3f} s: it blocked")
+    raise Violation(f"{MANY} posts to a rank that takes no part were all taken: nothing bounds the queue")
+
+
+@check(7)
+def a_full_queue_is_an_answer(subject: Subject) -> None:
+    """The target never polls: the poster is told "later" past a bound, promptly each time and again when it asks again;
+    when the target polls, exactly what was taken arrives, and posting goes on."""
+    with World(subject) as world:
+        route = world.route(0, 1, 1 << 12)
+        world.absent.add(1)
+        taken = _post_until_refused(lambda number: route.write(number % 4096, 1, timeout=0))
+        for _ in range(100):
+            world.step()
+            taken += _post_until_refused(lambda number: route.write(number % 4096, 1, timeout=0))
+        world.absent.clear()
+        world.settle(taken)
+        route.counted(len(taken), "when all that was taken has landed")
+        more = [route.write(number, 1, timeout=PATIENCE_S) for number in range(10)]
+        world.settle(more)
+        route.counted(len(taken) + 10, "after posting on")
+        route.look("at the end")
+
+
+@check(7)
+def memory_stays_bounded(subject: Subject) -> None:
+    """What a poster may run ahead by is bounded in bytes too: big writes, and lists of thousands of pages."""
+    with World(subject) as world:
+        route = world.route(0, 1, 1 << 20)
+        world.absent.add(1)
+        pages = np.arange(0, 1 << 14, 2, dtype=np.int32)
+        kinds: list[Callable[[int], Any]] = [
+            lambda _: route.write(0, 1 << 20, timeout=0),
+            lambda _: route.peer.write_paged(
+                route.source_memory, route.region, 64, pages, pages, signal=route.remote, timeout=0
+            ),
+        ]
+        taken: list[Any] = []
+        for page in pages:
+            route.expect(64 * int(page), 64)
+        for kind in kinds:
+            before = _resident()
+            taken += _post_until_refused(kind)
+            grown = _resident() - before
+            require(grown < 128 << 20, f"{len(taken)} posts to a rank that takes no part took {grown >> 20} MiB")
+        world.absent.clear()
+        world.settle(taken)
+        route.counted(len(taken), "when all that was taken has landed")
+        route.look("at the end")
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@check(7)
+def messages_are_bounded_too(subject: Subject) -> None:
+    """A receiver that never receives stops its sender's messages past a bound, and nothing else: writes, paged ones
+    too, go on. When it receives, exactly what was sent is there, each once."""
+    with World(subject) as world:
+        route = world.route(0, 1, 1 << 12)
+        sent: list[int] = []
+
+        def send(_: int) -> None:
+            world.engines[0].peer(1).send(len(sent).to_bytes(4, "little"), tag=5, timeout=0)
+            sent.append(len(sent))
+
+        for _ in range(20):
+            _post_until_refused(send)
+            world.step(50)
+        transfers = [route.write(number % 4096, 1) for number in range(3000)]
+        pages = list(range(0, 4096 // 8, 2))
+        transfers += [
+            route.peer.write_paged(route.source_memory, route.region, 8, pages, pages, signal=route.remote)
+            for _ in range(20)
+        ]
+        for page in pages:
+            route.expect(8 * page, 8)
+        world.settle(transfers)
+        route.counted(3020, "with a full mailbox")
+        found = []
+        for _ in sent:
+            world.step(5)
+            found.append(int.from_bytes(world.engines[1].recv(tag=5, timeout=PATIENCE_S)[1], "little"))
+        require(sorted(found) == sent, f"{len(sent)} messages were sent; {len(set(found))} different ones came")
+        world.settle()
+        try:
+            extra = world.engines[1].recv(tag=5, timeout=0)
+        except Timeout:
+            return
+        raise Violation(f"{len(sent)} messages were sent and one more came: {extra}")
+
+
+@check(7)
+def a_fast_sender_does_not_overrun_a_slow_receiver(subject: Subject) -> None:
+    """The target polls once for hundreds of posts: back-pressure holds the sender, and nothing is lost or doubled."""
+    with World(subject) as world:
+        route = world.route(0, 1, 1 << 14)
+        taken: list[Any] = []
+        while len(taken) < 20_000:
+            for _ in range(500):
+                try:
+                    taken.append(route.write(len(taken) % (1 << 14), 1, timeout=0))
+                except Timeout:
+                    break
+            world.engines[0].progress()
+            world.step()
+        world.settle(taken)
+        route.counted(len(taken), "when all is quiet")
+        route.look("when all is quiet")

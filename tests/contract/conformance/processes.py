@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks as processes of their own, that meet over pipes of their parent."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import traceback
+from typing import Any
+
+from conformance.registry import Skip, Violation
+from conformance.world import PATIENCE_S, Subject
+from eptransport.backends import registry
+from eptransport.engine import Engine
+
+
+def run(subject: Subject, body: str, ranks: int = 2, **settings: Any) -> list[Any]:
+    """Runs the function `module:name` in `ranks` processes; each gets its connected engine. Returns what they
+    return."""
+    if not subject.across_processes:
+        raise Skip(f"backend {subject.plugin.name} lives in one process")
+    context = multiprocessing.get_context("spawn")
+    pipes, children = [], []
+    try:
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            what = (subject.plugin.name, subject.plugin.path, dict(subject.options), subject.seed)
+            child = context.Process(target=_child, args=(theirs, rank, ranks, what, settings, body), daemon=True)
+            child.start()
+            theirs.close()
+            pipes.append(ours)
+            children.append(child)
+        addresses = [_receive(pipe, rank, "its address") for rank, pipe in enumerate(pipes)]
+        for pipe in pipes:
+            pipe.send(addresses)
+        results = [_receive(pipe, rank, "the end of its part") for rank, pipe in enumerate(pipes)]
+        for pipe in pipes:
+            pipe.send("close")
+        for rank, child in enumerate(children):
+            child.join(PATIENCE_S)
+            if child.exitcode != 0:
+                raise Violation(f"the process of rank {rank} ended with {child.exitcode}")
+        return results
+    finally:
+        for child in children:
+            if child.is_alive():
+                child.kill()
+
+
+def _receive(pipe: Any, rank: int, what: str) -> Any:
+    if not pipe.poll(2 * PATIENCE_S):
+        raise Violation(f"rank {rank} did not send {what} in {2 * PATIENCE_S:g} s")
+    try:
+        kind, value = pipe.recv()
+    except EOFError:
+        raise Violation(f"the process of rank {rank} died before it sent {what}") from None
+    if kind == "error":
+        raise Violation(f"rank {rank}: {value}")
+    return value
+
+
+def _child(pipe: Any, rank: int, ranks: int, what: tuple[Any, ...], settings: Any, body: str) -> None:
+    name, path, options, seed = what
+    plugins = registry((path,)).plugins
+    subject = Subject(plugins[name], options, seed=seed)
+    try:
+        module, function = body.split(":")
+        settings.setdefault("timeout_s", PATIENCE_S)
+        engine = Engine(
+            subject.plugin,
+            rank=rank,
+            world_size=ranks,
+            job="conformance",
+            secret=b"the secret of a conformance run.",
+            settings=subject.settings(**settings),
+        )
+        with engine:
+            pipe.send(("ok", engine.address()))
+            engine.connect(pipe.recv())
+            engine.wait_connected(PATIENCE_S)
+            pipe.send(("ok", getattr(importlib.import_module(module), function)(engine)))
+            pipe.recv()
+    except BaseException:
+        pipe.send(("error", traceback.format_exc()))
+        raise

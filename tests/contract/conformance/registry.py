@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbered list of checks. A check is a function of a Subject (a backend with its settings) that returns, raises
+Violation, or raises Skip with the reason why it can't say anything here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conformance.world import Subject
+
+WAIVABLE = (9, 10, 11, 12)
+
+
+class Violation(AssertionError):
+    """A backend, or the engine over it, broke its contract: the sentence says what was seen."""
+
+
+class Skip(Exception):
+    """This check says nothing about this subject, and why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    clause: int
+    letter: str
+    name: str
+    """In words, with dashes."""
+    promise: str
+    """The sentence that is checked."""
+    body: Callable[[Subject], None]
+    only_hostile: bool
+
+    @property
+    def number(self) -> str:
+        return f"{self.clause:02d}{self.letter}"
+
+    def run(self, subject: Subject) -> None:
+        waived = subject.plugin.probe(subject.options).waived
+        if self.clause in waived and self.clause in WAIVABLE:
+            raise Skip(f"WAIVED by {subject.plugin.name}: {subject.plugin.probe(subject.options).waived_why}")
+        if self.only_hostile and not subject.hostile:
+            raise Skip("needs a backend that shows reordering when asked to (an adversary)")
+        self.body(subject)
+
+
+_checks: list[Check] = []
+
+
+def check(
+    clause: int, *, only_hostile: bool = False
+) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+    """Registers a function as the next check of `clause`. Its name is the check's, its docstring the promise."""
+
+    def register(body: Callable[[Subject], None]) -> Callable[[Subject], None]:
+        letter = "abcdefghijklmnopqrstuvwxyz"[sum(other.clause == clause for other in _checks)]
+        promise = " ".join((body.__doc__ or "").split())
+        _checks.append(Check(clause, letter, body.__name__.replace("_", "-"), promise, body, only_hostile))
+        return body
+
+    return register
+
+
+def checks(clause: int | None = None) -> tuple[Check, ...]:
+    """All checks in order, or those of one clause."""
+    return tuple(sorted((found for found in _checks if clause in (None, found.clause)), key=lambda found: found.number))
+
+
+def require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise Violation(sentence)

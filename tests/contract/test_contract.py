@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract on every backend that can start here: one test for each check and subject, by clause number."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conformance import Check, Skip, Subject, checks, subject
+
+from eptransport.backends import registry
+
+SEEDS = [int(seed) for seed in os.environ.get("EPT_CONTRACT_SEEDS", "1 7").split()]
+VARIANTS: dict[str, list[dict[str, str]]] = {
+    "loopback": [{}, *({"adversary": str(seed)} for seed in SEEDS)],
+    "tcp": [{}, {"streams": "1"}, {"streams": "4"}],
+}
+
+
+def _subjects() -> list[Subject]:
+    found = []
+    for name, plugin in sorted(registry(()).plugins.items()):
+        if plugin.probe().usable:
+            found += [
+                subject(plugin, options, int(options.get("adversary", "1"))) for options in VARIANTS.get(name, [{}])
+            ]
+    return found
+
+
+CASES = [
+    pytest.param(check, under, id=f"{check.number}-{check.name}-{under.label}")
+    for check in checks()
+    for under in _subjects()
+]
+
+
+@pytest.mark.parametrize(("check", "under"), CASES)
+def test_clause(check: Check, under: Subject) -> None:
+    try:
+        check.run(under)
+    except Skip as reason:
+        pytest.skip(str(reason))
+
+
+def test_every_clause_has_a_check() -> None:
+    assert {check.clause for check in checks()} == {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13}
+
+
+def test_something_was_tested() -> None:
+    labels = {under.label for under in _subjects()}
+    assert {"loopback", f"loopback-adversary{SEEDS[0]}"} <= labels
+    assert any(label.startswith("tcp") for label in labels)
