@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test may lean on: an environment without EPT_*, ranks as threads or as processes, and plugins built here."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eptransport as ept
+
+LIMIT_S = 120.0
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("EPT_")]:
+        monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def ranks() -> Iterator[Callable[..., list[ept.Group]]]:
+    """ranks(n, backend="loopback", **settings): n ranks in this process, closed when the test ends."""
+    made: list[ept.Group] = []
+
+    def make(n: int, backend: str = "loopback", **fields: Any) -> list[ept.Group]:
+        groups = ept.loopback_groups(n, ept.Settings(**{"backend": backend, "timeout_s": 30.0, "threads": 1, **fields}))
+        made.extend(groups)
+        return groups
+
+    yield make
+    for group in made:
+        group.close(0)
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Callable[..., list[Any]]:
+    """spawn(n, function, *args): what function(rank, n, folder, *args) returned or raised in each of n new processes."""
+
+    def run(n: int, function: Callable[..., Any], *args: Any, limit_s: float = LIMIT_S) -> list[Any]:
+        context = multiprocessing.get_context("spawn")
+        pipes, processes = [], []
+        for rank in range(n):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(there, function, rank, n, tmp_path, args), daemon=True)
+            process.start()
+            there.close()
+            pipes.append(here)
+            processes.append(process)
+        try:
+            answers = []
+            for rank, pipe in enumerate(pipes):
+                assert pipe.poll(limit_s), f"rank {rank} has not ended in {limit_s} s"
+                answers.append(pipe.recv())
+            for process in processes:
+                process.join(10)
+            return answers
+        finally:
+            for process in processes:
+                process.kill()
+
+    return run
+
+
+@pytest.fixture
+def build_plugin(tmp_path: Path) -> Callable[[str, str], Path]:
+    """build_plugin(name, source): C source compiled against the installed headers alone, as a plugin's author would."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    assert compiler is not None, "a C compiler builds the plugins of this test"
+
+    def build(name: str, source: str) -> Path:
+        (tmp_path / f"{name}.c").write_text(source)
+        library = tmp_path / f"{name}.so"
+        include = f"-I{ept.include_dir()}"
+        command = [compiler, "-shared", "-fPIC", include, "-o", str(library), str(tmp_path / f"{name}.c")]
+        subprocess.run(command, check=True)
+        return library
+
+    return build
+
+
+def _child(pipe: Any, function: Callable[..., Any], rank: int, n: int, folder: Path, args: tuple[Any, ...]) -> None:
+    try:
+        answer = function(rank, n, folder, *args)
+    except Exception as error:
+        answer = error
+    pipe.send(answer)

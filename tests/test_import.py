@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importing is quick and loads nothing that it doesn't need; the installed package has what it must and no more."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+
+import eptransport as ept
+
+BUDGET_S = 0.2
+
+
+def fresh(code: str) -> str:
+    """What a new interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_takes_under_a_fifth_of_a_second() -> None:
+    code = "import time; begin = time.perf_counter(); import eptransport; print(time.perf_counter() - begin)"
+    fresh(code)
+    best = min(float(fresh(code)) for _ in range(5))
+    assert best < BUDGET_S, f"{best:.3f} s"
+
+
+def test_import_loads_no_torch_and_no_network_library() -> None:
+    code = (
+        "import json, sys, eptransport\n"
+        "loaded = open('/proc/self/maps').read()\n"
+        "print(json.dumps([sorted(sys.modules), loaded]))"
+    )
+    modules, maps = json.loads(fresh(code))
+    assert not {"torch", "numpy", "pydantic", "typer", "rich"} & set(modules)
+    assert not [name for name in ("fabric", "ibverbs", "mlx5", "cuda", "nvshmem", "ucp") if f"lib{name}" in maps]
+
+
+def test_settings_and_the_registry_need_no_torch_either() -> None:
+    code = (
+        "import json, sys, eptransport as ept\n"
+        "ept.registry(); ept.Settings(options={'tcp.streams': 2}); ept.choose(ept.Settings(), 2)\n"
+        "ept.Group(world_size=1).close()\n"
+        "print(json.dumps([sorted(sys.modules), open('/proc/self/maps').read()]))"
+    )
+    modules, maps = json.loads(fresh(code))
+    assert not {"torch", "numpy"} & set(modules)
+    assert not [name for name in ("fabric", "ibverbs", "mlx5", "cuda", "nvshmem", "ucp") if f"lib{name}" in maps]
+
+
+@pytest.mark.parametrize("name", ept.__all__)
+def test_every_name_is_there_and_says_what_it_is(name: str) -> None:
+    value = getattr(ept, name)
+    assert value.__doc__
+    assert name in dir(ept)
+
+
+def test_a_wrong_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="Grup"):
+        ept.Grup  # noqa: B018
+
+
+def test_public_methods_say_what_they_do() -> None:
+    for name in ("AllToAll", "Engine", "Group", "Memory", "Peer", "RemoteSignal", "Region", "Signal", "Transfer"):
+        for method, value in vars(getattr(ept, name)).items():
+            if callable(value) and not method.startswith("_"):
+                assert value.__doc__, f"{name}.{method}"
+
+
+def test_the_installed_package_is_whole_and_has_no_junk() -> None:
+    files = {str(file) for file in importlib.metadata.files("eptransport") or []}
+    ours = {name.removeprefix("eptransport/") for name in files if name.startswith("eptransport/")}
+    for needed in (
+        "libeptransport.so",
+        "plugins/ept_loopback.so",
+        "plugins/ept_tcp.so",
+        "include/eptransport/backend.h",
+        "include/eptransport/eptransport.h",
+        "include/eptransport/wire.h",
+        "_native.pyi",
+        "py.typed",
+        "adapters/transformers.py",
+        "examples/tiny_deepseek/train.py",
+    ):
+        assert needed in ours, needed
+    assert any(name.startswith("_native.abi3") for name in ours)
+    junk = [name for name in ours if name.endswith(("meson.build", ".cc", ".c", "_cffi_build.py", ".orig", ".swp"))]
+    assert not junk
+    assert not [name for name in files if name.startswith(("tests/", "src/", "native/"))]
+
+
+def test_the_wheel_serves_every_python_since_3_10() -> None:
+    wheel = importlib.metadata.distribution("eptransport").read_text("WHEEL") or ""
+    assert "cp310-abi3-linux" in wheel or "cp310-abi3-manylinux" in wheel, wheel
+
+
+FORK = """
+import os, sys
+import eptransport as ept
+group = ept.Group(world_size=1)
+memory = group.engine.register(bytearray(64))
+child = os.fork()
+if child == 0:
+    try:
+        for use in (lambda: group.engine.info(), lambda: memory.export(0), lambda: group.engine.peer(0).send(b"x")):
+            try:
+                use()
+            except ept.ClosedError as error:
+                assert "forked" in str(error), error
+            else:
+                os._exit(3)
+        group.close()
+        with ept.Group(world_size=1) as own:
+            own.engine.peer(0).send(b"hello", 7)
+            assert own.engine.recv(7, timeout=5) == (0, b"hello")
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+        os._exit(4)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 0, status
+group.engine.peer(0).send(b"hello", 7)
+assert group.engine.recv(7, timeout=5) == (0, b"hello")
+group.close()
+print("fine")
+"""
+
+
+def test_a_forked_child_is_told_to_make_its_own_group_and_the_parent_goes_on() -> None:
+    assert fresh(FORK).strip() == "fine"
