@@ -245,22 +245,21 @@ std::vector<Interface> list_interfaces() {
     if (entry->ifa_addr->sa_family == AF_INET) {
       address.family = 4;
       memcpy(address.bytes.data(), &reinterpret_cast<sockaddr_in *>(entry->ifa_addr)->sin_addr, 4);
-      address.prefix = entry->ifa_netmask == nullptr
-                           ? 32
-                           : bits_of(reinterpret_cast<uint8_t *>(
-                                         &reinterpret_cast<sockaddr_in *>(entry->ifa_netmask)->sin_addr),
-                                     4);
+      address.prefix =
+          entry->ifa_netmask == nullptr
+              ? 32
+              : bits_of(reinterpret_cast<uint8_t *>(&reinterpret_cast<sockaddr_in *>(entry->ifa_netmask)->sin_addr), 4);
     } else if (entry->ifa_addr->sa_family == AF_INET6) {
       auto *v6 = reinterpret_cast<sockaddr_in6 *>(entry->ifa_addr);
       // A link-local address means nothing without the dialer's own interface number.
       if (IN6_IS_ADDR_LINKLOCAL(&v6->sin6_addr)) continue;
       address.family = 6;
       memcpy(address.bytes.data(), &v6->sin6_addr, 16);
-      address.prefix = entry->ifa_netmask == nullptr
-                           ? 128
-                           : bits_of(reinterpret_cast<uint8_t *>(
-                                         &reinterpret_cast<sockaddr_in6 *>(entry->ifa_netmask)->sin6_addr),
-                                     16);
+      address.prefix =
+          entry->ifa_netmask == nullptr
+              ? 128
+              : bits_of(reinterpret_cast<uint8_t *>(&reinterpret_cast<sockaddr_in6 *>(entry->ifa_netmask)->sin6_addr),
+                        16);
     } else {
       continue;
     }
@@ -295,9 +294,10 @@ int32_t choose_interfaces(const std::string &setting, std::vector<Interface> *ch
       std::string text = to_text(interface.address);
       here += (here.empty() ? "" : ", ") + interface.name + " " + text.substr(0, text.rfind(':'));
     }
-    return fail(EPT_E_CONFIG, "open", -1, 0,
-                "tcp: EPT_TCP_INTERFACE names '%s', which is no interface, address or CIDR range that is up here; up are: %s",
-                part.c_str(), here.empty() ? "none" : here.c_str());
+    return fail(
+        EPT_E_CONFIG, "open", -1, 0,
+        "tcp: EPT_TCP_INTERFACE names '%s', which is no interface, address or CIDR range that is up here; up are: %s",
+        part.c_str(), here.empty() ? "none" : here.c_str());
   }
   if (chosen->size() > kMaxEndpoints) chosen->resize(kMaxEndpoints);
   return EPT_OK;
@@ -387,7 +387,8 @@ int32_t decode(const void *blob, size_t length, Address *address) {
     return fail(EPT_E_INVALID, "address", -1, 0, "tcp: an address of %zu bytes is too short to be one of tcp", length);
   memcpy(&header, blob, sizeof header);
   if (header.magic != kAddressMagic)
-    return fail(EPT_E_INVALID, "address", -1, 0, "tcp: the address is not one of tcp (it starts with %08x)", header.magic);
+    return fail(EPT_E_INVALID, "address", -1, 0, "tcp: the address is not one of tcp (it starts with %08x)",
+                header.magic);
   if (header.version != kAddressVersion)
     return fail(EPT_E_VERSION, "address", header.rank, 0,
                 "tcp: rank %u has an address of version %u, this plugin reads %u; run one version on all ranks",

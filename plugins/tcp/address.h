@@ -35,7 +35,7 @@ struct Endpoint {
   bool same_subnet(const Endpoint &other) const;
 };
 socklen_t to_sockaddr(const Endpoint &endpoint, sockaddr_storage *storage);
-std::string to_text(const Endpoint &endpoint);     // "192.0.2.1:4000", "[::1]:4000"
+std::string to_text(const Endpoint &endpoint);  // "192.0.2.1:4000", "[::1]:4000"
 std::string peer_text(const sockaddr_storage &storage);
 
 struct Interface {
@@ -64,8 +64,8 @@ int32_t listen_on(const std::vector<Interface> &chosen, bool wildcard, const Por
 struct Address {
   uint32_t rank = 0, epoch = 0;
   uint16_t streams = 0;
-  std::array<uint8_t, 16> host{};             // machine and network namespace
-  std::array<uint8_t, kNonceBytes> nonce{};   // of the instance; never sent over a connection (handshake.h)
+  std::array<uint8_t, 16> host{};            // machine and network namespace
+  std::array<uint8_t, kNonceBytes> nonce{};  // of the instance; never sent over a connection (handshake.h)
   std::vector<Endpoint> endpoints;
 };
 std::vector<uint8_t> encode(const Address &address);

@@ -24,7 +24,7 @@ using namespace tcp;
 namespace {
 
 constexpr uint64_t kMillisecond = 1000000;
-constexpr uint64_t kFirstPause = 2 * kMillisecond;    // before a second round of an address list
+constexpr uint64_t kFirstPause = 2 * kMillisecond;  // before a second round of an address list
 constexpr uint64_t kLongestPause = 500 * kMillisecond;
 constexpr uint64_t kLinger = 2000 * kMillisecond;
 constexpr uint64_t kStrangerLog = 10000 * kMillisecond;
@@ -70,8 +70,7 @@ int32_t ept_instance::start_listening() {
   watch(timer.get(), &timer_source, EPOLLIN | EPOLLET, false);
   for (const Fd &socket : listening.sockets) {
     // Windows are settled when a connection is made, so its listener must have the buffer size already.
-    if (settings.rcvbuf > 0)
-      setsockopt(socket.get(), SOL_SOCKET, SO_RCVBUF, &settings.rcvbuf, sizeof settings.rcvbuf);
+    if (settings.rcvbuf > 0) setsockopt(socket.get(), SOL_SOCKET, SO_RCVBUF, &settings.rcvbuf, sizeof settings.rcvbuf);
     listeners.push_back(std::make_unique<Listener>(socket.get()));
     watch(socket.get(), listeners.back().get(), EPOLLIN, false);
   }
@@ -102,8 +101,8 @@ bool ept_instance::tune(int fd, bool same_host) {
   // Between processes of one machine there is no congestion to control: bbr's pacing costs half the bandwidth there.
   if (congestion == "auto") congestion = same_host ? "reno" : "";
   if (congestion.empty()) return true;
-  bool taken = setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, congestion.c_str(),
-                          static_cast<socklen_t>(congestion.size())) == 0;
+  bool taken =
+      setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, congestion.c_str(), static_cast<socklen_t>(congestion.size())) == 0;
   return taken || settings.congestion == "auto";
 }
 
@@ -183,8 +182,9 @@ void ept_instance::proof_arrived(Accepted *entry) {
   }
   bool possible = hello.rank < params.rank && hello.peer_rank == params.rank;
   if (trust == Trust::kMember) {
-    std::string text = format("rank %u at %s holds another secret than rank %u; set EPT_SECRET to one value on all ranks",
-                              hello.rank, entry->where.c_str(), params.rank);
+    std::string text =
+        format("rank %u at %s holds another secret than rank %u; set EPT_SECRET to one value on all ranks", hello.rank,
+               entry->where.c_str(), params.rank);
     answer(entry, EPT_E_AUTH, text);
     if (possible) {
       auto found = peers.find(hello.rank);
@@ -229,7 +229,8 @@ void ept_instance::settle(Accepted *entry) {
     return refuse(EPT_E_PEER_LOST, format("epoch %u of rank %u is not that of this process (%u)", hello.peer_epoch,
                                           params.rank, params.epoch));
   if (gone(fenced_epochs) || (peer != nullptr && hello.epoch < peer->epoch))
-    return refuse(EPT_E_PEER_LOST, format("epoch %u of rank %u is over at rank %u", hello.epoch, hello.rank, params.rank));
+    return refuse(EPT_E_PEER_LOST,
+                  format("epoch %u of rank %u is over at rank %u", hello.epoch, hello.rank, params.rank));
   if (peer == nullptr && gone(closed_epochs))
     return refuse(EPT_E_CLOSED, format("rank %u has closed rank %u", params.rank, hello.rank));
   if (peer == nullptr || hello.epoch > peer->epoch) {
@@ -249,10 +250,10 @@ void ept_instance::settle(Accepted *entry) {
   }
   if (peer->state == Peer::State::kEnded) return refuse(peer->code, peer->text);
   if (hello.streams != peer->agreed_streams || hello.stream >= hello.streams || hello.consumed != 0)
-    return refuse(EPT_E_MISMATCH, format("rank %u wants stream %u of %u from %llu on, rank %u has %u streams and 0",
-                                         hello.rank, hello.stream, hello.streams,
-                                         static_cast<unsigned long long>(hello.consumed), params.rank,
-                                         peer->agreed_streams));
+    return refuse(
+        EPT_E_MISMATCH,
+        format("rank %u wants stream %u of %u from %llu on, rank %u has %u streams and 0", hello.rank, hello.stream,
+               hello.streams, static_cast<unsigned long long>(hello.consumed), params.rank, peer->agreed_streams));
   if (peer->streams[hello.stream] != nullptr)
     return refuse(EPT_E_INVALID, format("stream %u of rank %u is up already", hello.stream, hello.rank));
   if (!answer(entry, EPT_OK, "")) return drop(entry);
@@ -293,8 +294,8 @@ void ept_instance::stranger(const std::string &where, const char *what) {
   uint64_t time = now();
   if (stranger_logged_ns != 0 && time - stranger_logged_ns < kStrangerLog) return;
   stranger_logged_ns = time;
-  log(EPT_LOG_WARNING, format("tcp: rank %u: a connection from %s %s (%llu such so far)", params.rank, where.c_str(), what,
-                              static_cast<unsigned long long>(strangers.load())));
+  log(EPT_LOG_WARNING, format("tcp: rank %u: a connection from %s %s (%llu such so far)", params.rank, where.c_str(),
+                              what, static_cast<unsigned long long>(strangers.load())));
 }
 
 void ept_instance::adopt_parked(Peer *peer) {
@@ -379,7 +380,8 @@ void ept_instance::on_dial(Dial *dial) {
   std::string why;
   while (dial->step == Dial::Step::kChallenge || dial->step == Dial::Step::kAnswer) {
     bool challenged = dial->step == Dial::Step::kChallenge;
-    int got = read_message(dial->fd.get(), dial->bytes, &dial->have, challenged ? sizeof(Challenge) : sizeof(Answer), &why);
+    int got =
+        read_message(dial->fd.get(), dial->bytes, &dial->have, challenged ? sizeof(Challenge) : sizeof(Answer), &why);
     if (got == 0) return;
     if (got < 0) return dial_failed(dial, why);
     if (!challenged) {
@@ -389,7 +391,8 @@ void ept_instance::on_dial(Dial *dial) {
     Challenge challenge;
     memcpy(&challenge, dial->bytes, sizeof challenge);
     Proof proof;
-    if (!dial->dialer->challenge(challenge, &proof)) return dial_failed(dial, "whoever listens there speaks another protocol");
+    if (!dial->dialer->challenge(challenge, &proof))
+      return dial_failed(dial, "whoever listens there speaks another protocol");
     dial->step = Dial::Step::kAnswer;
     if (!say(dial->fd.get(), proof)) return dial_failed(dial, "it takes no bytes");
   }
@@ -476,7 +479,8 @@ void ept_instance::on_time(uint64_t time) {
       if (dial->step == Dial::Step::kPause)
         dial_now(dial);
       else if (dial->step != Dial::Step::kDone)
-        dial_failed(dial, dial->step == Dial::Step::kConnect ? "no answer to the connection" : "no answer to the handshake");
+        dial_failed(dial,
+                    dial->step == Dial::Step::kConnect ? "no answer to the connection" : "no answer to the handshake");
     }
   }
   for (size_t i = 0; i < lingering.size();) {
@@ -540,7 +544,8 @@ void ept_instance::on_lingering(Lingering *entry) {
     break;
   }
   entry->fd.reset();
-  auto found = std::find_if(lingering.begin(), lingering.end(), [&](const auto &other) { return other.get() == entry; });
+  auto found =
+      std::find_if(lingering.begin(), lingering.end(), [&](const auto &other) { return other.get() == entry; });
   dead_sources.push_back(std::move(*found));
   lingering.erase(found);
 }

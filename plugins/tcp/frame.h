@@ -42,7 +42,7 @@ struct FrameHeader {
   uint8_t flags;      // 0
   uint16_t reserved;  // 0
   uint32_t immediate;
-  uint32_t length;    // of the payload; at most the negotiated max_message or max_send
+  uint32_t length;  // of the payload; at most the negotiated max_message or max_send
   uint64_t number;
   uint64_t consumed;
   uint64_t offset;

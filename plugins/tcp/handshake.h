@@ -13,12 +13,12 @@
 //       |                                                    |  LATER: "you are known, this rank has not opened you
 //       | <-------------------------------- Answer, in turn  |   yet"; the last answer is OK or an error
 //
-// `mac` is HMAC-SHA-256 under the job's secret over a label of the role, Hello, Challenge and (for an Answer) the Answer
-// itself: so over both nonces, ranks, epochs, versions, limits and the job. A message of one stream, role or attempt
-// proves nothing in another. `witness` is the same under the acceptor's nonce of its address blob, which came through the
-// bootstrap and is never sent over a connection. It tells a member of this job that was given another secret from a
-// stranger: only the first may end a peer (with AUTH), a stranger changes nothing but a counter. A wrong secret is
-// therefore seen on both sides, and nobody without the blob can make a rank believe in one.
+// `mac` is HMAC-SHA-256 under the job's secret over a label of the role, Hello, Challenge and (for an Answer) the
+// Answer itself: so over both nonces, ranks, epochs, versions, limits and the job. A message of one stream, role or
+// attempt proves nothing in another. `witness` is the same under the acceptor's nonce of its address blob, which came
+// through the bootstrap and is never sent over a connection. It tells a member of this job that was given another
+// secret from a stranger: only the first may end a peer (with AUTH), a stranger changes nothing but a counter. A wrong
+// secret is therefore seen on both sides, and nobody without the blob can make a rank believe in one.
 //
 // The layout of these messages is frozen; `kLayout` names it. What comes after the handshake is negotiated: the highest
 // version that both speak, and the smaller of each limit.
@@ -86,7 +86,7 @@ struct Answer {
   uint16_t reserved[3];
   Limits limits;
   uint64_t consumed;
-  char text[128];     // why not; terminated
+  char text[128];  // why not; terminated
   uint8_t mac[32];
   uint8_t witness[32];
 };
@@ -114,8 +114,8 @@ class Dialer {
  public:
   Dialer(const Credentials &credentials, const std::array<uint8_t, kNonceBytes> &nonce, Hello hello);
   const Hello &hello() const { return hello_; }
-  bool challenge(const Challenge &challenge, Proof *proof);       // false: not our protocol
-  Trust answer(const Answer &answer);                             // whom `answer` comes from; read it only if proven
+  bool challenge(const Challenge &challenge, Proof *proof);  // false: not our protocol
+  Trust answer(const Answer &answer);                        // whom `answer` comes from; read it only if proven
  private:
   const Credentials *credentials_;
   std::array<uint8_t, kNonceBytes> nonce_;
@@ -129,7 +129,7 @@ class Acceptor {
  public:
   Acceptor(const Credentials &credentials, const std::array<uint8_t, kNonceBytes> &nonce)
       : credentials_(&credentials), nonce_(nonce) {}
-  bool hello(const Hello &hello, Challenge *challenge);           // false: not our protocol
+  bool hello(const Hello &hello, Challenge *challenge);  // false: not our protocol
   Trust proof(const Proof &proof) const;
   // Seals `answer`, whose code, limits and text the caller has set.
   void seal(Answer *answer);

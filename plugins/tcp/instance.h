@@ -12,9 +12,9 @@
 // READINESS. epoll is edge-triggered: it says once that a socket has something, and the stream remembers until a recv
 // finds it empty. `ready` holds the streams which have something to do that needs no further word from epoll; arm may
 // only say that sleep is safe when it is empty. While the caller spins, the one or two streams that were last active
-// (`hot`) are read without asking epoll, which is asked every kEpollEvery polls for the others; a stream in the midst of
-// a long payload is never hot, since recv on a socket whose packets are just arriving fights with the kernel for it and
-// halves its speed. When more streams than that are active, epoll is asked in every poll and nobody is hot.
+// (`hot`) are read without asking epoll, which is asked every kEpollEvery polls for the others; a stream in the midst
+// of a long payload is never hot, since recv on a socket whose packets are just arriving fights with the kernel for it
+// and halves its speed. When more streams than that are active, epoll is asked in every poll and nobody is hot.
 #pragma once
 
 #include <atomic>
@@ -55,7 +55,10 @@ struct Listener : Source {
 struct Accepted : Source {
   Accepted(Fd socket, std::string from, uint64_t deadline, const Credentials &credentials,
            const std::array<uint8_t, kNonceBytes> &nonce)
-      : Source(Kind::kAccepted), fd(std::move(socket)), where(std::move(from)), deadline_ns(deadline),
+      : Source(Kind::kAccepted),
+        fd(std::move(socket)),
+        where(std::move(from)),
+        deadline_ns(deadline),
         acceptor(credentials, nonce) {}
   Fd fd;
   std::string where;
@@ -73,9 +76,9 @@ struct Dial : Source {
   uint32_t stream = 0;
   Fd fd;
   enum class Step { kPause, kConnect, kChallenge, kAnswer, kDone } step = Step::kPause;
-  uint64_t due_ns = 0;     // kPause: next try; else the deadline of this one, 0: none
+  uint64_t due_ns = 0;  // kPause: next try; else the deadline of this one, 0: none
   uint32_t attempts = 0;
-  size_t endpoint = 0;     // of the peer's order
+  size_t endpoint = 0;  // of the peer's order
   std::unique_ptr<Dialer> dialer;
   size_t have = 0;
   uint8_t bytes[kLargestMessage];
@@ -92,23 +95,23 @@ struct Lingering : Source {
 struct Peer : Link {
   enum class State { kConnecting, kUp, kEnded };
   State state = State::kConnecting;
-  uint64_t number = 0;          // of this opening, for quiesce
-  bool self = false;            // this rank itself: memory only
+  uint64_t number = 0;  // of this opening, for quiesce
+  bool self = false;    // this rank itself: memory only
   uint32_t agreed_streams = 0;
   Address address;
   std::vector<Endpoint> order;  // to dial, best first
   std::vector<std::unique_ptr<Dial>> dials;
   std::vector<std::unique_ptr<Stream>> streams;
   uint32_t streams_up = 0;
-  std::string last_try;         // why it is not up yet
+  std::string last_try;  // why it is not up yet
 
-  int32_t code = EPT_OK;        // why it ended
+  int32_t code = EPT_OK;  // why it ended
   int number_of_system = 0;
   std::string text;
-  bool announce = false;        // a PEER event tells of the end
-  bool unclear = false;         // ended with operations whose fate over there is unknown
+  bool announce = false;  // a PEER event tells of the end
+  bool unclear = false;   // ended with operations whose fate over there is unknown
 
-  bool drained() const;         // every accepted operation has had its event
+  bool drained() const;  // every accepted operation has had its event
 };
 
 // An event that did not come out of a stream.
@@ -178,7 +181,7 @@ struct ept_instance {
   uint32_t dialing = 0;  // Dials that are not done
 
   std::list<std::unique_ptr<tcp::Accepted>> accepted;  // oldest first; at most settings.half_open that are not parked
-  std::atomic<uint32_t> half_open = 0;  // atomic for `query` alone, which any thread may call
+  std::atomic<uint32_t> half_open = 0;                 // atomic for `query` alone, which any thread may call
   std::vector<std::unique_ptr<tcp::Lingering>> lingering;
   std::atomic<uint64_t> strangers = 0;
   uint64_t stranger_logged_ns = 0;
@@ -187,12 +190,13 @@ struct ept_instance {
   bool worker_is_open = false;
   uint64_t poll_number = 1;
   std::vector<tcp::Stream *> ready, serving, owing, hot, touched;
+  std::atomic<uint32_t> bulk_streams = 0;  // for `query`
   uint32_t since_epoll = 0, since_clock = 0, crowded = 0;
   uint64_t tick_due_ns = 0, liveness_due_ns = 0;
   std::deque<tcp::Pending> pending;
-  uint32_t self_pending = 0;  // of those, events of operations to this rank itself
-  std::vector<ept_rail_counters> counters;     // a rail
-  std::deque<std::string> texts;               // shown to the caller until the next poll
+  uint32_t self_pending = 0;                // of those, events of operations to this rank itself
+  std::vector<ept_rail_counters> counters;  // a rail
+  std::deque<std::string> texts;            // shown to the caller until the next poll
   std::vector<std::vector<uint8_t>> shown;
   std::vector<std::unique_ptr<tcp::Source>> dead_sources;  // epoll may still name them within this poll
   std::vector<tcp::Quiesce> quiesces;
@@ -260,6 +264,7 @@ struct ept_instance {
   void after_receive(tcp::Stream *stream, tcp::Output *out);
   bool heat(tcp::Stream *stream);
   void flush_touched();
+  void note_bulk(tcp::Stream *stream);
   void pay_owing(bool now);
   void give_pending(tcp::Output *out);
   void give_quiesced();

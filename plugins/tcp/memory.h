@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Registered memory, and the keys under which peers may write into it. A key is 128 random bits, made for one
-// (range, rank, epoch); the slot beside it is only where to look. Revoking clears the slot, so from then on nothing that
-// carries the key is let in; payload that is half received is the streams' business (instance.cc revokes there too).
+// (range, rank, epoch); the slot beside it is only where to look. Revoking clears the slot, so from then on nothing
+// that carries the key is let in; payload that is half received is the streams' business (instance.cc revokes there
+// too).
 #pragma once
 
 #include <vector>

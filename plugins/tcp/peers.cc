@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a peer goes through: kConnecting -> kUp -> kEnded, or straight to the end. An ended peer first gives what is left
-// to say: LOCAL_DONE of what was acknowledged, the PEER event, an ERROR for each other operation that was accepted; so
-// after PEER there is nothing but ERRORs. It stays in `peers`, to answer peer_state, until it is closed or opened again.
+// What a peer goes through: kConnecting -> kUp -> kEnded, or straight to the end. An ended peer first gives what is
+// left to say: LOCAL_DONE of what was acknowledged, the PEER event, an ERROR for each other operation that was
+// accepted; so after PEER there is nothing but ERRORs. It stays in `peers`, to answer peer_state, until it is closed or
+// opened again.
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
@@ -44,8 +45,8 @@ int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *addre
   auto found = peers.find(rank);
   if (found != peers.end()) {
     if (found->second->state != Peer::State::kEnded)
-      return fail(EPT_E_INVALID, "peer_open", rank, 0, "tcp: rank %u is open already, under epoch %u; close it first", rank,
-                  found->second->epoch);
+      return fail(EPT_E_INVALID, "peer_open", rank, 0, "tcp: rank %u is open already, under epoch %u; close it first",
+                  rank, found->second->epoch);
     peer_close(rank);
   }
   auto peer = std::make_unique<Peer>();
@@ -123,8 +124,8 @@ void ept_instance::stream_up(Peer *peer, uint32_t stream, Fd fd, const Limits &a
   if (++peer->streams_up < peer->agreed_streams) return;
   peer->state = Peer::State::kUp;
   add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_OK, "");
-  log(EPT_LOG_DEBUG, format("tcp: rank %u: rank %u at %s is up, %u streams", params.rank, peer->rank, peer->where.c_str(),
-                            peer->agreed_streams));
+  log(EPT_LOG_DEBUG, format("tcp: rank %u: rank %u at %s is up, %u streams", params.rank, peer->rank,
+                            peer->where.c_str(), peer->agreed_streams));
   // What came in before all streams were up is looked at from now on.
   for (auto &up : peer->streams) {
     up->expect_input();
@@ -168,8 +169,7 @@ void ept_instance::streams_may_have_ended(Peer *peer) {
                            stream->end_text().c_str()),
                     true);
   }
-  if (all)
-    end_peer(peer, EPT_E_CLOSED, 0, format("rank %u at %s left", peer->rank, peer->where.c_str()), true);
+  if (all) end_peer(peer, EPT_E_CLOSED, 0, format("rank %u at %s left", peer->rank, peer->where.c_str()), true);
 }
 
 int32_t ept_instance::peer_close(uint32_t rank) {
@@ -208,7 +208,8 @@ int32_t ept_instance::peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie)
     return fail(EPT_E_INVALID, "peer_fence", rank, 0, "tcp: rank %u is outside the world of %u", rank, params.world);
   auto found = peers.find(rank);
   if (found != peers.end() && found->second->epoch <= epoch)
-    end_peer(found->second.get(), EPT_E_PEER_LOST, 0, format("epoch %u of rank %u was fenced here", epoch, rank), false);
+    end_peer(found->second.get(), EPT_E_PEER_LOST, 0, format("epoch %u of rank %u was fenced here", epoch, rank),
+             false);
   uint32_t &fence = fenced_epochs[rank];
   fence = std::max(fence, epoch);
   exports.remove_all_of(rank, epoch);
@@ -250,7 +251,8 @@ void ept_instance::check_liveness() {
       std::string text;
       if (!stream->in_flight() || !stream->unanswered(params.dead_ns, &text)) continue;
       end_peer(peer, EPT_E_PEER_LOST, ETIMEDOUT,
-               format("rank %u at %s is lost (stream %u): %s", peer->rank, peer->where.c_str(), stream->rail(), text.c_str()),
+               format("rank %u at %s is lost (stream %u): %s", peer->rank, peer->where.c_str(), stream->rail(),
+                      text.c_str()),
                true);
       break;
     }
@@ -279,8 +281,8 @@ void ept_instance::give_ended(Output *out) {
   }
 }
 
-void ept_instance::add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie, int32_t code,
-                               std::string text) {
+void ept_instance::add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie,
+                               int32_t code, std::string text) {
   Pending entry{};
   entry.event.size = sizeof entry.event;
   entry.event.kind = kind;

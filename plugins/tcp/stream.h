@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One authenticated connection to a peer, which is one rail to it: operations go in, frames go out; frames come in, bytes
-// land where they belong and events come out. See frame.h for what is on the wire.
+// One authenticated connection to a peer, which is one rail to it: operations go in, frames go out; frames come in,
+// bytes land where they belong and events come out. See frame.h for what is on the wire.
 //
 // SENDING. A ring of `depth` operations with four counters that only go up:
 //
@@ -12,10 +12,10 @@
 // wait in `control_` and go at the next boundary between frames, before any operation whose header is not begun: only
 // then are headers stamped with `consumed`, which keeps the promise of frame.h about REFUSED.
 //
-// RECEIVING. Headers and short payloads come through one buffer, so that a small write costs one recv. When a header has
-// been checked, what the buffer holds of a long payload is copied and the rest is received at its destination, together
-// with the next header if that is there already. A refused payload goes to a sink. Parsing stops where the caller's event
-// array is full: then TCP itself holds the peer back, and nothing is ever queued here.
+// RECEIVING. Headers and short payloads come through one buffer, so that a small write costs one recv. When a header
+// has been checked, what the buffer holds of a long payload is copied and the rest is received at its destination,
+// together with the next header if that is there already. A refused payload goes to a sink. Parsing stops where the
+// caller's event array is full: then TCP itself holds the peer back, and nothing is ever queued here.
 #pragma once
 
 #include <deque>
@@ -82,14 +82,14 @@ class Stream : public Source {
   void flush();                  // sends what the socket takes, a bounded amount
   void acknowledge();            // sends an ACK if one is owed
   bool owes() const { return consumed_ != stamped_; }
-  void finish();                 // says FINISH if that can be said, and that no more will come
+  void finish();  // says FINISH if that can be said, and that no more will come
 
   // ---- receiving ----
-  void receive(Output *out);     // reads and parses, a bounded amount
-  void revalidate();             // exports were removed: payload under way into one goes to the sink from now on
+  void receive(Output *out);  // reads and parses, a bounded amount
+  void revalidate();          // exports were removed: payload under way into one goes to the sink from now on
 
   // ---- completion ----
-  void complete(Output *out);    // LOCAL_DONE and ERROR of what was acknowledged
+  void complete(Output *out);  // LOCAL_DONE and ERROR of what was acknowledged
   void abandon(Output *out, int32_t code, int number, const char *text);  // ERROR for the rest
   bool drained() const { return completed_ == queued_; }
   bool completing() const { return completed_ != acked_; }
@@ -97,7 +97,7 @@ class Stream : public Source {
   uint64_t completed() const { return completed_; }
   bool unsent() const { return !finishing_ && sent_ != queued_; }
   bool in_flight() const { return acked_ != queued_; }
-  void drop_unsent_memory();     // forgets sources: nothing is sent any more
+  void drop_unsent_memory();  // forgets sources: nothing is sent any more
 
   // ---- state ----
   const Link *link() const { return link_; }
@@ -108,7 +108,9 @@ class Stream : public Source {
   }
   void expect_input() { readable_ = true; }  // look at the socket though epoll has not said so
   bool in_bulk() const { return in_payload_ && left_ >= kBulk; }
-  bool ended() const { return ended_; }      // nothing more will be read
+  // Much is under way: who spins on this stream only slows it down.
+  bool bulk() const { return in_bulk() || (blocked_ && unsent()); }
+  bool ended() const { return ended_; }  // nothing more will be read
   bool orderly() const { return finished_; }
   int end_errno() const { return end_errno_; }
   const std::string &end_text() const { return end_text_; }
@@ -121,14 +123,14 @@ class Stream : public Source {
   void count_later() { ++counters_.later; }
 
   // For the lists of instance.h.
-  bool in_ready = false, in_owing = false;
-  uint32_t misses = 0;       // polls in a row that found nothing on it while it was hot
+  bool in_ready = false, in_owing = false, in_bulk_count = false;
+  uint32_t misses = 0;  // polls in a row that found nothing on it while it was hot
   uint32_t owing_polls = 0;
 
  private:
   static constexpr uint64_t kBulk = 65536;
-  static constexpr uint32_t kAckOperations = 64;       // explicit ACK at the latest after so many
-  static constexpr uint64_t kAckBytes = 1u << 20;      //   or so many bytes
+  static constexpr uint32_t kAckOperations = 64;   // explicit ACK at the latest after so many
+  static constexpr uint64_t kAckBytes = 1u << 20;  //   or so many bytes
   static constexpr size_t kControlFrames = 16;
 
   struct Operation {
@@ -188,8 +190,8 @@ class Stream : public Source {
   uint8_t *destination_ = nullptr;  // nullptr: the sink
   uint64_t left_ = 0;
   int32_t refusal_ = EPT_OK;
-  uint64_t consumed_ = 0;       // operations of the peer, in their order
-  uint64_t stamped_ = 0;        // the highest `consumed` that went into a header
+  uint64_t consumed_ = 0;  // operations of the peer, in their order
+  uint64_t stamped_ = 0;   // the highest `consumed` that went into a header
   uint64_t owed_bytes_ = 0;
 
   bool readable_ = true, hangup_ = false, more_ = false;

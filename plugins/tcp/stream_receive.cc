@@ -15,14 +15,20 @@
 namespace tcp {
 namespace {
 
-constexpr int kRounds = 4;                     // recv calls of one receive: bounded work
-constexpr size_t kDirect = 4096;               // a payload with so much missing is received at its destination
-constexpr size_t kReceiveBytes = 2u << 20;     // of one recv
+constexpr int kRounds = 4;                  // recv calls of one receive: bounded work
+constexpr size_t kDirect = 4096;            // a payload with so much missing is received at its destination
+constexpr size_t kReceiveBytes = 2u << 20;  // of one recv
 
 }  // namespace
 
 Stream::Stream(const Link *link, uint32_t rail, Fd fd)
-    : Source(Kind::kStream), link_(link), rail_(rail), fd_(std::move(fd)), ring_(link->depth), buffer_(new uint8_t[kBufferBytes]), counters_(link->counters[rail]) {
+    : Source(Kind::kStream),
+      link_(link),
+      rail_(rail),
+      fd_(std::move(fd)),
+      ring_(link->depth),
+      buffer_(new uint8_t[kBufferBytes]),
+      counters_(link->counters[rail]) {
   // HELLOs of the engine take no credit, so a few come on top.
   max_sends_ = std::max(4u, link->limits.send_credits + 4u);
 }

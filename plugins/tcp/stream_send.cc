@@ -12,10 +12,10 @@
 namespace tcp {
 namespace {
 
-constexpr size_t kShort = 1024;             // a frame up to this is put together and sent by the cheaper send()
-constexpr size_t kBatchFrames = 64;         // frames of one sendmsg
-constexpr size_t kBatchBytes = 2u << 20;    // bytes of one sendmsg, but for the last frame
-constexpr size_t kFlushBytes = 8u << 20;    // of one flush: bounded work
+constexpr size_t kShort = 1024;           // a frame up to this is put together and sent by the cheaper send()
+constexpr size_t kBatchFrames = 64;       // frames of one sendmsg
+constexpr size_t kBatchBytes = 2u << 20;  // bytes of one sendmsg, but for the last frame
+constexpr size_t kFlushBytes = 8u << 20;  // of one flush: bounded work
 
 const char *refusal_text(int32_t code) {
   if (code == EPT_E_ACCESS) return "the key is unknown, revoked or of another epoch, or the range leaves the region";
@@ -193,8 +193,7 @@ void Stream::advance(size_t bytes, bool control_follows) {
   };
   if (sent_offset_ > 0 && !take_frame()) return;
   if (control_follows && !take(&control_begin_, control_end_)) return;
-  while (bytes > 0 && take_frame()) {
-  }
+  while (bytes > 0 && take_frame()) {}
 }
 
 void Stream::sent_whole(Operation &done) {
@@ -234,8 +233,8 @@ void Stream::drop_unsent_memory() {
 void Stream::complete(Output *out) {
   while (completed_ != acked_ && !out->full()) {
     Operation &done = operation(completed_);
-    ept_event &event = out->add(done.refused == EPT_OK ? EPT_EVENT_LOCAL_DONE : EPT_EVENT_ERROR, link_->rank,
-                                link_->epoch, rail_);
+    ept_event &event =
+        out->add(done.refused == EPT_OK ? EPT_EVENT_LOCAL_DONE : EPT_EVENT_ERROR, link_->rank, link_->epoch, rail_);
     if (done.refused != EPT_OK) {
       event.code = done.refused;
       event.text = out->keep(format("rank %u at %s refused an operation of %u bytes at offset %llu: %s", link_->rank,

@@ -126,7 +126,8 @@ int32_t tcp_open(const ept_host *host, const ept_open_params *params, ept_instan
       return fail(EPT_E_INVALID, "open", params->rank, 0, "tcp: rank %u is outside the world of %u", params->rank,
                   params->world);
     if (params->secret == nullptr || params->secret_length == 0 || params->job == nullptr)
-      return fail(EPT_E_INVALID, "open", params->rank, 0, "tcp: a job's name and secret are needed to tell peers from strangers");
+      return fail(EPT_E_INVALID, "open", params->rank, 0,
+                  "tcp: a job's name and secret are needed to tell peers from strangers");
     auto instance = std::make_unique<ept_instance>();
     instance->host = host;
     instance->params = *params;
@@ -136,8 +137,8 @@ int32_t tcp_open(const ept_host *host, const ept_open_params *params, ept_instan
     if (code != EPT_OK) return code;
     const Settings &settings = instance->settings;
     instance->credentials = make_credentials(host, *params);
-    instance->limits = Limits{settings.streams, kMaxMessage,     kMaxSend,
-                              settings.depth,   params->credits, params->send_credits};
+    instance->limits =
+        Limits{settings.streams, kMaxMessage, kMaxSend, settings.depth, params->credits, params->send_credits};
     instance->sink.reset(new uint8_t[kSinkBytes]);
     instance->counters.assign(settings.streams, ept_rail_counters{});
     instance->worker.instance = instance.get();
@@ -218,9 +219,10 @@ int32_t tcp_reach(ept_instance *instance, const void *address, size_t length, ep
     int32_t code = decode(address, length, &peer);
     bool same_host = code == EPT_OK && peer.host == instance->own.host;
     if (code == EPT_OK && peer.rank != instance->params.rank && dial_order(peer, instance->own).empty())
-      code = fail(EPT_E_UNAVAILABLE, "reach", peer.rank, 0,
-                  "tcp: rank %u is on another machine and advertises only loopback addresses; give it EPT_TCP_INTERFACE",
-                  peer.rank);
+      code =
+          fail(EPT_E_UNAVAILABLE, "reach", peer.rank, 0,
+               "tcp: rank %u is on another machine and advertises only loopback addresses; give it EPT_TCP_INTERFACE",
+               peer.rank);
     if (code != EPT_OK) {
       snprintf(reach->why_not, sizeof reach->why_not, "%.255s", last_error().text);
       return code;
@@ -264,7 +266,8 @@ int32_t tcp_mem_register(ept_instance *instance, const ept_memory *memory, ept_m
   return guarded("mem_register", [&]() -> int32_t {
     if (memory->kind != EPT_MEMORY_HOST && memory->kind != EPT_MEMORY_PINNED && memory->kind != EPT_MEMORY_SHM)
       return fail(EPT_E_UNSUPPORTED, "mem_register", -1, 0,
-                  "tcp: memory of kind %d can't be read by the CPU as it is; tcp takes host, pinned and shm", memory->kind);
+                  "tcp: memory of kind %d can't be read by the CPU as it is; tcp takes host, pinned and shm",
+                  memory->kind);
     uint64_t start = reinterpret_cast<uint64_t>(memory->address);
     if (memory->address == nullptr || memory->length == 0 || start + memory->length < start)
       return fail(EPT_E_INVALID, "mem_register", -1, 0, "tcp: %llu bytes at %p are no memory",
@@ -288,12 +291,13 @@ int32_t tcp_mem_deregister(ept_mem *mem) {
   return EPT_OK;
 }
 
-int32_t tcp_region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob, size_t *blob_length,
-                          uint64_t *key) {
+int32_t tcp_region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob,
+                          size_t *blob_length, uint64_t *key) {
   return guarded("region_export", [&]() -> int32_t {
     ept_instance *instance = mem->owner;
     if ((mem->access & EPT_ACCESS_REMOTE_WRITE) == 0)
-      return fail(EPT_E_ACCESS, "region_export", rank, 0, "tcp: this memory was registered without the right to be written");
+      return fail(EPT_E_ACCESS, "region_export", rank, 0,
+                  "tcp: this memory was registered without the right to be written");
     if (rank >= instance->params.world || offset > mem->length || length > mem->length - offset)
       return fail(EPT_E_INVALID, "region_export", rank, 0, "tcp: %llu bytes at offset %llu of %llu for rank %u of %u",
                   static_cast<unsigned long long>(length), static_cast<unsigned long long>(offset),
@@ -344,8 +348,9 @@ int32_t tcp_region_import(ept_instance *instance, uint32_t rank, const void *blo
     if (region.magic != kRegionMagic)
       return fail(EPT_E_INVALID, "region_import", rank, 0, "tcp: %zu bytes that are no region of tcp", length);
     if (region.version != kRegionVersion)
-      return fail(EPT_E_VERSION, "region_import", rank, 0, "tcp: the region of rank %u is of version %u, this plugin reads %u",
-                  rank, region.version, kRegionVersion);
+      return fail(EPT_E_VERSION, "region_import", rank, 0,
+                  "tcp: the region of rank %u is of version %u, this plugin reads %u", rank, region.version,
+                  kRegionVersion);
     if (region.exporter != rank)
       return fail(EPT_E_INVALID, "region_import", rank, 0, "tcp: this is a region of rank %u, not of rank %u",
                   region.exporter, rank);
@@ -375,7 +380,9 @@ int32_t tcp_quiesce(ept_worker *worker, uint32_t rank, int32_t scope, uint64_t c
 }
 
 int32_t tcp_query(ept_instance *instance, const char *feature, int64_t *value) {
-  if (strcmp(feature, "half_open") == 0)
+  if (strcmp(feature, "bulk") == 0)  // streams amid a long payload: sleep on arm's descriptor rather than spin
+    *value = instance->bulk_streams.load(std::memory_order_relaxed);
+  else if (strcmp(feature, "half_open") == 0)
     *value = instance->half_open.load();
   else if (strcmp(feature, "strangers") == 0)
     *value = static_cast<int64_t>(instance->strangers.load());

@@ -13,13 +13,13 @@ using namespace tcp;
 
 namespace {
 
-constexpr size_t kServesAPoll = 16;        // streams
+constexpr size_t kServesAPoll = 16;  // streams
 constexpr int kEpollBatch = 32;
-constexpr uint32_t kClockEvery = 64;       // polls between two looks at the clock
-constexpr uint32_t kColdAfter = 4096;      // fruitless polls of a hot stream
-constexpr uint32_t kCrowdFor = 256;        // polls that ask epoll only, after more than kHot streams were active
-constexpr uint32_t kAckPolls = 3;          // idle polls before an ACK of its own: what goes back by then carries it
-constexpr uint64_t kTick = 10000000;       // on_time at least so often while the caller spins
+constexpr uint32_t kClockEvery = 64;   // polls between two looks at the clock
+constexpr uint32_t kColdAfter = 4096;  // fruitless polls of a hot stream
+constexpr uint32_t kCrowdFor = 256;    // polls that ask epoll only, after more than kHot streams were active
+constexpr uint32_t kAckPolls = 3;      // idle polls before an ACK of its own: what goes back by then carries it
+constexpr uint64_t kTick = 10000000;   // on_time at least so often while the caller spins
 
 Peer *peer_of(const Stream *stream) { return const_cast<Peer *>(static_cast<const Peer *>(stream->link())); }
 
@@ -64,6 +64,7 @@ void ept_instance::flush_touched() {
   for (Stream *stream : touched) {
     stream->flush();
     if (stream->has_work()) make_ready(stream);
+    note_bulk(stream);
     if (hot.size() < kHot && crowded == 0) heat(stream);  // an answer is likely
   }
   touched.clear();
@@ -113,7 +114,8 @@ int32_t ept_instance::check(const ept_op &op, Peer **result) {
     uint64_t start = mem == nullptr ? 0 : reinterpret_cast<uint64_t>(mem->address);
     if (mem == nullptr || mem->owner != this || from < start || from - start > mem->length ||
         op.length > mem->length - (from - start))
-      return fail(EPT_E_INVALID, "post", op.peer, 0, "tcp: the source of a WRITE of %llu bytes is not inside source_mem",
+      return fail(EPT_E_INVALID, "post", op.peer, 0,
+                  "tcp: the source of a WRITE of %llu bytes is not inside source_mem",
                   static_cast<unsigned long long>(op.length));
   }
   *result = peer;
@@ -155,9 +157,10 @@ int32_t ept_instance::post_to_self(Peer *peer, const ept_op &op) {
     ++counts.errors;
     Pending &refused = add(EPT_EVENT_ERROR);
     refused.event.code = EPT_E_ACCESS;
-    refused.text = format("rank %u refused an operation of its own of %llu bytes at offset %llu: the key is unknown or "
-                          "revoked, or the range leaves the region",
-                          peer->rank, static_cast<unsigned long long>(length), static_cast<unsigned long long>(op.offset));
+    refused.text = format(
+        "rank %u refused an operation of its own of %llu bytes at offset %llu: the key is unknown or "
+        "revoked, or the range leaves the region",
+        peer->rank, static_cast<unsigned long long>(length), static_cast<unsigned long long>(op.offset));
     refused.has_text = true;
     return EPT_OK;
   }
@@ -260,6 +263,14 @@ void ept_instance::after_receive(Stream *stream, Output *out) {
   }
   if (stream->owes()) make_owing(stream);
   if (stream->has_work()) make_ready(stream);
+  note_bulk(stream);
+}
+
+void ept_instance::note_bulk(Stream *stream) {
+  bool bulk = stream->bulk();
+  if (bulk == stream->in_bulk_count) return;
+  stream->in_bulk_count = bulk;
+  bulk_streams.store(bulk_streams.load(std::memory_order_relaxed) + (bulk ? 1 : -1), std::memory_order_relaxed);
 }
 
 // Reads the hot streams without asking whether there is anything.
@@ -378,11 +389,15 @@ void ept_instance::pay_owing(bool all) {
 }
 
 void ept_instance::forget(Stream *stream) {
-  auto remove = [&](std::vector<Stream *> &list) { list.erase(std::remove(list.begin(), list.end(), stream), list.end()); };
+  auto remove = [&](std::vector<Stream *> &list) {
+    list.erase(std::remove(list.begin(), list.end(), stream), list.end());
+  };
   remove(ready);
   remove(owing);
   remove(hot);
-  stream->in_ready = stream->in_owing = false;
+  if (stream->in_bulk_count)
+    bulk_streams.store(bulk_streams.load(std::memory_order_relaxed) - 1, std::memory_order_relaxed);
+  stream->in_ready = stream->in_owing = stream->in_bulk_count = false;
 }
 
 // ---- arm ------------------------------------------------------------------------------------------------------------
@@ -420,7 +435,8 @@ int32_t ept_instance::quiesce(uint32_t rank, int32_t scope, uint64_t cookie) {
   auto add = [&](const Peer &peer) {
     if (rank != UINT32_MAX && peer.rank != rank) return;
     for (const auto &stream : peer.streams)
-      if (stream != nullptr && !stream->drained()) entry.untils.push_back({peer.number, stream->rail(), stream->queued()});
+      if (stream != nullptr && !stream->drained())
+        entry.untils.push_back({peer.number, stream->rail(), stream->queued()});
   };
   for (const auto &peer : peers) add(*peer.second);
   for (const auto &peer : leaving) add(*peer);
@@ -455,10 +471,11 @@ void ept_instance::give_quiesced() {
     if (unclear == nullptr)
       add_pending(EPT_EVENT_QUIESCED, entry.rank, 0, 0, entry.cookie, EPT_OK, "");
     else
-      add_pending(EPT_EVENT_QUIESCED, entry.rank, unclear->epoch, 0, entry.cookie, EPT_E_STUCK,
-                  format("rank %u ended with operations under way that may still land there; close it, and let it fence "
-                         "epoch %u of rank %u",
-                         unclear->rank, params.epoch, params.rank));
+      add_pending(
+          EPT_EVENT_QUIESCED, entry.rank, unclear->epoch, 0, entry.cookie, EPT_E_STUCK,
+          format("rank %u ended with operations under way that may still land there; close it, and let it fence "
+                 "epoch %u of rank %u",
+                 unclear->rank, params.epoch, params.rank));
     quiesces.erase(quiesces.begin() + static_cast<ptrdiff_t>(i));
   }
 }
