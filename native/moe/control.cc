@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "moe/control.h"
+
+#include <algorithm>
+
+namespace ept::moe {
+
+const char *Bytes::take(size_t length) {
+  if (length > bytes_.size() - at_)
+    fail(EPT_E_VERSION, -1, "a set-up message has %zu bytes and should have %zu more: another version?", bytes_.size(),
+         length - (bytes_.size() - at_));
+  at_ += length;
+  return bytes_.data() + at_ - length;
+}
+
+namespace {
+
+struct Piece {  // before each piece of a message
+  uint32_t index, count;
+};
+
+// What still goes to one rank, and what has come from it. Pieces may overtake one another.
+struct Talk {
+  std::string out;
+  uint32_t pieces_out = 0, sent = 0;
+  std::vector<std::string> in;
+  uint32_t got = 0;
+  bool begun = false;
+
+  bool done() const { return begun && got == in.size(); }
+};
+
+class Talks {
+ public:
+  Talks(ept_engine *engine, uint32_t rank, uint32_t world, uint64_t tag) : engine_(engine), rank_(rank), tag_(tag) {
+    Error error;
+    size_t most = 0;
+    check(ept_engine_max_message(engine, &most), error);
+    if (most <= sizeof(Piece)) fail(EPT_E_LIMIT, -1, "the backend carries messages of %zu bytes only", most);
+    room_ = most - sizeof(Piece);
+    talks_.resize(world);
+    buffer_.resize(most);
+  }
+
+  void say(uint32_t to, std::string what) {
+    Talk &talk = talks_[to];
+    talk.out = std::move(what);
+    talk.pieces_out = uint32_t(std::max<size_t>(1, (talk.out.size() + room_ - 1) / room_));
+  }
+
+  // One piece to each rank that takes one now.
+  bool send_some() {
+    bool moved = false;
+    for (uint32_t r = 0; r < talks_.size(); r++) {
+      Talk &talk = talks_[r];
+      if (r == rank_ || talk.sent == talk.pieces_out) continue;
+      const size_t begin = talk.sent * room_, length = std::min(room_, talk.out.size() - begin);
+      const Piece piece = {talk.sent, talk.pieces_out};
+      memcpy(buffer_.data(), &piece, sizeof piece);
+      memcpy(buffer_.data() + sizeof piece, talk.out.data() + begin, length);
+      Error error;
+      const int32_t code = ept_engine_send(engine_, r, tag_, buffer_.data(), sizeof piece + length, 0, &error);
+      if (code == EPT_E_TIMEOUT || code == EPT_LATER) continue;
+      check(code, error);
+      talk.sent++;
+      moved = true;
+    }
+    return moved;
+  }
+
+  bool receive(uint64_t timeout_ns) {
+    size_t length = buffer_.size();
+    uint32_t from = 0;
+    Error error;
+    const int32_t code = ept_engine_recv(engine_, UINT32_MAX, tag_, buffer_.data(), &length, &from, timeout_ns, &error);
+    if (code == EPT_E_TIMEOUT || code == EPT_LATER) return false;
+    check(code, error);
+    Piece piece;
+    if (length < sizeof piece || from >= talks_.size()) fail(EPT_E_VERSION, int32_t(from), "a set-up message is short");
+    memcpy(&piece, buffer_.data(), sizeof piece);
+    Talk &talk = talks_[from];
+    if (!talk.begun) {
+      talk.in.resize(piece.count);
+      talk.begun = true;
+    }
+    if (piece.index >= talk.in.size() || piece.count != talk.in.size())
+      fail(EPT_E_VERSION, int32_t(from), "piece %u of %u of a set-up message of %zu", piece.index, piece.count,
+           talk.in.size());
+    talk.in[piece.index].assign(buffer_.data() + sizeof piece, length - sizeof piece);
+    talk.got++;
+    return true;
+  }
+
+  // A rank that has not said all, or UINT32_MAX.
+  uint32_t silent() const {
+    for (uint32_t r = 0; r < talks_.size(); r++)
+      if (r != rank_ && !talks_[r].done()) return r;
+    return UINT32_MAX;
+  }
+  bool all_sent() const {
+    for (uint32_t r = 0; r < talks_.size(); r++)
+      if (r != rank_ && talks_[r].sent < talks_[r].pieces_out) return false;
+    return true;
+  }
+  void find_lost(const char *what) const {
+    for (uint32_t r = 0; r < talks_.size(); r++) {
+      if (r == rank_ || talks_[r].done()) continue;
+      ept_peer_info info{};
+      info.size = sizeof info;
+      Error error;
+      check(ept_engine_peer(engine_, r, &info, &error), error);
+      if (info.status == EPT_PEER_LOST || info.status == EPT_PEER_LEFT)
+        fail(EPT_E_PEER_LOST, int32_t(r), "rank %u waits for rank %u, %s: it is gone (%s)", rank_, r, what, info.why);
+    }
+  }
+
+  std::vector<std::string> results() {
+    std::vector<std::string> all(talks_.size());
+    for (uint32_t r = 0; r < talks_.size(); r++)
+      for (auto &part : talks_[r].in) all[r] += part;
+    return all;
+  }
+
+ private:
+  ept_engine *engine_;
+  uint32_t rank_;
+  uint64_t tag_;
+  size_t room_ = 0;
+  std::vector<Talk> talks_;
+  std::vector<char> buffer_;
+};
+
+}  // namespace
+
+std::vector<std::string> exchange(ept_engine *engine, uint32_t rank, uint32_t world, uint64_t tag,
+                                  const std::function<std::string(uint32_t)> &to, const Deadline &deadline,
+                                  const char *what) {
+  Talks talks(engine, rank, world, tag);
+  for (uint32_t r = 0; r < world; r++)
+    if (r != rank) talks.say(r, to(r));
+  // Sending and receiving take turns: if all only sent first, all could wait for room in all inboxes.
+  while (talks.silent() != UINT32_MAX || !talks.all_sent()) {
+    const bool sent = talks.send_some();
+    bool moved = sent;
+    while (talks.receive(0)) moved = true;
+    if (moved) continue;
+    talks.find_lost(what);
+    const uint64_t left = deadline.remaining();
+    if (left == 0) {
+      const uint32_t silent = talks.silent();
+      fail(EPT_E_TIMEOUT, silent == UINT32_MAX ? -1 : int32_t(silent),
+           "rank %u waited %.1f s for rank %d, %s: every rank must make this call", rank, deadline.waited_s(),
+           int32_t(silent), what);
+    }
+    // Longer than the engine's 100 ms of asking for interrupts; shorter while something still waits to go out.
+    talks.receive(std::min<uint64_t>(left, talks.all_sent() ? 120'000'000 : 1'000'000));
+  }
+  return talks.results();
+}
+
+}  // namespace ept::moe

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "moe/fail.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+namespace ept::moe {
+
+Error::Error() {
+  size = sizeof(ept_error);
+  code = EPT_OK;
+  peer = -1;
+  provider_errno = 0;
+  expected = seen = silent_ns = 0;
+  operation[0] = text[0] = 0;
+}
+
+void fail(int32_t code, int32_t peer, const char *format, ...) {
+  Failure failure{Error()};
+  failure.error.code = code;
+  failure.error.peer = peer;
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(failure.error.text, sizeof failure.error.text, format, arguments);
+  va_end(arguments);
+  throw failure;
+}
+
+void check(int32_t code, const ept_error &error) {
+  if (code >= 0) return;
+  Failure failure{error};
+  failure.error.code = code;
+  if (!failure.error.text[0])
+    snprintf(failure.error.text, sizeof failure.error.text, "the engine answered %s", ept_code_name(code));
+  throw failure;
+}
+
+}  // namespace ept::moe
