@@ -107,7 +107,7 @@ constexpr ept_setting kSettings[] = {
     integer("later_permille", "100", 0, 900, "adversary: posts of which a random tail is told LATER, per thousand"),
     integer("early_permille", "300", 0, 1000,
             "adversary: operations that are locally done before their bytes land, per thousand"),
-    integer("fail_permille", "0", 0, 1000, "adversary: operations that fail, half landed, per thousand"),
+    integer("fail_permille", "0", 0, 1000, "adversary: writes that fail, half landed, per thousand"),
     integer("lose_rank", "-1", -1, INT32_MAX, "adversary: this rank disappears; -1: none does"),
     integer("lose_after", "1000", 0, INT64_MAX, "adversary: operations that lose_rank posts before it disappears"),
 };
@@ -738,7 +738,7 @@ class Adversary final : public Route {
 
   size_t reading(const ept_mem *mem) const override {
     return static_cast<size_t>(std::count_if(flights_.begin(), flights_.end(), [&](const Flight &flight) {
-      return flight.steps && !flight.over && !flight.parcel && flight.op.source_mem == mem;
+      return flight.steps && !flight.over && !flight.told && !flight.parcel && flight.op.source_mem == mem;
     }));
   }
 
@@ -781,7 +781,7 @@ class Adversary final : public Route {
     if (op.region) flight.region = *op.region;
     flight.op.region = nullptr;
     flight.peer = peer;
-    flight.fails = schedule_.fails();
+    flight.fails = schedule_.fails() && op.kind == EPT_OP_WRITE;  // a lost message or grant would cost the peer
     const bool early = schedule_.early() && !flight.fails && verdict == Verdict::kLanded;
     const uint64_t bytes = op.kind == EPT_OP_WRITE ? op.length : 0;
     if (op.kind == EPT_OP_SEND) flight.message = copy_of(op.source, op.length);
@@ -1427,10 +1427,19 @@ void worker_close(ept_worker *worker) {
   delete worker;
 }
 
+// Another thread may sleep on the descriptor: it has something to poll for now.
+void wake_own(ept_worker &worker) {
+  if (!worker.armed) return;
+  Port &own = *worker.instance->port;
+  std::lock_guard hold(own.lock);
+  own.ring();
+}
+
 int32_t post(ept_worker *worker, const ept_op *ops, size_t count, size_t *posted) {
   *posted = 0;
   return guard("post", [&] {
     const int32_t code = worker->route->post(ops, count, posted);
+    wake_own(*worker);
     if (code == EPT_LATER && ops[*posted].rail < worker->counters.size()) ++worker->counters[ops[*posted].rail].later;
     return code;
   });
@@ -1544,6 +1553,7 @@ int32_t quiesce(ept_worker *worker, uint32_t rank, int32_t scope, uint64_t cooki
                   worker->instance->world);
     }
     worker->quiesces.push_back({rank, scope, cookie});
+    wake_own(*worker);
     return static_cast<int32_t>(EPT_OK);
   });
 }
