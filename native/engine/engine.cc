@@ -160,8 +160,9 @@ int32_t ept_engine::open(const ept_engine_config &config, ept_error *error) {
                 "the system gives no more file descriptors (eventfd: %s); raise ulimit -n", std::strerror(errno));
   }
   chans.emplace_back();
+  peers = std::vector<Peer>(world);
   for (uint32_t i = 0; i < world; i++) {
-    Peer &peer = peers.emplace_back();
+    Peer &peer = peers[i];
     peer.rank = i;
     peer.last_sign = now_ns();
   }

@@ -9,8 +9,8 @@
  *    raise, acquire on wait).
  *  - At most one thread drives: `driver` says which kind. A thread that waits drives if no caller does; others wait for
  *    `moved`, which is notified whenever a drive brought something or the driver leaves. A caller takes over from the
- *    proxy at once. Who sleeps on the plugin's descriptor is woken before anyone else polls, since a poll undoes the arm:
- *    so no sleep lasts past an event. (A poll by a caller costs one wake-up then; while callers drive, the proxy only
+ *    proxy at once. Who sleeps on the plugin's descriptor is woken before anyone else polls, since a poll undoes the
+ * arm: so no sleep lasts past an event. (A poll by a caller costs one wake-up then; while callers drive, the proxy only
  *    looks now and then, and sleeps on the descriptor again when they have stayed away for a while.)
  *  - For each peer, operations leave in the order in which they were taken: queue -> staged -> plugin. This is what the
  *    proof in wire.h needs.
@@ -76,14 +76,20 @@ constexpr uint32_t nobody = UINT32_MAX;
 
 /* ---- the way out ---- */
 
-struct Transfer {
-  uint64_t remaining = 0; /* operations not yet ended */
-  int32_t code = EPT_OK;  /* the first failure */
+struct Failure {
+  int32_t code = EPT_OK;
   int32_t provider_errno = 0;
-  uint32_t peer = nobody; /* of the failure, or the only one */
+  uint32_t peer = nobody;
+  std::string text;
+};
+
+struct Transfer {
+  uint64_t id = 0;
+  uint64_t remaining = 0; /* operations not yet ended */
+  uint32_t peer = nobody; /* the first one's */
   bool watched = false;   /* somebody holds the handle */
   bool notify = false;
-  std::string text;
+  std::unique_ptr<Failure> failure; /* the first */
 };
 
 struct RemoteSignal {
@@ -113,15 +119,22 @@ struct Region {
   bool revoked = false; /* the exporter took it back */
 };
 
-/* One write, taken, not yet cut into operations altogether. */
+/* What an operation keeps alive: none of these is removed while its in_flight (pending, remaining) counts it. */
+struct Uses {
+  Transfer *transfer = nullptr;
+  Memory *memory = nullptr;
+  Region *region = nullptr;
+  RemoteSignal *signal = nullptr;
+};
+
+/* One write, taken, not yet wholly cut into operations. */
 struct Work {
-  uint64_t transfer = 0, memory = 0, region = 0, signal = 0;
+  Uses uses;
   const uint8_t *source = nullptr;
   uint64_t offset = 0, length = 0;
   uint32_t chan = 0, seq = 0, code = 1;
-  uint64_t pieces = 1, next_piece = 0, piece_bytes = 0;
-  bool has_immediate = false;
   bool described = false; /* its DESCRIPTOR has gone */
+  uint64_t pieces = 1, next_piece = 0, piece_bytes = 0;
   /* write_paged: ranges of whole pages, coalesced; empty for a plain write */
   struct Range {
     uint64_t source, destination, length;
@@ -131,7 +144,7 @@ struct Work {
 
 /* An operation that the plugin has, or gets next: what its end needs. */
 struct InFlight {
-  uint64_t transfer = 0, memory = 0, region = 0, signal = 0;
+  Uses uses;
   uint32_t peer = nobody;
   uint32_t immediate = 0;                      /* 0: a message or a grant */
   std::unique_ptr<std::vector<uint8_t>> bytes; /* of a SEND */
@@ -252,7 +265,7 @@ struct ept_engine {
   std::condition_variable_any moved;
   std::condition_variable_any proxy_turn;
   uint32_t moved_waiters = 0;
-  bool caller_asleep = false, proxy_asleep = false;  /* in sleep(), the lock let go; only while they drive */
+  bool caller_asleep = false, proxy_asleep = false; /* in sleep(), the lock let go; only while they drive */
   ept::Driver driver = ept::Driver::none;
   bool proxy_parked = false, stopping = false, closed = false;
   uint64_t last_drive = 0; /* by a caller */
@@ -260,7 +273,7 @@ struct ept_engine {
 
   ept_instance *instance = nullptr;
   ept_worker *worker = nullptr;
-  std::deque<ept::Peer> peers;
+  std::vector<ept::Peer> peers; /* by rank; sized once */
   std::vector<uint32_t> dirty;
   ept::Slots<ept::Memory> memories;
   ept::Slots<ept::Region> regions;
@@ -268,7 +281,9 @@ struct ept_engine {
   ept::Slots<ept::RemoteSignal> remote_signals;
   ept::Slots<ept::Transfer> transfers;
   ept::Slots<ept::InFlight> in_flight;
-  std::deque<ept::Chan> chans; /* by number; 0 is never given out */
+  std::vector<ept::Uses> admitted; /* of the scatter under way */
+  std::vector<uint32_t> turn;      /* of pump_dirty */
+  std::deque<ept::Chan> chans;     /* by number; 0 is never given out */
   std::vector<uint32_t> free_chans;
   std::unordered_map<uint64_t, std::deque<ept::Received>> inbox; /* by tag */
   std::deque<ept_error> failures;
@@ -320,12 +335,12 @@ struct ept_engine {
   void on_quiesced(const ept_event &event);
 
   /* transfers.cc */
-  int32_t admit(const ept_write &write, const char *operation, ept_error *error);
-  int32_t check_range(uint32_t peer, ept_memory_id source, uint64_t source_offset, ept_region_id destination,
+  int32_t admit(const ept_write &write, const char *operation, ept::Uses &uses, ept_error *error);
+  int32_t check_range(uint32_t peer, const ept::Memory *memory, uint64_t source_offset, const ept::Region *region,
                       uint64_t offset, uint64_t length, const char *operation, ept_error *error);
-  void take(const ept_write &write, uint64_t transfer);
-  void take(ept::Work work, uint32_t peer);
-  uint64_t new_transfer(uint32_t peer, bool watched);
+  ept::Transfer *new_transfer(uint32_t peer, ept_transfer_id *watched);
+  void take(const ept_write &write, const ept::Uses &uses);
+  void take(ept::Work work, ept::Peer &peer);
   void mark_dirty(ept::Peer &peer);
   void pump(ept::Peer &peer);
   void pump_dirty();
@@ -333,12 +348,11 @@ struct ept_engine {
   void stage_messages(ept::Peer &peer);
   bool stage_descriptor(ept::Peer &peer, ept::Work &work);
   void stage_pieces(ept::Peer &peer, ept::Work &work);
-  ept_op &stage(ept::Peer &peer, int32_t kind, ept::InFlight record);
+  ept_op &stage(ept::Peer &peer, int32_t kind, ept::InFlight **record);
   bool post_staged(ept::Peer &peer);
   void operation_ended(uint64_t cookie, int32_t code, int32_t provider_errno, const char *text);
-  void parts_ended(uint64_t transfer, uint64_t parts, uint32_t peer, int32_t code, int32_t provider_errno,
-                   const char *text);
-  void let_go(uint64_t memory, uint64_t region, uint64_t signal, uint32_t operations);
+  void let_go(const ept::Uses &uses, uint64_t operations, uint32_t peer, int32_t code, int32_t provider_errno,
+              const char *text);
   void fail_peer_work(ept::Peer &peer);
 
   /* signals.cc */

@@ -98,8 +98,7 @@ int32_t ept_memory_register(ept_engine *engine, const ept_memory *desc, ept_memo
     if (int32_t code = engine->plugin->mem_register(engine->instance, desc, &mem)) {
       return engine->plugin_error(code, "memory_register", -1, error);
     }
-    *id = engine->memories.add();
-    Memory &memory = *engine->memories.find(*id);
+    Memory &memory = *engine->memories.add(id);
     memory.desc = *desc;
     memory.mem = mem;
     engine->registered_bytes += desc->length;
@@ -226,8 +225,7 @@ int32_t ept_region_import(ept_engine *engine, uint32_t rank, const void *blob, s
             engine->instance, rank, static_cast<const uint8_t *>(blob) + sizeof head, head.plugin_length, &region)) {
       return engine->plugin_error(code, "region_import", peer, error);
     }
-    *id = engine->regions.add();
-    Region &made = *engine->regions.find(*id);
+    Region &made = *engine->regions.add(id);
     made.peer = rank;
     made.region = region;
     made.length = head.length;

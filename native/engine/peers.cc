@@ -253,12 +253,11 @@ void ept_engine::stage_messages(Peer &peer) {
       if (peer.send_credits <= (message.user ? own_send_credits : 0)) return;
       peer.send_credits--;
     }
-    InFlight record;
-    record.bytes = std::move(message.bytes);
-    const std::vector<uint8_t> &bytes = *record.bytes;
-    ept_op &op = stage(peer, EPT_OP_SEND, std::move(record));
-    op.source = bytes.data();
-    op.length = bytes.size();
+    InFlight *record;
+    ept_op &op = stage(peer, EPT_OP_SEND, &record);
+    record->bytes = std::move(message.bytes);
+    op.source = record->bytes->data();
+    op.length = record->bytes->size();
     peer.messages.pop_front();
   }
 }

@@ -190,8 +190,7 @@ int32_t ept_signal_create(ept_engine *engine, uint32_t source, const char *label
                     static_cast<unsigned long long>(home->length));
       }
     }
-    *id = engine->signals.add();
-    Signal &signal = *engine->signals.find(*id);
+    Signal &signal = *engine->signals.add(id);
     signal.source = source;
     signal.label = label ? label : "";
     if (home) {
@@ -266,8 +265,7 @@ int32_t ept_signal_import(ept_engine *engine, uint32_t rank, const void *blob, s
                   "this signal of rank %u is raised by rank %u; it was imported by rank %u from rank %u", in.exporter,
                   in.source, engine->rank, rank);
     }
-    *id = engine->remote_signals.add();
-    RemoteSignal &signal = *engine->remote_signals.find(*id);
+    RemoteSignal &signal = *engine->remote_signals.add(id);
     signal.peer = rank;
     signal.chan = in.chan;
     return EPT_OK;

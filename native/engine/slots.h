@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Objects by number. A handle is (generation << 32 | index + 1), so a stale one is answered, never followed, and 0 is
- * none. Addresses of living objects do not change. */
+ * none. Addresses of living objects do not change, so what holds an object alive may keep a pointer to it. */
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <deque>
+#include <memory>
 #include <vector>
 
 namespace ept {
@@ -12,42 +13,44 @@ namespace ept {
 template <class T>
 class Slots {
  public:
-  uint64_t add() {
+  T *add(uint64_t *id) {
     uint32_t index;
     if (free_.empty()) {
-      index = static_cast<uint32_t>(slots_.size());
-      slots_.emplace_back();
+      index = count_++;
+      if (index >> chunk_bits == chunks_.size()) chunks_.push_back(std::make_unique<Chunk>());
     } else {
       index = free_.back();
       free_.pop_back();
     }
-    slots_[index].used = true;
-    used_++;
-    return uint64_t{slots_[index].generation} << 32 | (index + 1);
+    Slot &slot = at(index);
+    slot.used = true;
+    *id = uint64_t{slot.generation} << 32 | (index + 1);
+    return &slot.value;
   }
 
   T *find(uint64_t id) {
-    uint32_t index = static_cast<uint32_t>(id) - 1;
-    if (index >= slots_.size()) return nullptr;
-    Slot &slot = slots_[index];
+    const uint32_t index = static_cast<uint32_t>(id) - 1;
+    if (index >= count_) return nullptr;
+    Slot &slot = at(index);
     return slot.used && slot.generation == id >> 32 ? &slot.value : nullptr;
   }
 
   void remove(uint64_t id) {
-    Slot &slot = slots_[static_cast<uint32_t>(id) - 1];
+    const uint32_t index = static_cast<uint32_t>(id) - 1;
+    Slot &slot = at(index);
     slot.value = T{};
     slot.used = false;
     slot.generation++;
-    used_--;
-    free_.push_back(static_cast<uint32_t>(id) - 1);
+    free_.push_back(index);
   }
 
-  size_t used() const { return used_; }
+  size_t used() const { return count_ - free_.size(); }
 
   template <class Visit>
   void each(Visit &&visit) {
-    for (uint32_t i = 0; i < slots_.size(); i++) {
-      if (slots_[i].used) visit(uint64_t{slots_[i].generation} << 32 | (i + 1), slots_[i].value);
+    for (uint32_t i = 0; i < count_; i++) {
+      Slot &slot = at(i);
+      if (slot.used) visit(uint64_t{slot.generation} << 32 | (i + 1), slot.value);
     }
   }
 
@@ -57,9 +60,14 @@ class Slots {
     uint32_t generation = 1;
     bool used = false;
   };
-  std::deque<Slot> slots_;
+  static constexpr uint32_t chunk_bits = 8;
+  using Chunk = std::array<Slot, 1u << chunk_bits>;
+
+  Slot &at(uint32_t index) { return (*chunks_[index >> chunk_bits])[index & ((1u << chunk_bits) - 1)]; }
+
+  std::vector<std::unique_ptr<Chunk>> chunks_;
   std::vector<uint32_t> free_;
-  size_t used_ = 0;
+  uint32_t count_ = 0;
 };
 
 }  // namespace ept

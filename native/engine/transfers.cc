@@ -28,14 +28,13 @@ uint64_t round_up(uint64_t value, uint64_t to) { return (value + to - 1) / to * 
 
 /* ---- taking ---- */
 
-int32_t ept_engine::check_range(uint32_t peer, ept_memory_id source, uint64_t source_offset, ept_region_id destination,
+int32_t ept_engine::check_range(uint32_t peer, const Memory *memory, uint64_t source_offset, const Region *region,
                                 uint64_t offset, uint64_t length, const char *operation, ept_error *error) {
   const auto number = static_cast<int32_t>(peer);
   auto ull = [](uint64_t v) { return static_cast<unsigned long long>(v); };
-  const Memory *memory = memories.find(source);
-  if (!memory)
+  if (!memory) {
     return fail(error, EPT_E_INVALID, operation, number, "the source is no registered memory (closed already?)");
-  const Region *region = regions.find(destination);
+  }
   if (!region || region->peer != peer) {
     return fail(error, EPT_E_INVALID, operation, number, "the destination is no region of rank %u%s", peer,
                 region ? ": it is another rank's" : " (dropped already?)");
@@ -61,66 +60,70 @@ int32_t ept_engine::check_range(uint32_t peer, ept_memory_id source, uint64_t so
   return EPT_OK;
 }
 
-int32_t ept_engine::admit(const ept_write &write, const char *operation, ept_error *error) {
+int32_t ept_engine::admit(const ept_write &write, const char *operation, Uses &uses, ept_error *error) {
   if (int32_t code = usable_peer(write.peer, operation, error)) return code;
   if (write.length) {
-    if (int32_t code = check_range(write.peer, write.source, write.source_offset, write.destination,
-                                   write.destination_offset, write.length, operation, error)) {
+    uses.memory = memories.find(write.source);
+    uses.region = regions.find(write.destination);
+    if (int32_t code = check_range(write.peer, uses.memory, write.source_offset, uses.region, write.destination_offset,
+                                   write.length, operation, error)) {
       return code;
     }
   }
   if (write.signal) {
-    const RemoteSignal *signal = remote_signals.find(write.signal);
-    if (!signal || signal->peer != write.peer) {
+    uses.signal = remote_signals.find(write.signal);
+    if (!uses.signal || uses.signal->peer != write.peer) {
       return fail(error, EPT_E_INVALID, operation, static_cast<int32_t>(write.peer), "the signal is none of rank %u%s",
-                  write.peer, signal ? ": it is another rank's" : " (dropped already?)");
+                  write.peer, uses.signal ? ": it is another rank's" : " (dropped already?)");
     }
   }
   return peers[write.peer].queue.size() < work_queue ? EPT_OK : EPT_LATER;
 }
 
-uint64_t ept_engine::new_transfer(uint32_t peer, bool watched) {
-  uint64_t id = transfers.add();
-  Transfer &transfer = *transfers.find(id);
-  transfer.peer = peer;
-  transfer.watched = watched;
-  return id;
+Transfer *ept_engine::new_transfer(uint32_t peer, ept_transfer_id *watched) {
+  uint64_t id;
+  Transfer *transfer = transfers.add(&id);
+  transfer->id = id;
+  transfer->peer = peer;
+  transfer->watched = watched != nullptr;
+  if (watched) *watched = id;
+  return transfer;
 }
 
-void ept_engine::take(const ept_write &write, uint64_t transfer) {
+void ept_engine::take(const ept_write &write, const Uses &uses) {
   Work work;
-  work.transfer = transfer;
-  work.signal = write.signal;
+  work.uses = uses;
+  work.length = work.piece_bytes = write.length;
   if (write.length) {
-    work.memory = write.source;
-    work.region = write.destination;
-    work.source = static_cast<const uint8_t *>(memories.find(write.source)->desc.address) + write.source_offset;
+    work.source = static_cast<const uint8_t *>(uses.memory->desc.address) + write.source_offset;
     work.offset = write.destination_offset;
-    work.length = write.length;
+    if (write.length > stripe_bytes && rails.size() > 1) {
+      const uint64_t ways = std::min<uint64_t>(rails.size(), EPT_IMM_MAX_PIECES);
+      work.piece_bytes = round_up((write.length + ways - 1) / ways, 4096);
+    }
+    if (work.piece_bytes > caps.max_message) work.piece_bytes = caps.max_message;
+    if (work.piece_bytes < write.length) work.pieces = (write.length + work.piece_bytes - 1) / work.piece_bytes;
   }
-  work.piece_bytes = write.length;
-  if (write.length > stripe_bytes && rails.size() > 1) {
-    uint64_t ways = std::min<uint64_t>(rails.size(), EPT_IMM_MAX_PIECES);
-    work.piece_bytes = round_up((write.length + ways - 1) / ways, 4096);
-  }
-  work.piece_bytes = std::min(work.piece_bytes, caps.max_message);
-  work.pieces = write.length ? (write.length + work.piece_bytes - 1) / work.piece_bytes : 1;
-  take(std::move(work), write.peer);
+  take(std::move(work), peers[write.peer]);
 }
 
-void ept_engine::take(Work work, uint32_t number) {
-  Peer &peer = peers[number];
-  RemoteSignal *signal = work.signal ? remote_signals.find(work.signal) : nullptr;
+/* A work's number is given here, in the order of the peer's queue; what needs no waiting never enters the queue. */
+void ept_engine::take(Work work, Peer &peer) {
+  RemoteSignal *signal = work.uses.signal;
   work.chan = signal ? signal->chan : peer.plain_chan;
   work.seq = static_cast<uint32_t>((signal ? signal->next++ : peer.plain_next++) % EPT_IMM_WINDOW);
   work.code = work.pieces <= EPT_IMM_MAX_PIECES ? static_cast<uint32_t>(work.pieces) : EPT_IMM_MANY;
   const auto operations = static_cast<uint32_t>(work.pieces);
   if (signal) signal->pending += operations;
-  if (work.memory) memories.find(work.memory)->in_flight += operations;
-  if (work.region) regions.find(work.region)->in_flight += operations;
-  transfers.find(work.transfer)->remaining += work.pieces;
-  peer.queue.push_back(std::move(work));
+  if (work.uses.memory) work.uses.memory->in_flight += operations;
+  if (work.uses.region) work.uses.region->in_flight += operations;
+  work.uses.transfer->remaining += operations;
   mark_dirty(peer);
+  if (operations == 1 && peer.queue.empty() && peer.credits && peer.staged.size() < post_batch) {
+    stage_pieces(peer, work);
+  } else {
+    peer.queue.push_back(std::move(work));
+  }
 }
 
 /* ---- staging and posting ---- */
@@ -132,19 +135,14 @@ void ept_engine::mark_dirty(Peer &peer) {
 }
 
 void ept_engine::pump_dirty() {
-  /* A peer that is marked again while it is pumped (its queue is full below) waits for the next turn. */
-  std::vector<uint32_t> turn;
+  /* A peer that is marked again while it is pumped (the plugin has no room) waits for the next turn. */
   turn.swap(dirty);
   for (uint32_t number : turn) {
     peers[number].dirty = false;
     pump(peers[number]);
   }
-  if (dirty.empty()) {
-    turn.clear();
-    dirty.swap(turn); /* keeps the capacity: no allocation in a steady state */
-  } else {
-    wake_sleepers(); /* who armed before it could know that something waits for room */
-  }
+  turn.clear();
+  if (!dirty.empty()) wake_sleepers(); /* who armed before it could know that something waits for room */
 }
 
 void ept_engine::pump(Peer &peer) {
@@ -166,13 +164,12 @@ void ept_engine::pump(Peer &peer) {
   }
 }
 
-ept_op &ept_engine::stage(Peer &peer, int32_t kind, InFlight record) {
-  record.peer = peer.rank;
-  uint64_t cookie = in_flight.add();
-  *in_flight.find(cookie) = std::move(record);
+ept_op &ept_engine::stage(Peer &peer, int32_t kind, InFlight **record) {
+  uint64_t cookie;
+  *record = in_flight.add(&cookie);
+  (*record)->peer = peer.rank;
   peer.in_flight++;
   ept_op &op = peer.staged.emplace_back();
-  op = ept_op{};
   op.size = sizeof op;
   op.kind = kind;
   op.peer = peer.rank;
@@ -185,7 +182,8 @@ void ept_engine::stage_grants(Peer &peer) {
   auto grant = [&](uint32_t &consumed, uint32_t quantum, uint32_t chan) {
     while (consumed >= quantum) {
       consumed -= quantum;
-      ept_op &op = stage(peer, EPT_OP_SIGNAL, {});
+      InFlight *record;
+      ept_op &op = stage(peer, EPT_OP_SIGNAL, &record);
       op.region = peer.anchor;
       op.immediate = ept_imm(1, 0, chan);
     }
@@ -200,48 +198,46 @@ bool ept_engine::stage_descriptor(Peer &peer, Work &work) {
   peer.credits--; /* it counts as a piece */
   ept_message head{EPT_WIRE_VERSION, EPT_MESSAGE_DESCRIPTOR, epoch, 0};
   ept_descriptor descriptor{work.chan, work.seq, work.pieces};
-  InFlight record;
-  record.bytes = std::make_unique<std::vector<uint8_t>>(sizeof head + sizeof descriptor);
-  std::memcpy(record.bytes->data(), &head, sizeof head);
-  std::memcpy(record.bytes->data() + sizeof head, &descriptor, sizeof descriptor);
-  const std::vector<uint8_t> &bytes = *record.bytes;
-  ept_op &op = stage(peer, EPT_OP_SEND, std::move(record));
-  op.source = bytes.data();
-  op.length = bytes.size();
+  auto bytes = std::make_unique<std::vector<uint8_t>>(sizeof head + sizeof descriptor);
+  std::memcpy(bytes->data(), &head, sizeof head);
+  std::memcpy(bytes->data() + sizeof head, &descriptor, sizeof descriptor);
+  InFlight *record;
+  ept_op &op = stage(peer, EPT_OP_SEND, &record);
+  op.source = bytes->data();
+  op.length = bytes->size();
+  record->bytes = std::move(bytes);
   work.described = true;
   return true;
 }
 
 void ept_engine::stage_pieces(Peer &peer, Work &work) {
-  ept_mem *mem = work.memory ? memories.find(work.memory)->mem : nullptr;
-  ept_region *region = work.region ? regions.find(work.region)->region : peer.anchor;
-  const auto rail_count = static_cast<uint32_t>(rails.size());
+  const Uses &uses = work.uses;
   while (peer.credits && work.next_piece < work.pieces && peer.staged.size() - peer.staged_head < post_batch) {
     peer.credits--;
     const uint64_t i = work.next_piece++;
-    InFlight record;
-    record.transfer = work.transfer;
-    record.memory = work.memory;
-    record.region = work.region;
-    record.signal = work.signal;
-    record.immediate = ept_imm(work.code, work.seq, work.chan);
-    ept_op &op = stage(peer, EPT_OP_WRITE, std::move(record));
-    op.source_mem = mem;
-    op.region = region;
-    op.immediate = ept_imm(work.code, work.seq, work.chan);
+    InFlight *record;
+    ept_op &op = stage(peer, EPT_OP_WRITE, &record);
+    record->uses = uses;
+    record->immediate = op.immediate = ept_imm(work.code, work.seq, work.chan);
+    op.source_mem = uses.memory ? uses.memory->mem : nullptr;
+    op.region = uses.region ? uses.region->region : peer.anchor;
     if (!work.ranges.empty()) {
       const Work::Range &range = work.ranges[i];
       op.source = work.source + range.source;
       op.offset = range.destination;
       op.length = range.length;
-    } else {
+    } else if (work.length) {
       const uint64_t at = i * work.piece_bytes;
       op.source = work.source + at;
       op.offset = work.offset + at;
       op.length = std::min(work.piece_bytes, work.length - at);
+    } else {
+      op.kind = EPT_OP_SIGNAL;
     }
-    if (!work.length && work.ranges.empty()) op.kind = EPT_OP_SIGNAL;
-    if (op.length >= small_bytes || work.pieces > 1) op.rail = peer.next_rail++ % rail_count;
+    if (op.length >= small_bytes || work.pieces > 1) {
+      op.rail = peer.next_rail;
+      if (++peer.next_rail == rails.size()) peer.next_rail = 0;
+    }
   }
 }
 
@@ -268,12 +264,6 @@ bool ept_engine::post_staged(Peer &peer) {
 
 /* ---- ending ---- */
 
-void ept_engine::let_go(uint64_t memory, uint64_t region, uint64_t signal, uint32_t operations) {
-  if (Memory *m = memory ? memories.find(memory) : nullptr) m->in_flight -= operations;
-  if (Region *r = region ? regions.find(region) : nullptr) r->in_flight -= operations;
-  if (RemoteSignal *s = signal ? remote_signals.find(signal) : nullptr) s->pending -= operations;
-}
-
 void ept_engine::operation_ended(uint64_t cookie, int32_t code, int32_t provider_errno, const char *text) {
   InFlight *found = in_flight.find(cookie);
   if (!found) {
@@ -283,49 +273,51 @@ void ept_engine::operation_ended(uint64_t cookie, int32_t code, int32_t provider
   }
   Peer &peer = peers[found->peer];
   peer.in_flight--;
-  const uint64_t transfer = found->transfer;
-  let_go(found->memory, found->region, found->signal, 1);
+  const Uses uses = found->uses;
   const uint32_t immediate = found->immediate;
   const bool message = found->bytes != nullptr;
   in_flight.remove(cookie);
-  if (code && immediate && peer.status == EPT_PEER_UP) {
-    ept_void gone{ept_imm_chan(immediate), ept_imm_seq(immediate), ept_imm_code(immediate), 0};
-    post_message(peer, EPT_MESSAGE_VOID, 0, &gone, sizeof gone);
+  if (code && peer.status == EPT_PEER_UP) {
+    if (immediate) {
+      ept_void gone{ept_imm_chan(immediate), ept_imm_seq(immediate), ept_imm_code(immediate), 0};
+      post_message(peer, EPT_MESSAGE_VOID, 0, &gone, sizeof gone);
+    } else {
+      /* A message or a grant that fails while the peer is up would leave both sides with another count of credits. */
+      lose(peer, EPT_PEER_LOST, code, provider_errno,
+           (std::string(message ? "a message" : "a grant") + " to it failed: " + (text ? text : ept_code_name(code)))
+               .c_str());
+    }
   }
-  if (transfer) {
-    parts_ended(transfer, 1, peer.rank, code, provider_errno, text);
-  } else if (code && peer.status == EPT_PEER_UP) {
-    /* A message or a grant that fails while the peer is up would leave both sides with another count of credits. */
-    lose(peer, EPT_PEER_LOST, code, provider_errno,
-         (std::string(message ? "a message" : "a grant") + " to it failed: " + (text ? text : ept_code_name(code)))
-             .c_str());
-  }
+  if (uses.transfer) let_go(uses, 1, peer.rank, code, provider_errno, text);
 }
 
-void ept_engine::parts_ended(uint64_t id, uint64_t parts, uint32_t peer, int32_t code, int32_t provider_errno,
-                             const char *text) {
-  Transfer *transfer = transfers.find(id);
-  if (!transfer) return;
-  if (code && !transfer->code) {
-    transfer->code = code;
-    transfer->peer = peer;
-    transfer->provider_errno = provider_errno;
-    transfer->text = text ? text : ept_code_name(code);
+/* `operations` of a transfer to `peer` have ended. */
+void ept_engine::let_go(const Uses &uses, uint64_t operations, uint32_t peer, int32_t code, int32_t provider_errno,
+                        const char *text) {
+  const auto count = static_cast<uint32_t>(operations);
+  if (uses.memory) uses.memory->in_flight -= count;
+  if (uses.region) uses.region->in_flight -= count;
+  if (uses.signal) uses.signal->pending -= count;
+  Transfer &transfer = *uses.transfer;
+  if (code && !transfer.failure) {
+    transfer.failure =
+        std::make_unique<Failure>(Failure{code, provider_errno, peer, text ? text : ept_code_name(code)});
   }
-  transfer->remaining -= parts;
-  if (transfer->remaining) return;
-  if (transfer->notify) notify_owner();
-  if (transfer->watched) return;
-  if (transfer->code) {
+  transfer.remaining -= operations;
+  if (transfer.remaining) return;
+  if (transfer.notify) notify_owner();
+  if (transfer.watched) return;
+  if (transfer.failure) {
+    const Failure &why = *transfer.failure;
     ept_error failure{};
     failure.size = sizeof failure;
-    fail(&failure, transfer->code, "write", static_cast<int32_t>(transfer->peer),
-         "a write of rank %u to rank %u failed: %s", rank, transfer->peer, transfer->text.c_str());
-    failure.provider_errno = transfer->provider_errno;
+    fail(&failure, why.code, "write", static_cast<int32_t>(why.peer), "a write of rank %u to rank %u failed: %s", rank,
+         why.peer, why.text.c_str());
+    failure.provider_errno = why.provider_errno;
     if (failures.size() == kept_failures) failures.pop_front();
     failures.push_back(failure);
   }
-  transfers.remove(id);
+  transfers.remove(transfer.id);
 }
 
 void ept_engine::fail_peer_work(Peer &peer) {
@@ -337,9 +329,7 @@ void ept_engine::fail_peer_work(Peer &peer) {
   std::deque<Work> queue;
   queue.swap(peer.queue);
   for (const Work &work : queue) {
-    const uint64_t rest = work.pieces - work.next_piece;
-    let_go(work.memory, work.region, work.signal, static_cast<uint32_t>(rest));
-    parts_ended(work.transfer, rest, peer.rank, peer.why_code, peer.why_errno, why.c_str());
+    let_go(work.uses, work.pieces - work.next_piece, peer.rank, peer.why_code, peer.why_errno, why.c_str());
   }
   peer.messages.clear();
 }
@@ -357,12 +347,17 @@ int32_t ept_engine_scatter(ept_engine *engine, const ept_write *writes, size_t c
   return guarded(error, "write", [&]() -> int32_t {
     Hold hold(engine->lock);
     if (!count) return fail(error, EPT_E_INVALID, "scatter", -1, "no writes");
+    engine->admitted.assign(count, Uses{});
     for (size_t i = 0; i < count; i++) {
-      if (int32_t code = engine->admit(writes[i], count == 1 ? "write" : "scatter", error)) return code;
+      if (int32_t code = engine->admit(writes[i], count == 1 ? "write" : "scatter", engine->admitted[i], error)) {
+        return code;
+      }
     }
-    const uint64_t id = engine->new_transfer(writes[0].peer, transfer != nullptr);
-    if (transfer) *transfer = id;
-    for (size_t i = 0; i < count; i++) engine->take(writes[i], id);
+    Transfer *made = engine->new_transfer(writes[0].peer, transfer);
+    for (size_t i = 0; i < count; i++) {
+      engine->admitted[i].transfer = made;
+      engine->take(writes[i], engine->admitted[i]);
+    }
     engine->pump_dirty();
     return EPT_OK;
   });
@@ -376,7 +371,10 @@ int32_t ept_engine_write_paged(ept_engine *engine, const ept_paged_write *write,
     whole.size = sizeof whole;
     whole.peer = write->peer;
     whole.signal = write->signal;
-    if (int32_t code = engine->admit(whole, "write_paged", error)) return code;
+    Uses uses;
+    if (int32_t code = engine->admit(whole, "write_paged", uses, error)) return code;
+    uses.memory = engine->memories.find(write->source);
+    uses.region = engine->regions.find(write->destination);
     if (write->pages && !write->page_bytes) {
       return fail(error, EPT_E_INVALID, "write_paged", static_cast<int32_t>(write->peer), "pages of 0 bytes");
     }
@@ -393,8 +391,8 @@ int32_t ept_engine_write_paged(ept_engine *engine, const ept_paged_write *write,
                     "page %zu (source %u, destination %u) lies past 2^64", i, write->source_pages[i],
                     write->destination_pages[i]);
       }
-      if (int32_t code = engine->check_range(write->peer, write->source, from, write->destination, to,
-                                             write->page_bytes, "write_paged", error)) {
+      if (int32_t code = engine->check_range(write->peer, uses.memory, from, uses.region, to, write->page_bytes,
+                                             "write_paged", error)) {
         return code;
       }
       /* Neighbours on both sides go as one operation. */
@@ -410,18 +408,15 @@ int32_t ept_engine_write_paged(ept_engine *engine, const ept_paged_write *write,
         work.ranges.push_back({from + at, to + at, std::min(write->page_bytes - at, engine->caps.max_message)});
       }
     }
-    const uint64_t id = engine->new_transfer(write->peer, transfer != nullptr);
-    if (transfer) *transfer = id;
+    if (work.ranges.empty()) uses.memory = nullptr, uses.region = nullptr;
+    uses.transfer = engine->new_transfer(write->peer, transfer);
     if (work.ranges.empty()) {
-      engine->take(whole, id);
+      engine->take(whole, uses);
     } else {
-      work.transfer = id;
-      work.signal = write->signal;
-      work.memory = write->source;
-      work.region = write->destination;
-      work.source = static_cast<const uint8_t *>(engine->memories.find(write->source)->desc.address);
+      work.uses = uses;
+      work.source = static_cast<const uint8_t *>(uses.memory->desc.address);
       work.pieces = work.ranges.size();
-      engine->take(std::move(work), write->peer);
+      engine->take(std::move(work), engine->peers[write->peer]);
     }
     engine->pump_dirty();
     return EPT_OK;
@@ -442,7 +437,8 @@ int32_t ept_transfer_wait(ept_engine *engine, ept_transfer_id id, uint64_t timeo
           const Transfer *transfer = engine->transfers.find(id);
           if (!transfer) return EPT_E_INVALID;
           ended = transfer->remaining == 0;
-          return ended ? transfer->code : EPT_LATER;
+          if (!ended) return EPT_LATER;
+          return transfer->failure ? transfer->failure->code : EPT_OK;
         },
         error);
     Transfer *transfer = engine->transfers.find(id);
@@ -459,10 +455,11 @@ int32_t ept_transfer_wait(ept_engine *engine, ept_transfer_id id, uint64_t timeo
       if (error) error->silent_ns = now_ns() - peer.last_sign;
       return code;
     }
-    if (code) {
-      fail(error, code, "write", number, "a write of rank %u to rank %u failed: %s", engine->rank, transfer->peer,
-           transfer->text.c_str());
-      if (error) error->provider_errno = transfer->provider_errno;
+    if (transfer->failure) {
+      const Failure &why = *transfer->failure;
+      fail(error, code, "write", static_cast<int32_t>(why.peer), "a write of rank %u to rank %u failed: %s",
+           engine->rank, why.peer, why.text.c_str());
+      if (error) error->provider_errno = why.provider_errno;
     }
     engine->transfers.remove(id);
     return code;
