@@ -847,10 +847,10 @@ class Adversary final : public Route {
     Flight &flight = flights_[step.flight];
     if (flight.fails && !flight.chunks) return end(flight, EPT_E_IO, "the adversary failed it");
     std::unique_lock hold(flight.peer.port->lock);
-    Verdict verdict;
-    if (flight.parcel && flight.parcel->landed) {
-      verdict = check_link(*flight.peer.link);
-    } else {
+    const bool landed = flight.parcel && flight.parcel->landed;
+    Verdict verdict = landed ? check_link(*flight.peer.link)  // all of it is checked before any part lands
+                             : check(*instance_.port, flight.peer, flight.region, flight.op.offset, flight.op.length);
+    if (!landed && verdict == Verdict::kLanded) {
       verdict = land(*instance_.port, flight.peer, hold, flight.region, flight.op.offset + step.offset,
                      static_cast<const char *>(flight.op.source) + step.offset, step.length);
     }

@@ -433,6 +433,23 @@ void arm_sleeps_and_wakes() {
   }
 }
 
+// Another thread posts, or asks for quiet, while the one that drives the worker sleeps.
+void own_calls_wake_the_sleeper() {
+  Group group(loopback, 2);
+  Window window(group[0], group[1], 8);
+  int descriptor = -1;
+  CHECK_EQ(loopback.arm(group[0].worker, &descriptor), EPT_OK);
+  pollfd sleeper = {descriptor, POLLIN, 0};
+  CHECK_EQ(group[0].post(Rank::signal(1, window.region, 1, 1)), EPT_OK);
+  CHECK_EQ(poll(&sleeper, 1, 0), 1);
+  group[0].expect(EPT_EVENT_LOCAL_DONE);
+  CHECK_EQ(loopback.arm(group[0].worker, &descriptor), EPT_OK);
+  CHECK_EQ(poll(&sleeper, 1, 0), 0);
+  CHECK_OK(loopback, loopback.quiesce(group[0].worker, 1, EPT_SCOPE_LOCAL, 1));
+  CHECK_EQ(poll(&sleeper, 1, 0), 1);
+  group[0].expect(EPT_EVENT_QUIESCED);
+}
+
 void poll_fills_what_it_is_given() {
   Group group(loopback, 2);
   Window there(group[0], group[1], 8), back(group[1], group[0], 8);
@@ -667,6 +684,7 @@ int main() {
   RUN(a_full_queue_says_later());
   RUN(a_full_inbox_says_later());
   RUN(arm_sleeps_and_wakes());
+  RUN(own_calls_wake_the_sleeper());
   RUN(poll_fills_what_it_is_given());
   RUN(the_dead_are_told());
   RUN(closing_a_peer_is_told_to_it());
