@@ -95,6 +95,8 @@ class SideResult:
     combine: Spread
     cores: float
     """CPU time of all ranks to wall time."""
+    cpu_ms: float
+    """CPU time of all ranks for one iteration: unlike the rest it changes little when others use the machine."""
     wire_bytes: float
     """A rank, an iteration: the mean over ranks."""
     messages: float
@@ -158,6 +160,7 @@ def combine_ranks(job: MoeJob, ranks: Sequence[RankResult]) -> MoeResult:
                 dispatch=spread(_by_round([run.dispatch for run in runs])),
                 combine=spread(_by_round([run.combine for run in runs])),
                 cores=sum(run.cpu for run in runs) / max(run.wall for run in runs),
+                cpu_ms=sum(run.cpu for run in runs) / (job.rounds * job.iterations) * 1e3,
                 wire_bytes=statistics.fmean(run.wire_bytes for run in runs),
                 messages=statistics.fmean(run.messages for run in runs),
                 ratio=statistics.median(a / b for a, b in zip(total.rounds, floor.rounds, strict=True)),

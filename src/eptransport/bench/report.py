@@ -103,7 +103,18 @@ def moe_table(result: MoeResult) -> RenderableType:
         ),
         title_justify="left",
     )
-    for name in ("", "p50 ms", "p99 ms", "dispatch", "combine", "ratio", "MB a rank", "messages a rank", "cores"):
+    for name in (
+        "",
+        "p50 ms",
+        "p99 ms",
+        "dispatch",
+        "combine",
+        "ratio",
+        "MB a rank",
+        "messages a rank",
+        "CPU ms",
+        "cores",
+    ):
         table.add_column(name, justify="right" if name else "left")
     for index, side in enumerate(result.sides):
         table.add_row(
@@ -115,12 +126,14 @@ def moe_table(result: MoeResult) -> RenderableType:
             f"{side.ratio:.2f}",
             f"{side.wire_bytes / 1e6:.2f}",
             f"{side.messages:.1f}",
+            f"{side.cpu_ms:.1f}",
             f"{side.cores:.1f}",
             style="bold" if side.name == "eptransport" else None,
         )
     lines = [
         f"the slowest rank of each iteration; median of {job.rounds} rounds of {job.iterations}, sides in turn; ratio: "
-        "to the floor",
+        "to the floor; CPU: of all ranks, an iteration",
+        "messages as the rails count them: a write longer than EPT_STRIPE_BYTES is several",
         _conditions(result.regime_ns),
         f"checked before: {result.checked}",
         f"registered memory: {result.registered_bytes / 2**20:.1f} MiB a rank",
