@@ -149,21 +149,37 @@ void Arena::Growth::accept(uint32_t from, Bytes &bytes) {
   }
 }
 
-// Holds every lane when no rank has a step under way in any. Nobody waits for anyone while holding one: the ranks vote,
-// and if the vote is against it, let go and try again. A step that this very thread has begun can't be received while
-// it is here, so that is dropped (its dispatch_recv will say so).
+namespace {
+
+// A step that this very thread has begun can't be received while it is here; one whose other half has not come for so
+// long was abandoned by an exception. Both are dropped (a dispatch_recv that comes after all says so).
+constexpr uint64_t kAbandoned = 2'000'000'000;
+
+bool abandoned(const Exchange &exchange) {
+  return exchange.owner == std::this_thread::get_id() || now_ns() - exchange.since > kAbandoned;
+}
+
+}  // namespace
+
+// Holds every lane when no rank has a step under way in any. Nobody waits for a lane, since its holder may wait for a
+// rank whose lanes are held for the vote: the ranks vote on what they could get, and if the vote is against it, let go
+// and try again.
 Arena::Holds Arena::until_idle(const Deadline &deadline) {
   for (uint64_t round = 0;; round++) {
     Holds holds;
     bool idle = true, faulted = false;
     Bytes vote;
     for (auto &lane : lanes) {
-      holds.push_back(std::make_unique<Lane::Held>(*lane, deadline, "moe_create"));
+      holds.push_back(Lane::Held::attempt(*lane));
+      if (!holds.back()) {
+        idle = false;
+        continue;
+      }
       for (uint64_t generation : lane->next) vote.put(generation);
       faulted = faulted || lane->faulted;
       if (faulted) continue;
       for (uint32_t phase = 0; phase < EPT_PHASES; phase++)
-        if (Exchange *open = lane->pending(phase); open && open->owner == std::this_thread::get_id()) lane->drop(phase);
+        if (Exchange *open = lane->pending(phase); open && abandoned(*open)) lane->drop(phase);
       lane->take_acks();
       lane->serve();
       idle = idle && lane->quiet();

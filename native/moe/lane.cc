@@ -24,6 +24,13 @@ Lane::Held::Held(Lane &lane, const Deadline &deadline, const char *operation) : 
   lane.busy_ = true;
 }
 
+std::unique_ptr<Lane::Held> Lane::Held::attempt(Lane &lane) {
+  const std::lock_guard<std::mutex> lock(lane.mutex_);
+  if (lane.busy_) return nullptr;
+  lane.busy_ = true;
+  return std::unique_ptr<Held>(new Held(lane));
+}
+
 Lane::Held::~Held() {
   std::lock_guard<std::mutex> lock(lane_.mutex_);
   lane_.busy_ = false;
@@ -51,6 +58,7 @@ Exchange &Lane::begin(Kind kind, const std::shared_ptr<Object> &object, Wait &wa
   exchange.slot = slot;
   exchange.generation = generation;
   exchange.owner = std::this_thread::get_id();
+  exchange.since = now_ns();
   exchange.object = object;
   exchange.source.reset();
   exchange.pack = nullptr;

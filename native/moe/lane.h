@@ -103,6 +103,7 @@ struct Exchange {
   uint32_t phase = 0, slot = 0;
   uint64_t generation = 0;
   std::thread::id owner;
+  uint64_t since = 0;  // now_ns() when it began
   std::shared_ptr<Object> object;
   std::shared_ptr<const SourceSide> source;  // dispatch: counts and combine regions for the headers
   ept_moe_header head = {};                  // what all its headers share
@@ -126,11 +127,14 @@ class Lane {
   class Held {
    public:
     Held(Lane &lane, const Deadline &deadline, const char *operation);
+    // Without waiting; NULL where another call holds it.
+    static std::unique_ptr<Held> attempt(Lane &lane);
     ~Held();
     Held(const Held &) = delete;
     Held &operator=(const Held &) = delete;
 
    private:
+    explicit Held(Lane &lane) : lane_(lane) {}
     Lane &lane_;
   };
 
