@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ def _subjects() -> list[Subject]:
     found = []
     for name, plugin in sorted(registry(()).plugins.items()):
         if plugin.probe().usable:
-            found += [
-                subject(plugin, options, int(options.get("adversary", "1"))) for options in VARIANTS.get(name, [{}])
-            ]
+            for options in VARIANTS.get(name, [{}]):
+                under = subject(plugin, options, int(options.get("adversary", "1")))
+                found.append(replace(under, thorough=under.label == "loopback"))
     return found
 
 

@@ -34,6 +34,6 @@ def nothing_but_the_signal(subject: Subject) -> None:
         due(5)
         for number in range(3000):
             length = world.random.choice((0, 0, 0, 1, 300))
-            transfers.append(route.write(number * 20, length) if length else route.write(0, 0))
+            transfers.append(route.write(number * 20, length))
             world.step(world.random.choice((0, 0, 1)))
         due(3000)

@@ -62,7 +62,7 @@ def memory_stays_bounded(subject: Subject) -> None:
         world.absent.add(1)
         pages = np.arange(0, 1 << 14, 2, dtype=np.int32)
         kinds: list[Callable[[int], Any]] = [
-            lambda _: route.write(0, 1 << 20, timeout=0),
+            lambda _: route.write(0, 1 << 16, timeout=0),
             lambda _: route.peer.write_paged(
                 route.source_memory, route.region, 64, pages, pages, signal=route.remote, timeout=0
             ),

@@ -156,7 +156,7 @@ def with_a_revoked_key(subject: Subject) -> None:
     with World(subject, ranks=3) as world:
         route = world.route(0, 2, 1 << 16, label="revoked")
         kept = world.engines[1].peer(2).import_region(route.memory.export(1, GUARD, route.size))
-        for turn in range(20):
+        for turn in range(10):
             region = route.peer.import_region(route.memory.export(0, GUARD, route.size))
             transfers = [
                 route.peer.write(

@@ -8,19 +8,22 @@ between any two steps. With "thread" the ranks move by themselves and the checks
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from conformance.registry import Skip, Violation, require
 from eptransport.backends import Plugin
 from eptransport.engine import Engine, Memory, PeerStatus, Region, RemoteSignal, Signal, Transfer
+from eptransport.errors import Timeout
 from eptransport.settings import Settings
 
 GUARD = 256
@@ -34,6 +37,7 @@ QUIET_S = 0.05
 """The same where ranks or the network move by themselves."""
 
 Bytes = np.ndarray[Any, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Subject:
     hostile: bool = False
     """It shows reordering, delays and partial bytes as much as it can."""
     across_processes: bool = True
+    thorough: bool = False
+    """Also what takes many seconds and is the same on every backend."""
 
     def having(self, **options: object) -> Subject:
         """The same with other settings of the backend; Skip where it has no such setting."""
@@ -130,13 +136,27 @@ class World:
             if not moved and time.monotonic() > deadline:
                 raise Violation(f"it never happened in {patience_s:g} s that {what}")
 
+    def post(self, one: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+        """What `one` (a post with timeout=0) gives; moves the world on while there is no room."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return one()
+            except Timeout:
+                if time.monotonic() > deadline:
+                    raise Violation(f"there was no room for a transfer in {patience_s:g} s") from None
+            if self.inline:
+                self.step()
+
     def settle(self, transfers: Iterable[Transfer] = ()) -> None:
         """Until all is quiet: these transfers have ended, and nothing has moved for as long as anything is ever
         held."""
         waiting = list(transfers)
         self.until(lambda: all(transfer.done for transfer in waiting), f"{len(waiting)} transfers have ended")
+        rounds = QUIET_ROUNDS if self.subject.hostile else 50
+        length = QUIET_S if self.subject.across_processes or not self.inline else 0
         quiet, since = 0, time.monotonic()
-        while quiet < QUIET_ROUNDS or time.monotonic() - since < QUIET_S:
+        while quiet < rounds or time.monotonic() - since < length:
             if self.inline and self.step():
                 quiet, since = 0, time.monotonic()
             quiet += 1
@@ -190,17 +210,33 @@ class Route:
         self.remote: RemoteSignal = self.peer.import_signal(self.signal.export())
 
     def write(self, offset: int, length: int, *, signal: bool = True, timeout: float | None = None) -> Transfer:
-        """From `offset` of the source to `offset` of the region, and says so to `expected`."""
-        transfer = self.peer.write(
-            self.source_memory if length else None,
-            self.region if length else None,
-            length,
-            source_offset=offset,
-            destination_offset=offset,
-            signal=self.remote if signal else None,
-            timeout=timeout,
-        )
+        """From `offset` of the source to `offset` of the region, and says so to `expected`. Moves the world on while
+        there is no room, unless a timeout is given."""
+
+        def one() -> Transfer:
+            return self.peer.write(
+                self.source_memory if length else None,
+                self.region if length else None,
+                length,
+                source_offset=offset,
+                destination_offset=offset,
+                signal=self.remote if signal else None,
+                timeout=timeout or 0,
+            )
+
+        transfer = self.world.post(one) if timeout is None else one()
         self.expect(offset, length)
+        return transfer
+
+    def write_pages(self, page_bytes: int, pages: list[int], *, signal: RemoteSignal | None = None) -> Transfer:
+        """The same pages of the source and of the region; `signal` instead of the route's own."""
+        transfer = self.world.post(
+            lambda: self.peer.write_paged(
+                self.source_memory, self.region, page_bytes, pages, pages, signal=signal or self.remote, timeout=0
+            )
+        )
+        for page in pages:
+            self.expect(page_bytes * page, page_bytes)
         return transfer
 
     def expect(self, offset: int, length: int) -> None:
@@ -236,6 +272,22 @@ def slots(world: World, size: int, count: int, most: int) -> list[tuple[int, int
         ranges.append((index * room + world.random.randint(0, room - length), length))
     world.random.shuffle(ranges)
     return ranges
+
+
+@contextmanager
+def warnings(lines: list[str]) -> Iterator[None]:
+    """Collects what the logger `eptransport` warns of, as text. Nobody else gets it: whoever keeps a record keeps the
+    error in it, its traceback, and through the frames even a transfer that is waiting to be dropped."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("eptransport")
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = True
+        logger.removeHandler(handler)
 
 
 def raises(kind: type[BaseException], body: Callable[[], object], what: str) -> Any:
