@@ -31,7 +31,7 @@ __all__ = ["Measure", "P2pJob", "P2pResult", "run"]
 
 RING = 4
 """Buffers in flight: enough to hide the answer, few enough to stay in a cache of some MiB."""
-PROBE_TURNS = 5_000
+PROBE_TURNS = 1_000
 RATE_BATCH = 64
 
 

@@ -134,6 +134,7 @@ def moe_table(result: MoeResult) -> RenderableType:
         f"the slowest rank of each iteration; median of {job.rounds} rounds of {job.iterations}, sides in turn; ratio: "
         "to the floor; CPU: of all ranks, an iteration",
         "messages as the rails count them: a write longer than EPT_STRIPE_BYTES is several",
+        *([_WEIGHED_BY_CALLER] if job.layout in ("rows", "by_rank") and job.against else []),
         _conditions(result.regime_ns),
         f"checked before: {result.checked}",
         f"registered memory: {result.registered_bytes / 2**20:.1f} MiB a rank",
@@ -141,6 +142,9 @@ def moe_table(result: MoeResult) -> RenderableType:
     return Lines(table, Text("\n".join(lines)))
 
 
+_WEIGHED_BY_CALLER = (
+    "in this layout the caller weighs a token's rows, outside the clock; the other library's time has it"
+)
 _KINDS = {"latency": "one way", "bandwidth": "bandwidth", "rate": "rate, one core"}
 
 
