@@ -8,6 +8,8 @@ shows.
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -52,9 +54,45 @@ def close(all_groups: Sequence[ept.Group]) -> None:
     ept.loopback_run(all_groups, lambda group: group.close())
 
 
+GRACE_S = 2.0
+
+
 def on_ranks(all_groups: Sequence[ept.Group], run: Callable[[int], T]) -> list[T]:
-    """run(rank) on a thread for each rank; raises the first error."""
-    return ept.loopback_run(all_groups, lambda group: run(group.rank))
+    """run(rank) on a thread for each rank; raises what was raised first.
+
+    The others of a rank that failed an assertion may wait for it until their deadline: after a moment their groups are
+    closed under them.
+    """
+    answers: list[Any] = [None] * len(all_groups)
+    ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
+
+    def on_thread(rank: int) -> None:
+        try:
+            answers[rank] = run(rank)
+        except BaseException as error:
+            ended.put((rank, error))
+        else:
+            ended.put((rank, None))
+
+    threads = [
+        threading.Thread(target=on_thread, args=(rank,), name=f"rank {rank}", daemon=True)
+        for rank in range(len(all_groups))
+    ]
+    for thread in threads:
+        thread.start()
+    first: BaseException | None = None
+    for _ in threads:
+        try:
+            _, error = ended.get(timeout=None if first is None else GRACE_S)
+        except queue.Empty:
+            close(all_groups)
+            break
+        first = first or error
+    for thread in threads:
+        thread.join()
+    if first is not None:
+        raise first
+    return answers
 
 
 def all_to_alls(all_groups: Sequence[ept.Group], config: model.Config, **arguments: Any) -> list[ept.AllToAll]:
@@ -339,7 +377,7 @@ class Scenario:
 
         payload = b"".join(rows[j].payload for j, _ in place)
         dtype = self.config.sent
-        expected = np.frombuffer(payload, model.RAW[dtype]).reshape(len(place), -1)
+        expected = np.frombuffer(payload, model.RAW[dtype]).reshape(len(place), self.config.hidden)
         same_bits(pick(got.x), expected, dtype, f"{what}: x")
         if rows and rows[0].scales:
             assert got.scales is not None, f"{what}: scales are missing"
