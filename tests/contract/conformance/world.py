@@ -152,7 +152,14 @@ class World:
         """Until all is quiet: these transfers have ended, and nothing has moved for as long as anything is ever
         held."""
         waiting = list(transfers)
-        self.until(lambda: all(transfer.done for transfer in waiting), f"{len(waiting)} transfers have ended")
+        number = len(waiting)
+
+        def ended() -> bool:
+            while waiting and waiting[-1].done:
+                waiting.pop()
+            return not waiting
+
+        self.until(ended, f"{number} transfers have ended")
         rounds = QUIET_ROUNDS if self.subject.hostile else 50
         length = QUIET_S if self.subject.across_processes or not self.inline else 0
         quiet, since = 0, time.monotonic()
