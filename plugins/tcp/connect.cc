@@ -493,8 +493,8 @@ void ept_instance::on_time(uint64_t time) {
     lingering.erase(lingering.begin() + static_cast<ptrdiff_t>(i));
   }
   if (liveness_due_ns != 0 && liveness_due_ns <= time) {
-    check_liveness();
-    liveness_due_ns = time + params.dead_ns / 4;
+    check_liveness(time);
+    liveness_due_ns = time + params.dead_ns / 8;
   }
 }
 
@@ -520,7 +520,7 @@ uint64_t ept_instance::next_deadline(uint64_t time) {
   if (!owed) {
     liveness_due_ns = 0;
   } else if (liveness_due_ns == 0) {
-    liveness_due_ns = time + params.dead_ns / 4;
+    liveness_due_ns = time + params.dead_ns / 8;
   }
   consider(liveness_due_ns);
   return next;

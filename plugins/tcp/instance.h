@@ -227,7 +227,7 @@ struct ept_instance {
   void stream_up(tcp::Peer *peer, uint32_t stream, tcp::Fd fd, const tcp::Limits &limits);
   void end_peer(tcp::Peer *peer, int32_t code, int number, std::string text, bool announce);
   void streams_may_have_ended(tcp::Peer *peer);
-  void check_liveness();
+  void check_liveness(uint64_t now_ns);
   void give_ended(tcp::Output *out);
   void add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie, int32_t code,
                    std::string text);

@@ -243,13 +243,13 @@ void ept_instance::note_consumed(const Peer &peer) {
     if (peer.streams[i] != nullptr) entry.immediates[i] = peer.streams[i]->immediates();
 }
 
-void ept_instance::check_liveness() {
+void ept_instance::check_liveness(uint64_t time) {
   for (auto &entry : peers) {
     Peer *peer = entry.second.get();
     if (peer->state != Peer::State::kUp) continue;
     for (auto &stream : peer->streams) {
       std::string text;
-      if (!stream->in_flight() || !stream->unanswered(params.dead_ns, &text)) continue;
+      if (!stream->in_flight() || !stream->unanswered(time, params.dead_ns, &text)) continue;
       end_peer(peer, EPT_E_PEER_LOST, ETIMEDOUT,
                format("rank %u at %s is lost (stream %u): %s", peer->rank, peer->where.c_str(), stream->rail(),
                       text.c_str()),

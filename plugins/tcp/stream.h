@@ -92,7 +92,7 @@ class Stream : public Source {
   void complete(Output *out);  // LOCAL_DONE and ERROR of what was acknowledged
   void abandon(Output *out, int32_t code, int number, const char *text);  // ERROR for the rest
   bool drained() const { return completed_ == queued_; }
-  bool completing() const { return completed_ != acked_; }
+  bool completing() const { return completed_ < acked_; }
   uint64_t queued() const { return queued_; }
   uint64_t completed() const { return completed_; }
   bool unsent() const { return !finishing_ && sent_ != queued_; }
@@ -115,8 +115,9 @@ class Stream : public Source {
   int end_errno() const { return end_errno_; }
   const std::string &end_text() const { return end_text_; }
   void end(int number, std::string text);
-  // The kernel has sent and sent again, and the other kernel has not answered for `dead_ns`.
-  bool unanswered(uint64_t dead_ns, std::string *text);
+  // The kernel has sent and sent again, and the other kernel has not answered for nearly `dead_ns`. Asked every eighth
+  // of it.
+  bool unanswered(uint64_t now_ns, uint64_t dead_ns, std::string *text);
   int fd() const { return fd_.get(); }
   Fd take_fd() { return std::move(fd_); }
   uint64_t immediates() const { return immediates_; }
@@ -198,6 +199,7 @@ class Stream : public Source {
   bool finished_ = false, ended_ = false;
   int end_errno_ = 0;
   std::string end_text_;
+  uint64_t unanswered_since_ns_ = 0;
   uint64_t immediates_ = 0;
   ept_rail_counters &counters_;  // of the rail, over all peers
 };

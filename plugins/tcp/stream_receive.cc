@@ -299,14 +299,20 @@ void Stream::end(int number, std::string text) {
   end_text_ = std::move(text);
 }
 
-bool Stream::unanswered(uint64_t dead_ns, std::string *text) {
+bool Stream::unanswered(uint64_t now_ns, uint64_t dead_ns, std::string *text) {
   tcp_info info{};
   socklen_t length = sizeof info;
   if (getsockopt(fd_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return false;
-  // A peer that is alive but does not read answers every probe of its closed window, which clears `probes`; one that
-  // reads acknowledges, which clears `retransmits`. TCP_USER_TIMEOUT can't tell the first from a dead one.
-  bool waiting = info.tcpi_retransmits > 0 || info.tcpi_probes > 0;
-  if (!waiting || static_cast<uint64_t>(info.tcpi_last_ack_recv) * 1000000 < dead_ns) return false;
+  // A peer that is alive but does not read answers the probes of its closed window, which clears `probes` (one in a row
+  // may be passed over: Linux answers twice a second); one that reads acknowledges, which clears `retransmits`.
+  // TCP_USER_TIMEOUT can't tell the first from a dead one.
+  if (info.tcpi_retransmits == 0 && info.tcpi_probes < 2) {
+    unanswered_since_ns_ = 0;
+    return false;
+  }
+  if (unanswered_since_ns_ == 0) unanswered_since_ns_ = now_ns;
+  const uint64_t limit = dead_ns / 4 * 3;
+  if (now_ns - unanswered_since_ns_ < limit || info.tcpi_last_ack_recv * uint64_t{1000000} < limit) return false;
   *text = format("its machine has acknowledged nothing for %u ms (%u retransmissions, %u probes without an answer)",
                  info.tcpi_last_ack_recv, info.tcpi_retransmits, info.tcpi_probes);
   return true;

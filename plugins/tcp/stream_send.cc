@@ -231,7 +231,7 @@ void Stream::drop_unsent_memory() {
 }
 
 void Stream::complete(Output *out) {
-  while (completed_ != acked_ && !out->full()) {
+  while (completed_ < acked_ && !out->full()) {
     Operation &done = operation(completed_);
     ept_event &event =
         out->add(done.refused == EPT_OK ? EPT_EVENT_LOCAL_DONE : EPT_EVENT_ERROR, link_->rank, link_->epoch, rail_);

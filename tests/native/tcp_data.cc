@@ -11,6 +11,7 @@ namespace {
 
 using plugin::Rank;
 using plugin::Window;
+using tcp_ranks::meet;
 using tcp_ranks::Node;
 using tcp_ranks::Pair;
 using tcp_ranks::poll_for;
@@ -142,7 +143,7 @@ void mesh() {
     owners.push_back(std::make_unique<Node>(plugin::Identity{rank, kRanks}));
     nodes.push_back(owners.back().get());
   }
-  connect(nodes);
+  meet(nodes);
   std::vector<std::unique_ptr<Window>> windows(kRanks * kRanks);
   for (uint32_t from = 0; from < kRanks; ++from)
     for (uint32_t to = 0; to < kRanks; ++to)

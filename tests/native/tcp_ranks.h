@@ -73,7 +73,7 @@ inline bool all_up(const std::vector<Node *> &nodes) {
   return true;
 }
 
-inline void connect(const std::vector<Node *> &nodes) {
+inline void meet(const std::vector<Node *> &nodes) {
   open_each_other(nodes);
   CHECK(until(nodes, [&] { return all_up(nodes); }));
   for (Node *node : nodes) node->poll();
@@ -92,7 +92,7 @@ struct Pair {
     identity.rank = 1;
     b = std::make_unique<Node>(identity, options);
     nodes = {a.get(), b.get()};
-    connect(nodes);
+    meet(nodes);
   }
   std::unique_ptr<Node> a, b;
   std::vector<Node *> nodes;
