@@ -103,6 +103,7 @@ struct Identity {
   uint32_t rank = 0, world = 2, epoch = 0;
   std::string job = "test", secret = "secret";
   uint32_t credits = 1024, send_credits = 64;
+  uint64_t dead_ns = 5'000'000'000;
 };
 
 // One rank: an instance and its worker.
@@ -128,7 +129,7 @@ class Rank {
     params.secret_length = id.secret.size();
     params.values = values.list.data();
     params.value_count = values.list.size();
-    params.dead_ns = 5'000'000'000;
+    params.dead_ns = id.dead_ns;
     params.credits = id.credits;
     params.send_credits = id.send_credits;
     return backend.open(&host, &params, instance);
