@@ -13,8 +13,9 @@ using namespace ept;
 
 namespace {
 
-/* Writes that may wait in a peer's queue; past it a caller is told LATER. Twice the window: room to run ahead. */
-constexpr size_t work_queue = 2 * EPT_IMM_WINDOW;
+/* Operations that may wait in a peer's queue; past it a caller is told LATER. Twice the window: room to run ahead. What
+ * is taken is taken whole, so one call may go past it: memory is bounded by this and the largest call. */
+constexpr uint64_t queued_operations = 2 * EPT_IMM_WINDOW;
 /* Operations handed to a plugin in one post: past 32, batching gains nothing (the plugin's lock is amortised). */
 constexpr size_t post_batch = 64;
 /* Below it a message takes the first rail: on a stream transport that is the one the other side polls hottest. */
@@ -77,7 +78,7 @@ int32_t ept_engine::admit(const ept_write &write, const char *operation, Uses &u
                   write.peer, uses.signal ? ": it is another rank's" : " (dropped already?)");
     }
   }
-  return peers[write.peer].queue.size() < work_queue ? EPT_OK : EPT_LATER;
+  return peers[write.peer].queued < queued_operations ? EPT_OK : EPT_LATER;
 }
 
 Transfer *ept_engine::new_transfer(uint32_t peer, ept_transfer_id *watched) {
@@ -122,6 +123,7 @@ void ept_engine::take(Work work, Peer &peer) {
   if (operations == 1 && peer.queue.empty() && peer.credits && peer.staged.size() < post_batch) {
     stage_pieces(peer, work);
   } else {
+    peer.queued += operations;
     peer.queue.push_back(std::move(work));
   }
 }
@@ -153,7 +155,9 @@ void ept_engine::pump(Peer &peer) {
     while (peer.heard && peer.credits && !peer.queue.empty() && peer.staged.size() - peer.staged_head < post_batch) {
       Work &work = peer.queue.front();
       if (work.code == EPT_IMM_MANY && !work.described && !stage_descriptor(peer, work)) break;
+      const uint64_t before = work.next_piece;
       stage_pieces(peer, work);
+      peer.queued -= work.next_piece - before;
       if (work.next_piece == work.pieces) peer.queue.pop_front();
     }
     if (peer.staged_head == peer.staged.size()) return;
@@ -331,6 +335,7 @@ void ept_engine::fail_peer_work(Peer &peer) {
   for (const Work &work : queue) {
     let_go(work.uses, work.pieces - work.next_piece, peer.rank, peer.why_code, peer.why_errno, why.c_str());
   }
+  peer.queued = 0;
   peer.messages.clear();
 }
 
