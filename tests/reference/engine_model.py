@@ -7,7 +7,7 @@ quiet, what was brought must be there. Read it in this order:
 
     Memory      bytes that peers may write, with the writes that are under way
     Signal      a count, with the transfers under way that will raise it
-    Transfer    the writes that were posted together
+    Transfer    writes that raise one signal together, and what may become of them
     Inbox       messages, of which no order is promised
     Model       all of it: what a step does, and what may be seen after it
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -37,18 +38,18 @@ class Memory:
     seen: Callable[[], Bytes]
     settled: Bytes = field(init=False)
     writes: list[Write] = field(default_factory=list)
-    closed: bool = False
 
     def __post_init__(self) -> None:
         self.settled = self.seen().copy()
 
     def look(self, quiet: bool) -> None:
-        """While transfers are under way a byte is the old one or one that is brought; when all is quiet it is brought."""
+        """While transfers are under way a byte is the old one or one that is brought; when all is quiet it is
+        brought."""
         seen = self.seen()
         covered = np.zeros(len(seen), dtype=bool)
         right = np.zeros(len(seen), dtype=bool)
         for write in self.writes:
-            covered[write.at] = True
+            covered[write.at] |= not write.failed
             right[write.at] |= seen[write.at] == write.data
         if not quiet:
             covered[:] = False
@@ -57,7 +58,7 @@ class Memory:
             first = int(np.argmin(right))
             raise Difference(
                 f"{self.name}: byte {first} is {seen[first]}, it was {self.settled[first]}; {int((~right).sum())} bytes "
-                f"are wrong, {'all is quiet' if quiet else 'transfers are under way'}, writes under way or just ended: "
+                f"are wrong, {'all is quiet' if quiet else 'transfers are under way'}, writes since it was last quiet: "
                 f"{[write.where() for write in self.writes]}"
             )
         if quiet:
@@ -85,6 +86,8 @@ class Write:
     region: Region
     offset: int
     data: Bytes
+    failed: bool = False
+    """Any part of it may have landed."""
 
     @property
     def at(self) -> slice:
@@ -105,14 +108,39 @@ class Write:
         return bool((others | (self.region.memory.seen()[self.at] == self.data)).all())
 
 
+class Fate(Enum):
+    DUE = "will land"
+    REFUSED = "changes nothing and fails"
+    CUT = "was under way at a revoke: may have landed, may be counted, may fail"
+    DOUBTFUL = "may fail half landed; its outcome will tell"
+    FAILED = "has failed, half landed, and is not counted"
+
+
 @dataclass(eq=False)
 class Transfer:
-    """One part for each (peer, signal): all writes of a part raise its signal once."""
+    """Writes that raise one signal together."""
 
     writes: list[Write]
     signal: Signal | None
-    must_fail: bool = False
-    may_fail: bool = False
+    fate: Fate = Fate.DUE
+
+    def ended(self, failed: bool) -> None:
+        """What its poster was told."""
+        if (
+            failed
+            not in {
+                Fate.DUE: (False,),
+                Fate.REFUSED: (True,),
+                Fate.CUT: (False, True),
+                Fate.DOUBTFUL: (False, True),
+                Fate.FAILED: (True,),
+            }[self.fate]
+        ):
+            raise Difference(f"a transfer that {self.fate.value} {'failed' if failed else 'ended well'}")
+        if self.fate is Fate.DOUBTFUL:
+            self.fate = Fate.FAILED if failed else Fate.DUE
+            for write in self.writes:
+                write.failed = failed
 
 
 @dataclass(eq=False)
@@ -125,16 +153,15 @@ class Signal:
 
     def look(self, value: int, quiet: bool) -> None:
         """Never ahead of the transfers that can wholly be read; all of them when all is quiet."""
-        certain = [transfer for transfer in self.transfers if not (transfer.may_fail or transfer.must_fail)]
-        doubtful = [transfer for transfer in self.transfers if transfer.may_fail]
-        there = sum(all(write.visible() for write in transfer.writes) for transfer in certain)
-        most = self.settled + there + len(doubtful)
-        least = self.settled + (len(certain) if quiet else 0)
+        of = {fate: [each for each in self.transfers if each.fate is fate] for fate in Fate}
+        there = sum(all(map(Write.visible, each.writes)) for each in of[Fate.DUE] + of[Fate.DOUBTFUL])
+        most = self.settled + there + len(of[Fate.CUT])
+        least = self.settled + (len(of[Fate.DUE]) if quiet else 0)
         if not least <= value <= most:
             raise Difference(
-                f"{self.name} is {value}; it was {self.settled} and {len(certain)} transfers are under way or just ended, "
-                f"of which {there} can wholly be read, {len(doubtful)} more were cut off by a revoke; "
-                f"{'all is quiet' if quiet else 'transfers are under way'}"
+                f"{self.name} is {value}, it was {self.settled}; since then transfers were posted that: "
+                + ", ".join(f"{fate.value} ({len(each)})" for fate, each in of.items() if each)
+                + f"; {there} can wholly be read, {'all is quiet' if quiet else 'transfers are under way'}"
             )
         if quiet:
             self.settled = value
@@ -160,7 +187,11 @@ class Inbox:
 
 @dataclass
 class Model:
+    """Everything that the ranks share. `flaky`: the network may fail a write, half landed."""
+
+    flaky: bool = False
     memories: list[Memory] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
     inboxes: dict[tuple[int, int], Inbox] = field(default_factory=dict)
 
@@ -170,42 +201,45 @@ class Model:
         self.memories.append(Memory(name, rank, seen))
         return self.memories[-1]
 
+    def region(self, memory: Memory, writer: int, offset: int, length: int) -> Region:
+        self.regions.append(Region(memory, writer, offset, length))
+        return self.regions[-1]
+
     def signal(self, name: str, rank: int, source: int) -> Signal:
         self.signals.append(Signal(name, rank, source))
         return self.signals[-1]
 
-    def post(self, parts: Sequence[tuple[Region | None, Signal | None, list[tuple[int, Bytes]]]]) -> list[Transfer]:
-        """Each part: a region, the signal that it raises, and (offset in the region, bytes)."""
-        posted = []
-        for region, signal, pieces in parts:
-            writes = [Write(region, offset, data) for offset, data in pieces if region is not None]
-            refused = region is not None and region.revoked and any(len(data) for _, data in pieces)
-            transfer = Transfer(writes, signal, must_fail=refused)
-            if region is not None and not refused:
+    def post(self, region: Region | None, signal: Signal | None, pieces: Sequence[tuple[int, Bytes]]) -> Transfer:
+        """`pieces`: (offset in the region, bytes). Without any the signal alone rises."""
+        writes = [Write(region, offset, data) for offset, data in pieces if region is not None and len(data)]
+        transfer = Transfer(writes, signal)
+        if region is not None and writes:
+            if region.revoked:
+                transfer.fate = Fate.REFUSED
+            else:
                 region.memory.writes += writes
-            if signal is not None:
-                signal.transfers.append(transfer)
-            posted.append(transfer)
-        return posted
+                transfer.fate = Fate.DOUBTFUL if self.flaky else Fate.DUE
+        if signal is not None:
+            signal.transfers.append(transfer)
+        return transfer
 
-    def revoke(self, memory: Memory, rank: int | None) -> list[Transfer]:
-        """From its return on nothing that `rank` (None: all) has in flight changes the memory, half landed or not. Returns
-        the transfers that it may have cut off."""
-        cut = [write for write in memory.writes if rank is None or write.region.writer == rank]
+    def revoke(self, memory: Memory, rank: int | None, under_way: Sequence[Transfer]) -> None:
+        """From its return on nothing that `rank` (None: all) has in flight changes the memory, half landed or not.
+        `under_way`: all transfers whose end was not told before."""
         memory.look(quiet=False)
-        rest = [write for write in memory.writes if write not in cut]
-        # What is certain of the bytes that `rank` wrote is what can be seen now; what others bring is still to come.
+        cut = [write for write in memory.writes if rank is None or write.region.writer == rank]
+        memory.writes = [write for write in memory.writes if write not in cut]
         seen = memory.seen()
-        for write in cut:
+        for write in cut:  # what others bring there is still to come
             memory.settled[write.at] = seen[write.at]
-        memory.writes = rest
-        touched = []
-        for signal in self.signals:
-            for transfer in signal.transfers:
-                if any(write in cut for write in transfer.writes):
-                    transfer.may_fail = True
-                    touched.append(transfer)
-        return touched
+        gone = set(map(id, cut))
+        signalled = [transfer for signal in self.signals for transfer in signal.transfers]
+        for transfer in (*signalled, *under_way):
+            if any(id(write) in gone for write in transfer.writes):
+                transfer.fate = Fate.CUT
+        for region in self.regions:
+            if region.memory is memory and rank in (None, region.writer):
+                region.revoked = True
 
     def send(self, to: int, tag: int, sender: int, data: bytes) -> None:
         self.inboxes.setdefault((to, tag), Inbox()).waiting[sender, data] += 1
@@ -218,5 +252,4 @@ class Model:
         for signal, count in values:
             signal.look(count, quiet)
         for memory in self.memories:
-            if not memory.closed:
-                memory.look(quiet)
+            memory.look(quiet)
