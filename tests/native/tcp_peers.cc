@@ -4,6 +4,7 @@
 // ends exactly once whatever happens. And sleep: an idle rank uses no CPU, and no wake-up is ever lost.
 #include <poll.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -51,6 +52,7 @@ struct Process {
     CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
     pid = fork();
     if (pid == 0) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL);
       close(pair[0]);
       Identity own = identity;
       own.rank = 1;
