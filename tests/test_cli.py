@@ -211,7 +211,7 @@ def test_bench_moe_writes_json_to_stdout() -> None:
     assert [side["name"] for side in found["sides"]] == ["bare TCP mesh", "eptransport", "gloo"]
     for traffic in found["traffic"]:
         assert traffic["bytes"] == traffic["predicted_bytes"]
-    for word in ("p50 ms", "ratio", "MB a rank", "messages a rank", "cores", "bit for bit"):
+    for word in ("p50 ms", "p99 ms", "floor: bare TCP mesh", "ratio", "MB", "msgs", "cores", "bit for bit"):
         assert word in result.stderr
 
 

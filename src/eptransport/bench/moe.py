@@ -421,7 +421,7 @@ class _Floor:
 
         self.rank = rank.rank
         self.fds = None if mesh is None else mesh.fds
-        self.note = "copies" if mesh is None else ""
+        self.note = ""
         costs = [layer.shape.cost(r, layer.rows) for r in range(layer.shape.ranks)]
         self.halves = [
             (costs[self.rank].dispatch_bytes, [cost.dispatch_bytes[self.rank] for cost in costs]),

@@ -10,6 +10,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Group as Lines
 from rich.table import Table
 from rich.text import Text
@@ -67,58 +68,45 @@ def write_json(file: Path, result: P2pResult | MoeResult) -> None:
 
 def p2p_table(result: P2pResult) -> RenderableType:
     job = result.job
-    table = Table(title=f"point to point over {result.backend}, {job.ranks} ranks", title_justify="left")
-    names = ["write with signal", "p50", "p99", "floor", "floor p50", "ratio", "messages", "bytes", "cores"]
-    if job.against:
-        names.append(f"{job.against} p50")
-    for name in names:
-        table.add_column(name, justify="left" if name in ("write with signal", "floor") else "right")
+    table = _table(f"point to point over {result.backend}, {job.ranks} ranks: a write with a signal")
+    names = ["", "", "p50", "p99", "floor", "ratio", "msgs", "bytes", "cores", *([job.against] if job.against else [])]
+    for index, name in enumerate(names):
+        table.add_column(name, justify="left" if index < 2 else "right")
     for measure in result.measures:
         table.add_row(
             f"{_size(measure.bytes)} {_KINDS[measure.kind]}",
-            f"{measure.ours.p50:.2f} {measure.unit}",
-            f"{_worst(measure):.2f} {measure.unit}",
-            measure.floor_name,
-            f"{measure.floor.p50:.2f} {measure.unit}",
+            measure.unit,
+            f"{measure.ours.p50:.2f}",
+            f"{_worst(measure):.2f}",
+            f"{measure.floor.p50:.2f}",
             f"{measure.ratio:.2f}",
             f"{measure.messages:.2f}",
             f"{measure.wire_bytes:,.0f}",
             f"{measure.cores:.1f}",
-            *([f"{measure.other.p50:.2f} {measure.unit}"] if measure.other else []),
+            *([f"{measure.other.p50:.2f}"] if measure.other else ["-"] if job.against else []),
         )
-    notes = (
-        f"median of {job.rounds} rounds, ours and the floor in turn; of bandwidths and rates, the worst round as p99"
-    )
-    return Lines(table, Text(f"{notes}; messages and bytes are for one write\n{_conditions(result.regime_ns)}"))
+    floors = dict.fromkeys(f"{_KINDS[measure.kind]}: {measure.floor_name}" for measure in result.measures)
+    lines = [
+        f"median of {_count(job.rounds, 'round')}, ours and the floor in turn; p99 of a bandwidth or rate: the worst round",
+        f"floor: {', '.join(floors)}; ratio: to it; messages and bytes: of one write",
+        _conditions(result.regime_ns),
+    ]
+    return Lines(table, Text("\n".join(lines)))
 
 
 def moe_table(result: MoeResult) -> RenderableType:
     job, shape = result.job, result.job.shape
     routing = f"skewed (Zipf {job.skew:g})" if job.skew else "random"
-    table = Table(
-        title=(
-            f"dispatch and combine over {result.backend}: {shape.ranks} ranks x {shape.tokens} tokens, hidden "
-            f"{shape.hidden}, top-{shape.top_k} of {shape.experts}, {shape.dispatch_dtype} there and "
-            f"{shape.combine_dtype} back, {job.layout}, {routing} routing"
-        ),
-        title_justify="left",
+    table = _table(
+        f"dispatch and combine over {result.backend}: {shape.ranks} ranks x {shape.tokens} tokens, hidden "
+        f"{shape.hidden}, top-{shape.top_k} of {shape.experts}, {shape.dispatch_dtype} there and "
+        f"{shape.combine_dtype} back, {job.layout}, {routing} routing"
     )
-    for name in (
-        "",
-        "p50 ms",
-        "p99 ms",
-        "dispatch",
-        "combine",
-        "ratio",
-        "MB a rank",
-        "messages a rank",
-        "CPU ms",
-        "cores",
-    ):
-        table.add_column(name, justify="right" if name else "left")
+    for name in ("", "p50 ms", "p99 ms", "disp.", "comb.", "ratio", "MB", "msgs", "CPU ms", "cores"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
     for index, side in enumerate(result.sides):
         table.add_row(
-            f"{side.name} (floor)" if index == 0 else side.name + (f" ({side.note})" if side.note else ""),
+            side.name if index else f"floor: {side.name}",
             f"{side.total.p50:.2f}",
             f"{side.total.p99:.2f}",
             f"{side.dispatch.p50:.2f}",
@@ -131,15 +119,22 @@ def moe_table(result: MoeResult) -> RenderableType:
             style="bold" if side.name == "eptransport" else None,
         )
     lines = [
-        f"the slowest rank of each iteration; median of {job.rounds} rounds of {job.iterations}, sides in turn; ratio: "
-        "to the floor; CPU: of all ranks, an iteration",
-        "messages as the rails count them: a write longer than EPT_STRIPE_BYTES is several",
+        f"ms: the slowest rank of each iteration, median of {_count(job.rounds, 'round')} of {job.iterations}, sides in turn; "
+        "ratio: to the floor",
+        "MB and messages: of a rank, an iteration, as its rails count them (a write longer than EPT_STRIPE_BYTES is "
+        "several); CPU: of all ranks",
+        *(f"{side.name} {side.note}" for side in result.sides if side.note),
         *([_WEIGHED_BY_CALLER] if job.layout in ("rows", "by_rank") and job.against else []),
         _conditions(result.regime_ns),
         f"checked before: {result.checked}",
         f"registered memory: {result.registered_bytes / 2**20:.1f} MiB a rank",
     ]
     return Lines(table, Text("\n".join(lines)))
+
+
+def _table(title: str) -> Table:
+    """Narrow enough for a terminal of 80 columns."""
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 _WEIGHED_BY_CALLER = (
@@ -156,6 +151,10 @@ def _conditions(regime_ns: tuple[float, ...]) -> str:
     probe = f"{min(regime_ns):.0f} to {max(regime_ns):.0f} ns" if any(regime_ns) else "one rank, not measured"
     about = machine()
     return f"{about['cpu']}, {about['cores']} cores; shared memory between two cores: {probe} one way"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _size(size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
 from dataclasses import dataclass
@@ -73,8 +74,9 @@ def _show(plan: Plan) -> Shown:
     from eptransport._process import cores
     from eptransport.bench.moe import measure
     from eptransport.bench.ranks import StoreRank
-    from eptransport.demo import decode, encode, generate, load_tiny_deepseek, serve_tiny_deepseek
+    from eptransport.demo import decode, encode, find_tiny_deepseek, generate, load_tiny_deepseek, serve_tiny_deepseek
 
+    _silence_transformers()
     with Group(Settings(backend=plan.backend), name="demo") as group:
         torch.set_num_threads(max(1, cores() // group.world_size))
         prompt, new_tokens = plan.prompts[group.rank], plan.new_tokens_of(group.rank)
@@ -88,8 +90,18 @@ def _show(plan: Plan) -> Shown:
         # The group's own store: the launcher's may hold keys of an attempt before.
         store: Any = group._store
         layer = measure(plan.layer, StoreRank(store, group.rank, group.world_size, group), group)
-    held = Shape(group.world_size, 1, 1, load_tiny_deepseek().config.n_routed_experts, 1).experts_of(group.rank)
+    config = json.loads((find_tiny_deepseek() / "config.json").read_text())
+    held = Shape(group.world_size, 1, 1, config["n_routed_experts"], 1).experts_of(group.rank)
     return Shown(prompt, text[len(prompt) :], same, held, layer)
+
+
+def _silence_transformers() -> None:
+    """Its progress bars, one for each rank and load, would bury what the demo shows."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _say(rank: int, what: str) -> None:
