@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test may lean on: an environment without EPT_*, ranks as threads or as processes, and plugins built here."""
+"""What tests may lean on: an environment without EPT_*, ranks as threads or as processes, plugins built here."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ranks() -> Iterator[Callable[..., list[ept.Group]]]:
 
 @pytest.fixture
 def spawn(tmp_path: Path) -> Callable[..., list[Any]]:
-    """spawn(n, function, *args): what function(rank, n, folder, *args) returned or raised in each of n new processes."""
+    """spawn(n, function, *args): what function(rank, n, folder, *args) returned or raised, in n new processes."""
 
     def run(n: int, function: Callable[..., Any], *args: Any, limit_s: float = LIMIT_S) -> list[Any]:
         context = multiprocessing.get_context("spawn")

@@ -248,7 +248,7 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        return self._native.stopping
+        return self._native.closed
 
     @property
     def handle(self) -> Any:
@@ -258,7 +258,9 @@ class Engine:
     # -- what one works with --
 
     def peer(self, rank: int) -> Peer:
-        """The other end at `rank`; its own rank is a peer too."""
+        """The other end at `rank`, which is another rank than this one."""
+        if rank == self.rank:
+            raise InvalidArgument(f"rank {rank} is this engine's own: nothing goes over the network to oneself")
         return self._peers[size("rank", rank, self.world_size - 1)]
 
     def register(self, buffer: Any, *, role: Literal["data", "signal"] = "data") -> Memory:
@@ -784,6 +786,8 @@ class _Native:
         self.pointer: Any = ffi.NULL
         self.guard = Guard(f"the engine of rank {rank}")
         self.stopping = False
+        self.abandoned = False
+        """Whoever waits here waits in vain, and shall give up; the engine stays open."""
         self.keep: dict[Any, Any] = {}
         self.children: dict[int, Callable[[], None]] = {}
         self.handle = ffi.new_handle(self)
@@ -807,10 +811,14 @@ class _Native:
         finally:
             self.guard.leave()
 
+    @property
+    def closed(self) -> bool:
+        return self.stopping or self.guard.is_shut
+
     def stop_waiting(self) -> bool:
         """What a waiting native thread asks."""
         self.drain_log()
-        return self.stopping
+        return self.stopping or self.abandoned
 
     def drain_log(self) -> None:
         if self.pointer == ffi.NULL:
@@ -820,7 +828,7 @@ class _Native:
             logger.log(level[0], "rank %d: %s", self.rank, text(line))
 
     def close(self, timeout: float) -> None:
-        if self.guard.forked or self.pointer == ffi.NULL or self.stopping:
+        if self.guard.forked or self.pointer == ffi.NULL or self.closed:
             return
         self.stopping = True
         for close_child in reversed(list(self.children.values())):
@@ -830,6 +838,7 @@ class _Native:
             logger.error("rank %d: a thread is still inside the engine, which is left open", self.rank)
             return
         self.drain_log()
+        self.stopping = False  # nobody is inside any more, and the close itself waits for what is in flight
         pointer, error = self.pointer, new_error()
         code = lib.ept_engine_close(pointer, timeout_ns(timeout), error)
         self.pointer = ffi.NULL

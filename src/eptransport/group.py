@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,7 @@ logger = logging.getLogger("eptransport")
 T = TypeVar("T")
 
 SECRET_BYTES = 32
+GRACE_S = 5.0
 SLICE_S = 0.25
 """How often a rank that waits for connections looks whether another one has failed."""
 
@@ -197,8 +199,17 @@ def loopback_groups(n: int, settings: Settings | None = None, **arguments: Any) 
 
 def loopback_run(groups: Sequence[Group], function: Callable[[Group], T]) -> list[T]:
     """`function(group)` on a thread for each group, as ranks of a job would; what each returned. Blocks until all have
-    ended, then raises the first error."""
-    results, error = _on_threads([lambda group=group: function(group) for group in groups])  # type: ignore[misc]
+    ended, then raises the first error. When a rank has failed, the others have 5 s to end; then their waits are ended
+    with ClosedError, for they may wait for the one that failed."""
+
+    def give_up(yes: bool) -> None:
+        for group in groups:
+            group.engine._native.abandoned = yes
+
+    results, error = _on_threads(
+        [lambda group=group: function(group) for group in groups],  # type: ignore[misc]
+        give_up,
+    )
     if error is not None:
         raise error
     return results  # type: ignore[return-value]
@@ -477,16 +488,20 @@ def _set_up_logging(settings: Settings) -> None:
         logger.addHandler(handler)
 
 
-def _on_threads(calls: Sequence[Callable[[], T]]) -> tuple[list[T | None], BaseException | None]:
+def _on_threads(
+    calls: Sequence[Callable[[], T]], give_up: Callable[[bool], None] | None = None
+) -> tuple[list[T | None], BaseException | None]:
     """Results in order (None where one failed), and the error that came first."""
     results: list[T | None] = [None] * len(calls)
     errors: list[BaseException] = []
+    failed_at: list[float] = []
 
     def run(index: int) -> None:
         try:
             results[index] = calls[index]()
         except BaseException as error:
             errors.append(error)
+            failed_at.append(monotonic())
 
     threads = [
         threading.Thread(target=run, args=(index,), name=f"ept rank {index}", daemon=True)
@@ -495,5 +510,10 @@ def _on_threads(calls: Sequence[Callable[[], T]]) -> tuple[list[T | None], BaseE
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        while thread.is_alive():
+            thread.join(SLICE_S)
+            if give_up is not None and failed_at and monotonic() > failed_at[0] + GRACE_S:
+                give_up(True)
+    if give_up is not None:
+        give_up(False)
     return results, errors[0] if errors else None
