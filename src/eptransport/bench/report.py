@@ -87,7 +87,7 @@ def p2p_table(result: P2pResult) -> RenderableType:
         )
     floors = dict.fromkeys(f"{_KINDS[measure.kind]}: {measure.floor_name}" for measure in result.measures)
     lines = [
-        f"median of {_count(job.rounds, 'round')}, ours and the floor in turn; p99 of a bandwidth or rate: the worst round",
+        f"median of {_count(job.rounds, 'round')}, ours and the floor in turn; p99 of a bandwidth or rate: its worst",
         f"floor: {', '.join(floors)}; ratio: to it; messages and bytes: of one write",
         _conditions(result.regime_ns),
     ]
@@ -119,8 +119,8 @@ def moe_table(result: MoeResult) -> RenderableType:
             style="bold" if side.name == "eptransport" else None,
         )
     lines = [
-        f"ms: the slowest rank of each iteration, median of {_count(job.rounds, 'round')} of {job.iterations}, sides in turn; "
-        "ratio: to the floor",
+        f"ms: the slowest rank of each iteration, median of {_count(job.rounds, 'round')} of {job.iterations}, sides in "
+        "turn; ratio: to the floor",
         "MB and messages: of a rank, an iteration, as its rails count them (a write longer than EPT_STRIPE_BYTES is "
         "several); CPU: of all ranks",
         *(f"{side.name} {side.note}" for side in result.sides if side.note),
