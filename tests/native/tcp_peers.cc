@@ -163,7 +163,7 @@ void killed(uint64_t length) {
 void stopped() {
   Identity identity;
   identity.dead_ns = 1'000'000'000;
-  Killable peer({{"rcvbuf", "65536"}, {"sndbuf", "65536"}}, identity);
+  Killable peer({{"rcvbuf", "65536"}, {"sndbuf", "65536"}, {"depth", "16"}}, identity);
   kill(peer.process.pid, SIGSTOP);
   for (int i = 0; i < 40; ++i) peer.fill(1 << 18);
   poll_for({&peer.node}, 3'500);
