@@ -119,8 +119,8 @@ def moe_table(result: MoeResult) -> RenderableType:
             style="bold" if side.name == "eptransport" else None,
         )
     lines = [
-        f"ms: the slowest rank of each iteration, median of {_count(job.rounds, 'round')} of {job.iterations}, sides in "
-        "turn; ratio: to the floor",
+        f"ms: the slowest rank of each iteration, median of {_count(job.rounds, 'round')} of {job.iterations}, sides "
+        "in turn; ratio: to the floor",
         "MB and messages: of a rank, an iteration, as its rails count them (a write longer than EPT_STRIPE_BYTES is "
         "several); CPU: of all ranks",
         *(f"{side.name} {side.note}" for side in result.sides if side.note),
