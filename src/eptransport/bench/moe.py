@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from eptransport.bench import native
-from eptransport.bench.figures import Spread, slowest, spread
-from eptransport.bench.p2p import PROBE_TURNS, sent
+from eptransport.bench.figures import Spread, percentile, slowest, spread
+from eptransport.bench.p2p import PROBE_PERCENT, PROBE_TURNS, sent
 from eptransport.bench.ranks import Mesh, Rank, run_job
 from eptransport.bench.shapes import Shape, routing, tokens
 from eptransport.errors import InternalError, InvalidArgument
@@ -270,7 +270,7 @@ def probe(rank: Rank) -> float:
     if rank.rank < 2 and rank.world > 1:
         samples = native.atomics_pingpong(rank.shared, rank.rank, PROBE_TURNS)
     rank.barrier()
-    return statistics.median(samples)
+    return percentile(samples, PROBE_PERCENT)
 
 
 def _turn(job: MoeJob, rank: Rank, side: _Side, run: SideRun) -> None:
