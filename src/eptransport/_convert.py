@@ -86,14 +86,14 @@ def fill(native: Any, tensor: torch.Tensor | None) -> None:
     native.device = CPU
 
 
-def refuse_grad(**tensors: torch.Tensor | None) -> None:
+def refuse_grad(**tensors: Any) -> None:
     """No gradient flows through native code: better an error than a wrong gradient."""
     import torch
 
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if getattr(tensor, "requires_grad", False):
             raise UnsupportedError(
                 f"{name} requires a gradient, which dispatch and combine don't compute: call them under "
                 "torch.no_grad(), or wrap them in an autograd.Function whose backward uses got.routing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -26,7 +27,7 @@ from eptransport.errors import (
     MismatchError,
     Timeout,
 )
-from eptransport.settings import Settings, launch_from_environment
+from eptransport.settings import Launch, Settings, launch_from_environment
 
 if TYPE_CHECKING:
     import torch
@@ -262,11 +263,22 @@ def _from_environment() -> _Place:
         )
     if launch.world_size == 1:
         return _Place(LocalStore(), launch.rank, 1)
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    return _Place(
+        PrefixStore(f"eptransport/{launch.attempt}", _launchers_store(launch)), launch.rank, launch.world_size
+    )
+
+
+@functools.cache
+def _launchers_store(launch: Launch) -> Any:
+    """The store at the launcher's address. Kept as long as the process, also where rank 0 serves it: the program may
+    use the address for torch.distributed later, which then shares the server instead of racing with its end."""
     from datetime import timedelta
 
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    store = TCPStore(
+    return TCPStore(
         launch.master_addr,
         launch.master_port,
         launch.world_size,
@@ -275,7 +287,6 @@ def _from_environment() -> _Place:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return _Place(PrefixStore(f"eptransport/{launch.attempt}", store), launch.rank, launch.world_size)
 
 
 def _from_process_group(group: torch.distributed.ProcessGroup) -> _Place:

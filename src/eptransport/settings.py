@@ -79,7 +79,7 @@ class Settings(BaseSettings):
         for name in overrides:
             if name not in fields:
                 raise ConfigError(f"unknown setting {name!r}{_did_you_mean(name, fields)}")
-        values, origins = _read_environment(os.environ)
+        values, origins = _read_environment(os.environ, overrides)
         given = dict(overrides.pop("options", None) or {})
         options = values.pop("options", {})
         origins.update(dict.fromkeys([*overrides, *given], "argument"))
@@ -108,11 +108,7 @@ class Settings(BaseSettings):
     @field_validator("plugin_path", mode="before")
     @classmethod
     def _split_path(cls, value: Any) -> Any:
-        if isinstance(value, (str, os.PathLike)):
-            return tuple(part for part in os.fspath(value).split(os.pathsep) if part)
-        if isinstance(value, (list, tuple)):
-            return tuple(os.fspath(part) for part in value)
-        return value
+        return _split(value) if isinstance(value, (str, os.PathLike, list, tuple)) else value
 
     @field_validator("backend", mode="before")
     @classmethod
@@ -150,8 +146,7 @@ class Settings(BaseSettings):
 
     def plugins(self) -> tuple[str, ...]:
         """Where plugins are looked for beside the built-in folder and the entry points."""
-        named = (self.backend,) if os.sep in self.backend or self.backend.endswith(".so") else ()
-        return named + self.plugin_path
+        return _places(self.backend, self.plugin_path)
 
     def backend_options(self, plugin: Plugin) -> dict[str, str]:
         """What this plugin is handed: the general settings that it has by name, and its own."""
@@ -240,7 +235,9 @@ def known_names(plugin_path: tuple[str, ...] = ()) -> tuple[str, ...]:
     return tuple(fields + [_variable(name) for name in _option_settings(registry(plugin_path))])
 
 
-def _read_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_environment(
+    environ: Mapping[str, str], overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Values by field, backends' settings under `options`, and the variable that each came from."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -256,9 +253,8 @@ def _read_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[
         else:
             strange[variable] = value
     if strange:
-        path = tuple(part for part in values.get("plugin_path", "").split(os.pathsep) if part)
-        backend = values.get("backend", "")
-        plugins = registry(((backend,) if os.sep in backend else ()) + path)
+        place = {**values, **overrides}
+        plugins = registry(_places(place.get("backend", ""), _split(place.get("plugin_path", ()))))
         options = {_variable(name): name for name in _option_settings(plugins)}
         for variable, value in strange.items():
             if variable not in options:
@@ -266,6 +262,18 @@ def _read_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[
             values.setdefault("options", {})[options[variable]] = value
             origins[options[variable]] = variable
     return values, origins
+
+
+def _places(backend: str | os.PathLike[str], plugin_path: tuple[str, ...]) -> tuple[str, ...]:
+    """Where plugins are looked for: a backend that is named by its path comes first."""
+    name = os.fspath(backend)
+    return ((name,) if os.sep in name or name.endswith(".so") else ()) + plugin_path
+
+
+def _split(path: Any) -> tuple[str, ...]:
+    if isinstance(path, (str, os.PathLike)):
+        return tuple(part for part in os.fspath(path).split(os.pathsep) if part)
+    return tuple(os.fspath(part) for part in path)
 
 
 def _unknown_variable(variable: str, plugins: Registry) -> str:
