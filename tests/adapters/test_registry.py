@@ -70,14 +70,14 @@ def serve(rank: int, folder: str, sizes: dict[str, int]) -> None:
     # Layer by layer: rank 0 has a token for every expert, rank 1 none unless they share the batch.
     served = []
     for layer in parallel.layers:
-        if own_batch and rank == 1:
-            layer.serve()
-            served.append(False)
-        else:
-            x = torch.ones(4, layer.shape.hidden)
-            with torch.no_grad():
-                output = layer.module(x, torch.arange(16).view(4, 4), torch.ones(4, 4))
-            served.append(bool((output.abs().sum(1) > 0).all()))
+        with torch.no_grad():
+            if own_batch and rank == 1:
+                layer.serve()
+                served.append(False)
+            else:
+                x, ids = torch.ones(4, layer.shape.hidden), torch.arange(16).view(4, 4)
+                output = layer.module(x, ids, torch.ones(4, 4))
+                served.append(bool((output.abs().sum(1) > 0).all()))
     torch.save((logits, torch.tensor(served), len(parallel.exchanges), exchange.group.backend), f"{folder}/{rank}.pt")
     parallel.close()
     exchange.group.close()
