@@ -42,6 +42,7 @@ struct Settings {
   uint32_t depth = 0;
   uint64_t handshake_ns = 0;
   uint32_t half_open = 0;
+  uint32_t max_regions = 0;
 };
 
 struct Peer;

@@ -10,12 +10,12 @@ int32_t Exports::add(const ept_host &host, const Export &wanted, uint64_t *name,
   if (!free_.empty()) {
     index = free_.back();
     free_.pop_back();
-  } else if (slots_.size() < kMaxExports) {
+  } else if (slots_.size() < limit_) {
     index = static_cast<uint32_t>(slots_.size());
     slots_.emplace_back();
   } else {
     return fail(EPT_E_LIMIT, "region_export", wanted.rank, 0,
-                "tcp: %u regions are exported, which is the limit (max_regions); revoke some", kMaxExports);
+                "tcp: %u regions are exported, which is the limit (EPT_TCP_MAX_REGIONS); revoke some", limit_);
   }
   uint32_t generation = slots_[index].generation + 1;
   Export &entry = slots_[index];

@@ -27,8 +27,6 @@ struct ept_region {
 
 namespace tcp {
 
-constexpr uint32_t kMaxExports = 1u << 20;
-
 struct Export {
   bool live = false;
   bool any_epoch = false;  // made before the peer was opened: the first epoch that is opened takes it
@@ -42,7 +40,8 @@ struct Export {
 
 class Exports {
  public:
-  // LIMIT past kMaxExports.
+  void limit(uint32_t exports) { limit_ = exports; }
+  // LIMIT past that many.
   int32_t add(const ept_host &host, const Export &wanted, uint64_t *name, uint32_t *slot, const uint8_t **key);
   // The slot that `name` gave, or nullptr where it is not (or no longer) one of `mem` for `rank`.
   Export *find(uint64_t name, const ept_mem *mem, uint32_t rank);
@@ -69,6 +68,7 @@ class Exports {
  private:
   std::vector<Export> slots_;
   std::vector<uint32_t> free_;
+  uint32_t limit_ = 0;
 };
 
 struct RegionBlob {

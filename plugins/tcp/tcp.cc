@@ -33,6 +33,8 @@ const ept_setting kSettings[] = {
      "Milliseconds that a connection may take to be made and to show the job's secret."},
     {sizeof(ept_setting), EPT_SETTING_INT, "half_open", "256", 4, 65536,
      "Connections that may be waiting to show the secret; past it the oldest is dropped."},
+    {sizeof(ept_setting), EPT_SETTING_INT, "max_regions", "1048576", 1, INT32_MAX,
+     "Exports that may be valid at a time."},
 };
 constexpr size_t kSettingCount = sizeof kSettings / sizeof *kSettings;
 
@@ -66,6 +68,7 @@ int32_t read_settings(const ept_value *values, size_t count, Settings *settings)
   settings->depth = static_cast<uint32_t>(number_of("depth"));
   settings->handshake_ns = static_cast<uint64_t>(number_of("handshake_ms")) * 1000000;
   settings->half_open = static_cast<uint32_t>(number_of("half_open"));
+  settings->max_regions = static_cast<uint32_t>(number_of("max_regions"));
   if (code != EPT_OK) return code;
   if ((settings->depth & (settings->depth - 1)) != 0)
     return fail(EPT_E_CONFIG, "open", -1, 0, "tcp: depth is %u; it must be a power of two", settings->depth);
@@ -141,6 +144,7 @@ int32_t tcp_open(const ept_host *host, const ept_open_params *params, ept_instan
         Limits{settings.streams, kMaxMessage, kMaxSend, settings.depth, params->credits, params->send_credits};
     instance->sink.reset(new uint8_t[kSinkBytes]);
     instance->counters.assign(settings.streams, ept_rail_counters{});
+    instance->exports.limit(settings.max_regions);
     instance->worker.instance = instance.get();
     code = instance->start_listening();
     if (code != EPT_OK) return code;
@@ -185,7 +189,7 @@ int32_t tcp_rails(ept_instance *instance, ept_rail *rails, uint32_t capacity, ui
       rail.numa = device.numa;
       rail.port = i;
       rail.bits_per_s = device.bits_per_s;
-      rail.max_regions = kMaxExports;
+      rail.max_regions = settings.max_regions;
       rail.max_peers = UINT32_MAX;
       rail.cq_depth = 1u << 20;  // nothing waits here: unread immediates stay in the sockets
       rail.tx_depth = settings.depth;
