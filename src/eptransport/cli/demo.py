@@ -69,7 +69,7 @@ def demo(
         text = Text.assemble((one.prompt, "bold"), one.continuation)
         console.print(Panel(text, title=f"rank {rank}", title_align="left"))
     whole = "the same text as" if shown[0].same_as_alone else "NOT the text of"
-    console.print(f"rank 0: {whole} one process with all experts; {_routed(shown)}\n")
+    console.print(f"rank 0: {whole} one process with all experts; {_routed(shown)}\n", soft_wrap=True)
     result = combine_ranks(plan.layer, [one.layer for one in shown])
     console.print(report.moe_table(result))
     report.moe_picture(picture, result)
