@@ -70,12 +70,7 @@ def served(world: int) -> list[dict[str, Any]]:
 @cache
 def alone(name: str, world: int, rank: int) -> dict[str, Any]:
     """The same batch in this process, by the model as transformers built it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return models.run(models.build(name), PROMPTS[world][rank], NEW_TOKENS[world][rank])
-    finally:
-        torch.set_num_threads(threads)
+    return models.run(models.build(name), PROMPTS[world][rank], NEW_TOKENS[world][rank])
 
 
 @pytest.mark.parametrize(("world", "name"), CASES)
