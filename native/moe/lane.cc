@@ -93,7 +93,9 @@ Exchange *Lane::pending(uint32_t phase) {
 }
 
 void Lane::drop(uint32_t phase) {
-  if (Exchange *exchange = pending(phase)) exchange->state = Exchange::dropped;
+  for (uint32_t p = 0; p < EPT_PHASES; p++)
+    if (Exchange *exchange = pending(p); exchange && (p == phase || exchange->whole))
+      exchange->state = Exchange::dropped;
 }
 
 uint64_t Lane::consumed(uint32_t phase) const {

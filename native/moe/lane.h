@@ -143,7 +143,8 @@ class Lane {
   Exchange &begin(Kind kind, const std::shared_ptr<Object> &object, Wait &wait);
   // The open exchange whose receiving half is still to come, or NULL.
   Exchange *pending(uint32_t phase);
-  // An exchange that nobody will receive; it is consumed behind the scenes.
+  // Before a send: what is open in the phase will not be received any more, nor what a whole call, whose halves have no
+  // other call between them, left open in the other one. It is consumed behind the scenes.
   void drop(uint32_t phase);
   uint64_t consumed(uint32_t phase) const;
   // No step is under way, nothing of ours is still being read.

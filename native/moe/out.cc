@@ -41,13 +41,17 @@ uint64_t Lane::grants(uint32_t peer, uint32_t phase) {
   return value;
 }
 
-// The slot is free at the peer; chunk c - 2 has been granted; our staging is no longer read.
+// The slot is free at the peer, or chunk c - 2 has been granted; our staging is no longer read.
 bool Lane::may_post(const Exchange &exchange, uint32_t peer) {
   const Outgoing &out = exchange.out[peer];
   if (out.chunk < 2) {
     if (lacks_ack(exchange, peer)) return false;
-  } else if (grants(peer, exchange.phase) < links[peer].grants_before[exchange.phase] + out.chunk - 1) {
-    return false;
+  } else {
+    // Grants are one count for all generations: what an abandoned one before this is still owed must not pass for ours.
+    const Exchange &other = exchanges[exchange.phase][1 - exchange.slot];
+    if (other.state != Exchange::idle && other.generation < exchange.generation && !other.out[peer].finished)
+      return false;
+    if (grants(peer, exchange.phase) < links[peer].grants_before[exchange.phase] + out.chunk - 1) return false;
   }
   return settle(links[peer], exchange.phase, exchange.slot, out.chunk % 2, 0);
 }

@@ -204,7 +204,8 @@ class AllToAll:
     lanes           micro-batches that may be under way at once
     buffer_bytes    budget of a lane's registered memory; longer batches are streamed through it; None: none is
     max_rows        most rows that a call unpacks: of all ranks (rows, contiguous), of one rank (by_rank), of one
-                    expert (masked). None: the worst case, which `str(moe)` tells
+                    expert (masked). None: the worst case, which `str(moe)` tells; masked: that of tokens whose ids
+                    differ
     placement       [num_experts] the rank of each expert; None: blocks in rank order, the first ones hold one more
     scale_format    of our own quantisation: fp32 or ue8m0
     scale_layout    of got.scales: row ([n, blocks] contiguous) or column (strides (1, n), 16-byte aligned columns)
@@ -719,8 +720,11 @@ class AllToAll:
                 "contiguous": arrival.contiguous_rows,
                 "masked": arrival.max_expert_rows,
             }[layout]
-            most = self._most(layout, bound)
-            x = torch.empty(self._shape(layout, min(needed, most) if exact else most, columns), dtype=payload)
+            room = self._most(layout, bound)
+            if exact:
+                limit = self._limit(bound)
+                room = needed if limit is None else min(needed, limit)
+            x = torch.empty(self._shape(layout, room, columns), dtype=payload)
         lead = tuple(x.shape[:-1])  # type: ignore[union-attr]
 
         def pick(old: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -769,14 +773,21 @@ class AllToAll:
 
     def _most(self, layout: str, bound: int | None) -> int:
         """Rows that outputs have room for, where nobody counts first."""
+        limit = self._limit(bound)
+        if layout == "masked":
+            # A token that names an expert twice has two rows there. That is too rare to make every expert's room
+            # top_k times as large for; max_rows can, and a row too many is a CapacityError.
+            return self.plan_.max_rows if limit is None else min(self.plan_.max_rows * self.top_k, limit)
         worst = {
             "rows": self.plan_.max_rows,
             "by_rank": self.max_tokens,
             "contiguous": self.plan_.max_contiguous_rows,
-            "masked": self.plan_.max_rows,
         }[layout]
-        limit = self.max_rows if bound is None else size("max_rows", bound)
         return worst if limit is None else min(worst, limit)
+
+    def _limit(self, bound: int | None) -> int | None:
+        """What the call or this object says that outputs may hold at most."""
+        return self.max_rows if bound is None else size("max_rows", bound)
 
     def _lane_number(self, lane: int) -> int:
         if not 0 <= lane < self.lanes:

@@ -545,4 +545,5 @@ Engines.TestCase.settings = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-TestEngines = Engines.TestCase
+# Shrinking a failure takes minutes: a timeout that cuts it off would hide what it found.
+TestEngines = pytest.mark.timeout(0 if LONG else 1200)(Engines.TestCase)

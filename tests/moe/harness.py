@@ -54,45 +54,51 @@ def close(all_groups: Sequence[ept.Group]) -> None:
     ept.loopback_run(all_groups, lambda group: group.close())
 
 
-GRACE_S = 2.0
+GRACE_S = 0.5
 
 
-def on_ranks(all_groups: Sequence[ept.Group], run: Callable[[int], T]) -> list[T]:
-    """run(rank) on a thread for each rank; raises what was raised first.
+def together(all_groups: Sequence[ept.Group], calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Each call on a thread of its own; raises what was raised first.
 
-    The others of a rank that failed an assertion may wait for it until their deadline: after a moment their groups are
+    The others of a rank that failed an assertion may wait for it until their deadline: after a moment the groups are
     closed under them.
     """
-    answers: list[Any] = [None] * len(all_groups)
-    ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
+    answers: list[Any] = [None] * len(calls)
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def on_thread(rank: int) -> None:
+    def on_thread(index: int) -> None:
         try:
-            answers[rank] = run(rank)
+            answers[index] = calls[index]()
         except BaseException as error:
-            ended.put((rank, error))
+            ended.put(error)
         else:
-            ended.put((rank, None))
+            ended.put(None)
 
-    threads = [
-        threading.Thread(target=on_thread, args=(rank,), name=f"rank {rank}", daemon=True)
-        for rank in range(len(all_groups))
-    ]
+    threads = [threading.Thread(target=on_thread, args=(index,), daemon=True) for index in range(len(calls))]
     for thread in threads:
         thread.start()
-    first: BaseException | None = None
+    errors: list[BaseException] = []
     for _ in threads:
         try:
-            _, error = ended.get(timeout=None if first is None else GRACE_S)
+            error = ended.get(timeout=GRACE_S if errors else None)
         except queue.Empty:
             close(all_groups)
             break
-        first = first or error
+        if error is not None:
+            errors.append(error)
     for thread in threads:
         thread.join()
-    if first is not None:
-        raise first
+    if errors:
+        for other in errors[1:]:
+            if hasattr(errors[0], "add_note"):
+                errors[0].add_note(f"and then: {other!r}")
+        raise errors[0]
     return answers
+
+
+def on_ranks(all_groups: Sequence[ept.Group], run: Callable[[int], T]) -> list[T]:
+    """run(rank) on a thread for each rank."""
+    return together(all_groups, [lambda rank=rank: run(rank) for rank in range(len(all_groups))])  # type: ignore[misc]
 
 
 def all_to_alls(all_groups: Sequence[ept.Group], config: model.Config, **arguments: Any) -> list[ept.AllToAll]:

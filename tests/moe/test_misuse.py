@@ -108,7 +108,6 @@ def test_other_bad_arguments(make_groups: Make) -> None:
         {"dtype": torch.int32},
         {"combine_dtype": torch.float8_e4m3fn},
         {"layout": "columns"},
-        {"alignment": 0},
         {"scale_format": "fp64"},
         {"scale_layout": "diagonal"},
         {"placement": [0, 0, 0]},

@@ -265,16 +265,14 @@ def test_lanes_are_apart(make_groups: Make) -> None:
     for _ in range(3):
         on_ranks(groups, overlapped)
 
-    calls = [(rank, lane) for rank in range(2) for lane in range(3)]
-    with ept_threads(len(calls)) as pool:
-        for result in [pool.submit(steps, moes[r], r, lane, (a, b)) for r, lane in calls]:
-            result.result(timeout=60)
-
-
-def ept_threads(n: int) -> Any:
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(n)
+    harness.together(
+        groups,
+        [
+            lambda rank=rank, lane=lane: steps(moes[rank], rank, lane, (a, b))  # type: ignore[misc]
+            for rank in range(2)
+            for lane in range(3)
+        ],
+    )
 
 
 def steps(moe: ept.AllToAll, rank: int, lane: int, scenarios: tuple[Scenario, Scenario]) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from harness import LAYOUTS, Scenario, all_to_alls, make_batches, run_all
 
+import eptransport as ept
+
 Make = Callable[..., list[Any]]
 
 
@@ -84,6 +86,26 @@ def test_repeated_ids(make_groups: Make, layout: str) -> None:
     scenario = Scenario(config, batches, [layout] * 2)
     assert sum(1 for row in scenario.arrived[1].rows if (row.source, row.token) == (0, 0)) == 1
     run_all(scenario, moes, groups)
+
+
+def test_repeated_ids_in_the_masked_layout(make_groups: Make) -> None:
+    """An expert's room is for tokens whose ids differ, unless max_rows says more; a row too many is an error."""
+    config = model.Config(2, 2, 4, 32)
+    groups = make_groups(2)
+    moes = all_to_alls(groups, config, max_tokens=3)
+    batches = [harness.make_batch(config, 3, r, ids=np.zeros((3, 4), np.int64)) for r in range(2)]
+    scenario = Scenario(config, batches, ["masked"] * 2)
+    run_all(scenario, moes, groups, max_rows=24)
+    run_all(scenario, moes, groups, host_counts=True)
+
+    def step(rank: int) -> None:
+        if rank == 0:
+            with pytest.raises(ept.CapacityError, match="24"):
+                moes[rank].dispatch(**scenario.arguments(rank))
+        else:
+            moes[rank].dispatch(**scenario.arguments(rank))
+
+    harness.on_ranks(groups, step)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

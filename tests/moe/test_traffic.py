@@ -19,7 +19,7 @@ Make = Callable[..., list[Any]]
 
 
 def counted(group: ept.Group) -> model.Traffic:
-    rails = group.engine.rails()
+    rails = [rail.counters for rail in group.engine.rails()]
     return model.Traffic(sum(c.tx_operations for c in rails), sum(c.tx_bytes for c in rails))
 
 

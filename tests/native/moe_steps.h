@@ -39,6 +39,8 @@ inline Step draw(uint64_t seed, const ept_moe_config &config, const Draw &how) {
   Step step;
   const uint32_t world = config.world;
   step.lane = below(config.lanes);
+  // A rank that abandons a stream tells so in its next call of that lane, so ranks that wait for it must get there.
+  if (how.whole && how.may_abandon) step.lane = 0;
   step.whole = how.whole;
   step.weights = Weights(below(3));
   step.quantised = config.caller_scale_bytes > 0 && below(2);
@@ -109,6 +111,18 @@ class Runner {
                std::vector<uint8_t> &scales) const;
   void verify(const Step &step, const Outputs &out, const moe_model::Places &places) const;
   void combine(const Step &step, ept_routing *routing, bool receive);
+  // Where another rank abandons a stream in this half, ours ends with CLOSED, names it, and leaves the lane usable.
+  bool cut_short(const Step &step, uint8_t half, int32_t code, const Error &error) const {
+    if (code != EPT_E_CLOSED) return false;
+    // The peer that is named may have ended for the same reason, and passed it on.
+    bool one_did = false;
+    for (uint8_t a : step.abandon) one_did = one_did || a == half;
+    CHECK(step.whole && one_did && error.peer >= 0);
+    CHECK_HAS(error.text, "abandoned");
+    Error after;
+    OK(ept_moe_check(moe_, step.lane, &after), after);
+    return true;
+  }
   std::vector<float> sums(const Step &step, uint32_t token, std::vector<float> &beside) const;
   float weight(const Step &step, const moe_model::Row &row, uint32_t k) const {
     return step.weights == Weights::none ? 1.0f : step.inputs[row.source].weights[row.token * config_.top_k + k];
@@ -182,7 +196,9 @@ inline ept_routing *Runner::receive(const Step &step) {
   Error error;
   ept_arrival arrival{};
   arrival.size = sizeof arrival;
-  OK(ept_moe_dispatch_wait(moe_, step.lane, &arrival, &error), error);
+  int32_t code = ept_moe_dispatch_wait(moe_, step.lane, &arrival, &error);
+  if (cut_short(step, 1, code, error)) return nullptr;
+  OK(code, error);
   Outputs out;
   out.layout = step.layouts[rank];
   out.two = out.layout == EPT_LAYOUT_BY_RANK || out.layout == EPT_LAYOUT_MASKED;
@@ -230,7 +246,9 @@ inline ept_routing *Runner::receive(const Step &step) {
                            shape(out, out.per_expert ? std::vector<int64_t>{} : std::vector<int64_t>{k}));
   to.source = tensor(out.source.data(), EPT_DTYPE_I32, shape(out, {2}));
   ept_routing *routing = nullptr;
-  OK(ept_moe_dispatch_recv(moe_, step.lane, &to, &routing, &error), error);
+  code = ept_moe_dispatch_recv(moe_, step.lane, &to, &routing, &error);
+  if (cut_short(step, 1, code, error)) return nullptr;
+  OK(code, error);
   memmove(out.x.data(), x, out.slots * config_.hidden * wire);
   verify(step, out, places);
   return routing;
@@ -365,7 +383,9 @@ inline void Runner::combine(const Step &step, ept_routing *routing, bool receive
   std::vector<float> y_weights(size_t(tokens * k), -7);
   const ept_tensor to = tensor(y, y_format, {tokens, hidden});
   const ept_tensor weights_to = tensor(y_weights.data(), EPT_DTYPE_F32, {tokens, k});
-  OK(ept_moe_combine_recv(moe_, step.lane, &to, step.row_weights ? &weights_to : nullptr, &error), error);
+  const int32_t code = ept_moe_combine_recv(moe_, step.lane, &to, step.row_weights ? &weights_to : nullptr, &error);
+  if (cut_short(step, 2, code, error)) return;
+  OK(code, error);
   std::vector<float> beside;
   for (uint32_t t = 0; t < tokens; t++) {
     const std::vector<float> expected = sums(step, t, beside);
@@ -389,6 +409,7 @@ inline void Runner::run(const Step &step) {
   send(step, nullptr);
   if (abandon == 1) return;
   ept_routing *routing = receive(step);
+  if (!routing) return;
   if (step.cached && combines) {
     send(step, routing);
     ept_routing *again = receive(step);

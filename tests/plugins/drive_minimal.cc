@@ -26,6 +26,9 @@ void a_write_arrives(const ept_backend &backend) {
   group[1].expect(EPT_EVENT_LOCAL_DONE);
   CHECK_EQ(group[1].expect(EPT_EVENT_QUIESCED).code, EPT_OK);
   CHECK_EQ(group[1].count().rx_bytes, 64);
+  int32_t descriptor = 0;
+  CHECK_EQ(backend.arm(group[0].worker, &descriptor), EPT_OK);
+  CHECK_EQ(descriptor, -1);  // can't sleep
 }
 
 void only_the_key_opens(const ept_backend &backend) {

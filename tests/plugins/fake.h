@@ -138,7 +138,7 @@ int32_t hand_out(Instance *instance, ept_event *events, size_t capacity) {
 
 inline int32_t never_sleep(ept_worker *, int32_t *descriptor) {
   *descriptor = -1;
-  return EPT_LATER;
+  return EPT_OK;
 }
 
 inline void last_error(ept_error *error) { give(error, t_error); }

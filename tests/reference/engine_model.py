@@ -57,8 +57,8 @@ class Memory:
         if not right.all():
             first = int(np.argmin(right))
             raise Difference(
-                f"{self.name}: byte {first} is {seen[first]}, it was {self.settled[first]}; {int((~right).sum())} bytes "
-                f"are wrong, {'all is quiet' if quiet else 'transfers are under way'}, writes since it was last quiet: "
+                f"{self.name}: byte {first} is {seen[first]}, it was {self.settled[first]}; {int((~right).sum())} "
+                f"bytes are wrong, {'all is quiet' if quiet else 'transfers are under way'}, writes since then: "
                 f"{[write.where() for write in self.writes]}"
             )
         if quiet:

@@ -53,6 +53,47 @@ def offsets_of_source_and_destination_are_apart(subject: Subject) -> None:
 
 
 @check(1)
+def pages_go_where_their_lists_say(subject: Subject) -> None:
+    """Lists of pages that are neighbours on both sides, on one side, or on none, with pages of a source that repeat,
+    strides and offsets: each page lands where its list says."""
+    with World(subject) as world:
+        route = world.route(0, 1, 1 << 19)
+        for count in range(1, 40):
+            page = world.random.choice((1, 16, 24, 512))
+            pages = world.random.randint(1, 40)
+            strides = [page + world.random.choice((0, 0, 8)) for _ in "sd"]
+            offsets = [world.random.choice((0, 0, 33)) for _ in "sd"]
+            rooms = [(route.size - offset - page) // stride for offset, stride in zip(offsets, strides, strict=True)]
+            sources, targets = (_runs(world, room, pages) for room in rooms)
+            if world.random.random() < 0.3:
+                sources = world.random.choices(sources, k=pages)
+            route.peer.write_paged(
+                route.source_memory,
+                route.region,
+                page,
+                sources,
+                targets,
+                signal=route.remote,
+                source_offset=offsets[0],
+                destination_offset=offsets[1],
+                source_stride=strides[0],
+                destination_stride=strides[1],
+            )
+            for source, target in zip(sources, targets, strict=True):
+                start, at = offsets[0] + source * strides[0], GUARD + offsets[1] + target * strides[1]
+                route.expected[at : at + page] = route.source[start : start + page]
+            world.until(lambda n=count: route.signal.value >= n, "the pages raised their signal")
+            route.look(f"after {pages} pages of {page} bytes with strides {strides}")
+
+
+def _runs(world: World, room: int, count: int) -> list[int]:
+    """Different numbers below `room`, many of them neighbours."""
+    starts = world.random.sample(range(0, room - 8, 8), count)
+    runs = [start + step for start in starts for step in range(world.random.choice((1, 1, 2, 8)))]
+    return runs[:count]
+
+
+@check(1)
 def the_target_only_looks_at_its_memory(subject: Subject) -> None:
     """With a proxy thread the target's application makes no call at all: it reads its memory, and there it is."""
     for progress in ("thread", "auto"):

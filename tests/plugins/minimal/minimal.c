@@ -583,8 +583,8 @@ static int32_t poll(ept_worker *worker, ept_event *events, size_t capacity) {
 
 static int32_t arm(ept_worker *worker, int32_t *descriptor) {
   (void)worker;
-  *descriptor = -1; /* can't sleep */
-  return EPT_LATER;
+  *descriptor = -1; /* nothing to sleep on: the engine looks again by its clock */
+  return EPT_OK;
 }
 
 static int32_t quiesce(ept_worker *worker, uint32_t rank, int32_t scope, uint64_t cookie) {
