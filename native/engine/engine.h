@@ -207,7 +207,7 @@ struct Peer {
   uint32_t credit_chan = 0, send_credit_chan = 0; /* at the peer: where our grants go */
   ept_region *anchor = nullptr;                   /* the peer's region that zero-length signals name */
   std::deque<Work> queue;
-  uint64_t queued = 0;                                  /* operations of `queue` */
+  uint64_t queued = 0; /* operations of `queue` */
   std::deque<Message> messages;
   std::vector<ept_op> staged; /* [staged_head, size): what the plugin gets next */
   size_t staged_head = 0;

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 from conformance.world import GUARD, World, subject
 from engine_model import Bytes, Fate, Memory, Model, Region, Signal, Transfer
 from hypothesis import HealthCheck, settings

@@ -251,7 +251,7 @@ class MoeMachine(RuleBasedStateMachine):
                 scenario = kept.scenario
                 summed_here = all(layout in ("rows", "by_rank") for layout in scenario.layouts)
                 weighed_here = all(layout in ("contiguous", "masked") for layout in scenario.layouts)
-                # Late weights travel as a dispatch: while one is still to be received, a second late combine is refused.
+                # Late weights travel as a dispatch: while one is to be received, a second late combine is refused.
                 late = None
                 if step.late and self.late_left[lane] != 0:
                     if self.late_left[lane] is not None:

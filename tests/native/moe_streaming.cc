@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// moe_streaming.cc: calls longer than a lane's buffers: the same bits as with room for all, long ranks beside short ones,
-// halves that refuse, abandoned streams, the adversary.
+// moe_streaming.cc: calls longer than a lane's buffers: the same bits as with room for all, long ranks beside short
+// ones, halves that refuse, abandoned streams, the adversary.
 #include "moe_steps.h"
 
 using namespace moe_test;

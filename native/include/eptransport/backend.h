@@ -47,8 +47,8 @@
 #ifndef EPTRANSPORT_BACKEND_H
 #define EPTRANSPORT_BACKEND_H
 
-#include <stdint.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -59,251 +59,260 @@ extern "C" {
 /* Status of a call or an event. Negative values are errors; `ept_code_name` gives the name of each. */
 typedef enum ept_code {
   EPT_OK = 0,
-  EPT_LATER = 1,            /* not now: call again. From post: the queue is full; from peer_state: still connecting */
-  EPT_E_INVALID = -1,       /* an argument is wrong; the sentence names it and its value */
-  EPT_E_CONFIG = -2,        /* a setting is unknown, or its value is */
-  EPT_E_UNAVAILABLE = -3,   /* this backend can't run here; the sentence names the missing piece and its mend */
-  EPT_E_UNSUPPORTED = -4,   /* this backend can't do this at all */
-  EPT_E_LIMIT = -5,         /* past a limit; the sentence names it */
-  EPT_E_NOMEM = -6,         /* the machine refused memory, descriptors or pages to lock */
-  EPT_E_IO = -7,            /* the network or the system said no; provider_errno has its number */
-  EPT_E_TIMEOUT = -8,       /* a deadline passed */
-  EPT_E_PEER_LOST = -9,     /* the peer is dead, closed, or was never reached */
-  EPT_E_ACCESS = -10,       /* a key, a bound or a right was refused at the target (rule 12) */
-  EPT_E_AUTH = -11,         /* the peer does not hold the job's secret */
-  EPT_E_VERSION = -12,      /* the peer, a blob or a plugin speaks another version */
-  EPT_E_MISMATCH = -13,     /* ranks disagree on a setting; the sentence has both values */
-  EPT_E_CLOSED = -14,       /* the object was closed */
-  EPT_E_STUCK = -15,        /* quiesce: can't be shown quiet; the sentence names the smallest thing to tear down */
-  EPT_E_FAULT = -16,        /* a lane is faulted; reset it */
-  EPT_E_CAPACITY = -17,     /* more rows or tokens than a buffer holds */
-  EPT_E_INTERNAL = -18      /* a bug of ours; the sentence says where */
+  EPT_LATER = 1,          /* not now: call again. From post: the queue is full; from peer_state: still connecting */
+  EPT_E_INVALID = -1,     /* an argument is wrong; the sentence names it and its value */
+  EPT_E_CONFIG = -2,      /* a setting is unknown, or its value is */
+  EPT_E_UNAVAILABLE = -3, /* this backend can't run here; the sentence names the missing piece and its mend */
+  EPT_E_UNSUPPORTED = -4, /* this backend can't do this at all */
+  EPT_E_LIMIT = -5,       /* past a limit; the sentence names it */
+  EPT_E_NOMEM = -6,       /* the machine refused memory, descriptors or pages to lock */
+  EPT_E_IO = -7,          /* the network or the system said no; provider_errno has its number */
+  EPT_E_TIMEOUT = -8,     /* a deadline passed */
+  EPT_E_PEER_LOST = -9,   /* the peer is dead, closed, or was never reached */
+  EPT_E_ACCESS = -10,     /* a key, a bound or a right was refused at the target (rule 12) */
+  EPT_E_AUTH = -11,       /* the peer does not hold the job's secret */
+  EPT_E_VERSION = -12,    /* the peer, a blob or a plugin speaks another version */
+  EPT_E_MISMATCH = -13,   /* ranks disagree on a setting; the sentence has both values */
+  EPT_E_CLOSED = -14,     /* the object was closed */
+  EPT_E_STUCK = -15,      /* quiesce: can't be shown quiet; the sentence names the smallest thing to tear down */
+  EPT_E_FAULT = -16,      /* a lane is faulted; reset it */
+  EPT_E_CAPACITY = -17,   /* more rows or tokens than a buffer holds */
+  EPT_E_INTERNAL = -18    /* a bug of ours; the sentence says where */
 } ept_code;
 
 /* An error as a value. The caller owns it; `text` is always terminated. */
 typedef struct ept_error {
-  uint32_t size;            /* sizeof(ept_error), set by the caller */
-  int32_t code;             /* ept_code */
-  int32_t peer;             /* rank concerned, -1: none */
-  int32_t provider_errno;   /* the network's or the system's own number, 0: none */
-  uint64_t expected;        /* an expired wait: the count it waited for */
-  uint64_t seen;            /*   and the count it saw */
-  uint64_t silent_ns;       /*   and how long ago the peer last made progress */
-  char operation[64];       /* "dispatch_recv", "write", ... */
-  char text[1024];          /* what, where, what it saw, what to do */
+  uint32_t size;          /* sizeof(ept_error), set by the caller */
+  int32_t code;           /* ept_code */
+  int32_t peer;           /* rank concerned, -1: none */
+  int32_t provider_errno; /* the network's or the system's own number, 0: none */
+  uint64_t expected;      /* an expired wait: the count it waited for */
+  uint64_t seen;          /*   and the count it saw */
+  uint64_t silent_ns;     /*   and how long ago the peer last made progress */
+  char operation[64];     /* "dispatch_recv", "write", ... */
+  char text[1024];        /* what, where, what it saw, what to do */
 } ept_error;
 
 /* ---- what the engine offers a backend --------------------------------------------------------------------------- */
 
-typedef enum ept_log_level { EPT_LOG_DEBUG = 10, EPT_LOG_INFO = 20, EPT_LOG_WARNING = 30, EPT_LOG_ERROR = 40 } ept_log_level;
+typedef enum ept_log_level {
+  EPT_LOG_DEBUG = 10,
+  EPT_LOG_INFO = 20,
+  EPT_LOG_WARNING = 30,
+  EPT_LOG_ERROR = 40
+} ept_log_level;
 
 typedef struct ept_host {
   uint32_t size;
-  void *context;                                                        /* first argument of each function below */
-  void (*log)(void *context, int32_t level, const char *text);          /* [A] the only way to say anything */
-  uint64_t (*clock_ns)(void *context);                                  /* [A] monotonic */
-  void (*random)(void *context, void *bytes, size_t length);            /* [A] from the system's generator */
+  void *context;                                               /* first argument of each function below */
+  void (*log)(void *context, int32_t level, const char *text); /* [A] the only way to say anything */
+  uint64_t (*clock_ns)(void *context);                         /* [A] monotonic */
+  void (*random)(void *context, void *bytes, size_t length);   /* [A] from the system's generator */
   void (*hmac_sha256)(void *context, const void *key, size_t key_length, const void *data, size_t length,
-                      uint8_t mac[32]);                                  /* [A] so that no plugin brings its own */
-  void *(*cuda)(void *context, const char *symbol);                     /* [A] a driver entry point, NULL where there is no
-                                                                           driver; makes no call and no CUDA context */
+                      uint8_t mac[32]);             /* [A] so that no plugin brings its own */
+  void *(*cuda)(void *context, const char *symbol); /* [A] a driver entry point, NULL where there is no
+                                                       driver; makes no call and no CUDA context */
 } ept_host;
 
 typedef enum ept_setting_type {
-  EPT_SETTING_BOOL = 1,     /* "0" or "1" */
-  EPT_SETTING_INT = 2,      /* decimal, between min and max */
+  EPT_SETTING_BOOL = 1, /* "0" or "1" */
+  EPT_SETTING_INT = 2,  /* decimal, between min and max */
   EPT_SETTING_STRING = 3
 } ept_setting_type;
 
 /* A setting that a backend brings. The user writes EPT_<BACKEND>_<NAME>; the engine checks type and bounds. */
 typedef struct ept_setting {
   uint32_t size;
-  int32_t type;             /* ept_setting_type */
-  const char *name;         /* lower case: "streams" */
-  const char *value;        /* the default, as text */
-  int64_t min, max;         /* INT only */
-  const char *doc;          /* one sentence; what it is for, unit included */
+  int32_t type;      /* ept_setting_type */
+  const char *name;  /* lower case: "streams" */
+  const char *value; /* the default, as text */
+  int64_t min, max;  /* INT only */
+  const char *doc;   /* one sentence; what it is for, unit included */
 } ept_setting;
 
 typedef struct ept_value {
-  const char *name;         /* of a setting */
-  const char *text;         /* checked; every setting of the backend is present, defaults included */
+  const char *name; /* of a setting */
+  const char *text; /* checked; every setting of the backend is present, defaults included */
 } ept_value;
 
 /* ---- what a backend says of itself ------------------------------------------------------------------------------ */
 
 typedef enum ept_memory_kind {
-  EPT_MEMORY_HOST = 1, EPT_MEMORY_PINNED = 2, EPT_MEMORY_CUDA = 4, EPT_MEMORY_DMABUF = 8, EPT_MEMORY_SHM = 16
+  EPT_MEMORY_HOST = 1,
+  EPT_MEMORY_PINNED = 2,
+  EPT_MEMORY_CUDA = 4,
+  EPT_MEMORY_DMABUF = 8,
+  EPT_MEMORY_SHM = 16
 } ept_memory_kind;
 
 typedef enum ept_protection {
-  EPT_PROTECTION_NONE = 0,    /* nothing stops a wrong address (rule 12 waived) */
-  EPT_PROTECTION_REGION = 1,  /* bounds of registered memory are checked, keys are not secret */
-  EPT_PROTECTION_KEY = 2      /* a long random key a region, peer and epoch, checked before a byte is written */
+  EPT_PROTECTION_NONE = 0,   /* nothing stops a wrong address (rule 12 waived) */
+  EPT_PROTECTION_REGION = 1, /* bounds of registered memory are checked, keys are not secret */
+  EPT_PROTECTION_KEY = 2     /* a long random key a region, peer and epoch, checked before a byte is written */
 } ept_protection;
 
 typedef struct ept_caps {
   uint32_t size;
-  uint32_t memory_kinds;          /* OR of ept_memory_kind */
-  uint64_t max_message;           /* bytes of one WRITE; the engine cuts longer ones */
-  uint32_t max_send;              /* bytes of one SEND */
-  uint32_t max_iov;               /* 1: one source range an operation */
-  uint32_t immediate_bits;        /* 32 at least */
-  int32_t protection;             /* ept_protection */
-  uint8_t ordered_channel;        /* a rail to a peer keeps order (TCP stream, RC queue pair) */
-  uint8_t passive_progress;       /* writes land though the target never polls */
-  uint8_t wait_descriptor;        /* arm gives a descriptor to sleep on */
-  uint8_t can_revoke;             /* region_revoke takes effect at once */
-  uint8_t can_replay;             /* a broken rail tells what was consumed, so that the sender may replay */
-  uint8_t group_only;             /* no peer can be opened before join has ended on all ranks */
-  uint8_t mapped;                 /* region_map works for peers that reach says are mapped */
-  uint8_t gpu_initiated;          /* kernels post by themselves (device half) */
-  uint8_t needs_visible;          /* an IMM event says arrived, `visible` must complete before a GPU may read */
+  uint32_t memory_kinds;    /* OR of ept_memory_kind */
+  uint64_t max_message;     /* bytes of one WRITE; the engine cuts longer ones */
+  uint32_t max_send;        /* bytes of one SEND */
+  uint32_t max_iov;         /* 1: one source range an operation */
+  uint32_t immediate_bits;  /* 32 at least */
+  int32_t protection;       /* ept_protection */
+  uint8_t ordered_channel;  /* a rail to a peer keeps order (TCP stream, RC queue pair) */
+  uint8_t passive_progress; /* writes land though the target never polls */
+  uint8_t wait_descriptor;  /* arm gives a descriptor to sleep on */
+  uint8_t can_revoke;       /* region_revoke takes effect at once */
+  uint8_t can_replay;       /* a broken rail tells what was consumed, so that the sender may replay */
+  uint8_t group_only;       /* no peer can be opened before join has ended on all ranks */
+  uint8_t mapped;           /* region_map works for peers that reach says are mapped */
+  uint8_t gpu_initiated;    /* kernels post by themselves (device half) */
+  uint8_t needs_visible;    /* an IMM event says arrived, `visible` must complete before a GPU may read */
   uint8_t reserved[7];
-  uint32_t operation_cost_ns;     /* what one more operation costs the poster; the engine weighs coalescing by it */
-  uint32_t waived;                /* bit n: rule n of the contract is waived (only 9 to 12) */
-  const char *waived_why;         /* a sentence, NULL where nothing is waived */
+  uint32_t operation_cost_ns; /* what one more operation costs the poster; the engine weighs coalescing by it */
+  uint32_t waived;            /* bit n: rule n of the contract is waived (only 9 to 12) */
+  const char *waived_why;     /* a sentence, NULL where nothing is waived */
 } ept_caps;
 
 /* One way out of this machine: a NIC port, an interface, or one of several streams over it. */
 typedef struct ept_rail {
   uint32_t size;
-  char name[64];                  /* "eth0/1" */
-  char pci[16];                   /* "" : none */
-  int32_t numa;                   /* -1: unknown */
+  char name[64]; /* "eth0/1" */
+  char pci[16];  /* "" : none */
+  int32_t numa;  /* -1: unknown */
   uint32_t port;
-  uint64_t bits_per_s;            /* 0: unknown */
+  uint64_t bits_per_s; /* 0: unknown */
   char fabric[32];
   uint64_t max_regions, max_peers;
-  uint32_t cq_depth;              /* immediates that may wait unread here, of all peers together */
-  uint32_t tx_depth;              /* operations in flight before post says LATER */
+  uint32_t cq_depth; /* immediates that may wait unread here, of all peers together */
+  uint32_t tx_depth; /* operations in flight before post says LATER */
 } ept_rail;
 
 /* What would happen here, or why not. Filled by probe, which starts nothing. */
 typedef struct ept_probe {
   uint32_t size;
   ept_caps caps;
-  char summary[256];              /* usable: what it would use ("3 interfaces, 2 streams a peer"); else what is missing */
-  char mend[256];                 /* not usable: how to get the missing piece */
+  char summary[256]; /* usable: what it would use ("3 interfaces, 2 streams a peer"); else what is missing */
+  char mend[256];    /* not usable: how to get the missing piece */
 } ept_probe;
 
 /* What it costs to talk to one peer, or why it can't be reached. */
 typedef struct ept_reach {
   uint32_t size;
-  uint32_t latency_ns;            /* one way, small message; an estimate */
+  uint32_t latency_ns; /* one way, small message; an estimate */
   uint64_t bytes_per_s;
   uint32_t operation_cost_ns;
-  uint8_t mapped;                 /* region_map will work for this peer */
+  uint8_t mapped; /* region_map will work for this peer */
   uint8_t reserved[3];
-  char why_not[256];              /* where the call returned an error */
+  char why_not[256]; /* where the call returned an error */
 } ept_reach;
 
 /* ---- objects ---------------------------------------------------------------------------------------------------- */
 
-typedef struct ept_instance ept_instance;  /* one opened backend of one rank          open / close */
-typedef struct ept_worker ept_worker;      /* its queues; one owner at a time         worker_open / worker_close */
-typedef struct ept_mem ept_mem;            /* registered local memory                 mem_register / mem_deregister */
-typedef struct ept_region ept_region;      /* a peer's memory as this rank sees it    region_import / region_drop */
+typedef struct ept_instance ept_instance; /* one opened backend of one rank          open / close */
+typedef struct ept_worker ept_worker;     /* its queues; one owner at a time         worker_open / worker_close */
+typedef struct ept_mem ept_mem;           /* registered local memory                 mem_register / mem_deregister */
+typedef struct ept_region ept_region;     /* a peer's memory as this rank sees it    region_import / region_drop */
 
 typedef struct ept_open_params {
   uint32_t size;
   uint32_t rank, world;
-  uint32_t epoch;                 /* of this rank: goes up each time its process starts again */
-  const char *job;                /* names the group; two groups never meet */
-  const uint8_t *secret;          /* the job's secret */
+  uint32_t epoch;        /* of this rank: goes up each time its process starts again */
+  const char *job;       /* names the group; two groups never meet */
+  const uint8_t *secret; /* the job's secret */
   size_t secret_length;
-  const ept_value *values;        /* settings */
+  const ept_value *values; /* settings */
   size_t value_count;
-  uint64_t dead_ns;               /* a peer that is silent so long while it owes an answer is dead */
-  uint32_t credits;               /* immediates that one peer may have in flight to us, all rails together */
-  uint32_t send_credits;          /* SENDs that one peer may have in flight to us */
+  uint64_t dead_ns;      /* a peer that is silent so long while it owes an answer is dead */
+  uint32_t credits;      /* immediates that one peer may have in flight to us, all rails together */
+  uint32_t send_credits; /* SENDs that one peer may have in flight to us */
 } ept_open_params;
 
 typedef enum ept_memory_role {
   EPT_ROLE_DATA = 1,
-  EPT_ROLE_SIGNAL = 2             /* polled words: writes to it must land in strict order */
+  EPT_ROLE_SIGNAL = 2 /* polled words: writes to it must land in strict order */
 } ept_memory_role;
 
 typedef enum ept_access {
-  EPT_ACCESS_LOCAL = 1,           /* may be a source */
-  EPT_ACCESS_REMOTE_WRITE = 2     /* may be exported for writing */
+  EPT_ACCESS_LOCAL = 1,       /* may be a source */
+  EPT_ACCESS_REMOTE_WRITE = 2 /* may be exported for writing */
 } ept_access;
 
 typedef struct ept_memory {
   uint32_t size;
-  int32_t kind;                   /* one ept_memory_kind */
+  int32_t kind; /* one ept_memory_kind */
   void *address;
   uint64_t length;
-  int32_t cuda_device;            /* CUDA, DMABUF */
-  int32_t fd;                     /* DMABUF, SHM: stays the caller's; -1: none */
+  int32_t cuda_device; /* CUDA, DMABUF */
+  int32_t fd;          /* DMABUF, SHM: stays the caller's; -1: none */
   uint64_t fd_offset;
-  int32_t role;                   /* ept_memory_role */
-  uint32_t access;                /* OR of ept_access */
+  int32_t role;    /* ept_memory_role */
+  uint32_t access; /* OR of ept_access */
 } ept_memory;
 
 /* ---- operations and events -------------------------------------------------------------------------------------- */
 
 typedef enum ept_op_kind {
-  EPT_OP_WRITE = 1,               /* bytes into a region, then the immediate */
-  EPT_OP_SIGNAL = 2,              /* the immediate alone; region names memory that the peer exported (EFA wants a key) */
-  EPT_OP_SEND = 3,                /* a message of at most max_send bytes; copied before post returns; gives RECV there */
-  EPT_OP_READ = 4                 /* reserved */
+  EPT_OP_WRITE = 1,  /* bytes into a region, then the immediate */
+  EPT_OP_SIGNAL = 2, /* the immediate alone; region names memory that the peer exported (EFA wants a key) */
+  EPT_OP_SEND = 3,   /* a message of at most max_send bytes; copied before post returns; gives RECV there */
+  EPT_OP_READ = 4    /* reserved */
 } ept_op_kind;
 
 typedef struct ept_op {
   uint32_t size;
-  int32_t kind;                   /* ept_op_kind */
-  uint32_t peer;                  /* rank */
-  uint32_t rail;                  /* index; below rail count of this instance */
-  ept_mem *source_mem;            /* WRITE with length > 0: the registration that holds `source` */
-  const void *source;             /* stays untouched until LOCAL_DONE or ERROR (SEND: until post returns) */
-  ept_region *region;             /* WRITE, SIGNAL */
-  uint64_t offset;                /* from the start of the region */
-  uint64_t length;                /* bytes, at most max_message */
-  uint32_t immediate;             /* WRITE, SIGNAL */
-  uint32_t flags;                 /* 0; reserved */
-  uint64_t cookie;                /* comes back in LOCAL_DONE or ERROR */
+  int32_t kind;        /* ept_op_kind */
+  uint32_t peer;       /* rank */
+  uint32_t rail;       /* index; below rail count of this instance */
+  ept_mem *source_mem; /* WRITE with length > 0: the registration that holds `source` */
+  const void *source;  /* stays untouched until LOCAL_DONE or ERROR (SEND: until post returns) */
+  ept_region *region;  /* WRITE, SIGNAL */
+  uint64_t offset;     /* from the start of the region */
+  uint64_t length;     /* bytes, at most max_message */
+  uint32_t immediate;  /* WRITE, SIGNAL */
+  uint32_t flags;      /* 0; reserved */
+  uint64_t cookie;     /* comes back in LOCAL_DONE or ERROR */
 } ept_op;
 
 typedef enum ept_event_kind {
-  EPT_EVENT_LOCAL_DONE = 1,       /* cookie: the source may be reused */
-  EPT_EVENT_IMM = 2,              /* immediate, length, peer: a WRITE or SIGNAL is whole here */
-  EPT_EVENT_RECV = 3,             /* data, length, peer: a SEND arrived; data lives until the next poll of this worker */
-  EPT_EVENT_PEER = 4,             /* code OK: connected, LATER: suspect, error: lost. After lost: nothing more of that
-                                     epoch but ERROR events of operations that were accepted */
-  EPT_EVENT_VISIBLE = 5,          /* cookie of `visible` */
-  EPT_EVENT_QUIESCED = 6,         /* cookie of `quiesce`; code OK or STUCK */
-  EPT_EVENT_FENCED = 7,           /* cookie of `peer_fence`; immediate: how many immediates were consumed on `rail` */
-  EPT_EVENT_ERROR = 8             /* cookie of a failed operation (0: none can be named), code, provider_errno, text. While
-                                     the peer is not lost, an operation that gives ERROR gives no IMM at the target */
+  EPT_EVENT_LOCAL_DONE = 1, /* cookie: the source may be reused */
+  EPT_EVENT_IMM = 2,        /* immediate, length, peer: a WRITE or SIGNAL is whole here */
+  EPT_EVENT_RECV = 3,       /* data, length, peer: a SEND arrived; data lives until the next poll of this worker */
+  EPT_EVENT_PEER = 4,       /* code OK: connected, LATER: suspect, error: lost. After lost: nothing more of that
+                               epoch but ERROR events of operations that were accepted */
+  EPT_EVENT_VISIBLE = 5,    /* cookie of `visible` */
+  EPT_EVENT_QUIESCED = 6,   /* cookie of `quiesce`; code OK or STUCK */
+  EPT_EVENT_FENCED = 7,     /* cookie of `peer_fence`; immediate: how many immediates were consumed on `rail` */
+  EPT_EVENT_ERROR = 8       /* cookie of a failed operation (0: none can be named), code, provider_errno, text. While
+                               the peer is not lost, an operation that gives ERROR gives no IMM at the target */
 } ept_event_kind;
 
 typedef struct ept_event {
   uint32_t size;
-  int32_t kind;                   /* ept_event_kind */
-  uint32_t peer;                  /* rank; UINT32_MAX: unknown (an IMM of a NIC that names no source) */
-  uint32_t epoch;                 /* of that peer */
+  int32_t kind;   /* ept_event_kind */
+  uint32_t peer;  /* rank; UINT32_MAX: unknown (an IMM of a NIC that names no source) */
+  uint32_t epoch; /* of that peer */
   uint32_t rail;
   uint32_t immediate;
   uint64_t cookie;
   uint64_t length;
   const void *data;
-  int32_t code;                   /* ept_code */
+  int32_t code; /* ept_code */
   int32_t provider_errno;
-  const char *text;               /* a sentence, or NULL; lives until the next poll of this worker */
+  const char *text; /* a sentence, or NULL; lives until the next poll of this worker */
 } ept_event;
 
 /* One exchange of a collective join. The engine gathers what every rank wrote in round n and hands it to all in round
  * n + 1, through the bootstrap, so that no call has to wait. */
 typedef struct ept_join {
   uint32_t size;
-  uint32_t round;                 /* 0, 1, ... */
-  const void *const *blobs;       /* [world] what each rank wrote in the round before; NULL in round 0 */
+  uint32_t round;           /* 0, 1, ... */
+  const void *const *blobs; /* [world] what each rank wrote in the round before; NULL in round 0 */
   const size_t *lengths;
-  void *out;                      /* what this rank wants all to see after this round */
+  void *out; /* what this rank wants all to see after this round */
   size_t out_capacity;
-  size_t out_length;              /* set by the backend */
-  uint8_t done;                   /* set by the backend: joined, no further round */
+  size_t out_length; /* set by the backend */
+  uint8_t done;      /* set by the backend: joined, no further round */
   uint8_t reserved[7];
 } ept_join;
 
@@ -313,19 +322,24 @@ typedef enum ept_scope { EPT_SCOPE_LOCAL = 1, EPT_SCOPE_REMOTE = 2 } ept_scope;
 typedef struct ept_rail_counters {
   uint32_t size;
   uint32_t reserved;
-  uint64_t tx_bytes, tx_operations, rx_bytes, rx_operations;  /* payload bytes of WRITE; WRITEs and SIGNALs; no SENDs */
+  uint64_t tx_bytes, tx_operations, rx_bytes, rx_operations; /* payload bytes of WRITE; WRITEs and SIGNALs; no SENDs */
   uint64_t tx_sends, rx_sends;
   uint64_t later, errors;
 } ept_rail_counters;
 
 /* An entry of the device table: what a kernel needs to reach a peer, a region or a signal. `device.cuh` understands
  * `kind`; the layout behind each kind is versioned apart from this ABI (EPT_DEVICE_ABI). */
-typedef enum ept_device_kind { EPT_DEVICE_NONE = 0, EPT_DEVICE_MAPPED = 1, EPT_DEVICE_PROXY = 2, EPT_DEVICE_GPU = 3 } ept_device_kind;
+typedef enum ept_device_kind {
+  EPT_DEVICE_NONE = 0,
+  EPT_DEVICE_MAPPED = 1,
+  EPT_DEVICE_PROXY = 2,
+  EPT_DEVICE_GPU = 3
+} ept_device_kind;
 
 typedef struct ept_device_entry {
   uint32_t size;
-  int32_t kind;                   /* ept_device_kind */
-  uint32_t version;               /* EPT_DEVICE_ABI that the words below follow */
+  int32_t kind;     /* ept_device_kind */
+  uint32_t version; /* EPT_DEVICE_ABI that the words below follow */
   uint32_t reserved;
   uint64_t words[8];
 } ept_device_entry;
@@ -337,10 +351,10 @@ typedef struct ept_device_entry {
  * NULL: unsupported; which may be NULL is marked (optional). Blob calls: `*length` holds the capacity on entry and the
  * length on return; a blob is opaque, starts with the backend's own version, and is at most 4 KiB. */
 typedef struct ept_backend {
-  uint32_t size;                  /* sizeof(ept_backend) */
-  uint32_t abi;                   /* EPT_BACKEND_ABI */
-  const char *name;               /* lower case, as in EPT_BACKEND: "tcp" */
-  const char *version;            /* of the plugin, free text */
+  uint32_t size;       /* sizeof(ept_backend) */
+  uint32_t abi;        /* EPT_BACKEND_ABI */
+  const char *name;    /* lower case, as in EPT_BACKEND: "tcp" */
+  const char *version; /* of the plugin, free text */
   const ept_setting *settings;
   size_t setting_count;
 
@@ -359,7 +373,8 @@ typedef struct ept_backend {
   int32_t (*local_address)(ept_instance *instance, void *blob, size_t *length);
   /* [I] Can the peer at this address be reached, and at what cost? Asked on both sides before a path is agreed. */
   int32_t (*reach)(ept_instance *instance, const void *address, size_t length, ept_reach *reach);
-  /* [I] (optional) Collective. LATER: call the same round again. OK: gather `out` and call the next round, or `done`. */
+  /* [I] (optional) Collective. LATER: call the same round again. OK: gather `out` and call the next round, or `done`.
+   */
   int32_t (*join)(ept_instance *instance, ept_join *join);
 
   /* [I] Starts connecting to `rank` under its `epoch`; returns at once. A PEER event tells the outcome. */
@@ -384,8 +399,8 @@ typedef struct ept_backend {
 
   /* [I] A blob that lets `rank` (and no other, where protection is KEY) write into [offset, offset + length) of `mem`
    * under its current epoch. Each call makes a key of its own, named by *key for revoke. */
-  int32_t (*region_export)(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob, size_t *blob_length,
-                           uint64_t *key);
+  int32_t (*region_export)(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob,
+                           size_t *blob_length, uint64_t *key);
   /* [I] From its return on nothing that carries the key changes memory, payload that is half received included. */
   int32_t (*region_revoke)(ept_mem *mem, uint32_t rank, uint64_t key);
   /* [I] The peer's blob as an object to write to. */
@@ -410,8 +425,8 @@ typedef struct ept_backend {
   int32_t (*arm)(ept_worker *worker, int32_t *descriptor);
   /* [W] (optional) A VISIBLE event when all that arrived from `rank` so far can be read by a GPU. */
   int32_t (*visible)(ept_worker *worker, uint32_t rank, uint64_t cookie);
-  /* [W] A QUIESCED event when everything posted to `rank` (UINT32_MAX: all) has come to its LOCAL_DONE or ERROR and, for
-   * scope REMOTE, can no longer change the target. */
+  /* [W] A QUIESCED event when everything posted to `rank` (UINT32_MAX: all) has come to its LOCAL_DONE or ERROR and,
+   * for scope REMOTE, can no longer change the target. */
   int32_t (*quiesce)(ept_worker *worker, uint32_t rank, int32_t scope, uint64_t cookie);
 
   /* [I] (optional, all or none) Device half: entries for the table that kernels read. */

@@ -9,7 +9,8 @@
  * Every call returns an ept_code (negative: error; see backend.h) and fills `error` (may be NULL) where it has one.
  * Every object may be used from any thread; calls on one engine are serialised inside. No call prints. No call waits
  * longer than its `timeout_ns`; a timeout of 0 means look once, UINT64_MAX means the engine's own timeout
- * (ept_engine_config.timeout_ns): nothing waits for ever. Strings and arrays passed in are copied unless said otherwise.
+ * (ept_engine_config.timeout_ns): nothing waits for ever. Strings and arrays passed in are copied unless said
+ * otherwise.
  */
 #ifndef EPTRANSPORT_H
 #define EPTRANSPORT_H
@@ -21,7 +22,7 @@ extern "C" {
 #endif
 
 const char *ept_version(void);
-const char *ept_code_name(int32_t code);   /* "EPT_E_TIMEOUT" */
+const char *ept_code_name(int32_t code); /* "EPT_E_TIMEOUT" */
 
 /* ==== backends ==================================================================================================== */
 
@@ -40,9 +41,9 @@ int32_t ept_plugin_probe(const ept_plugin *plugin, const ept_value *values, size
 /* ==== engine ====================================================================================================== */
 
 typedef enum ept_progress {
-  EPT_PROGRESS_AUTO = 0,    /* a waiting thread drives the network; a proxy thread does while nobody waits */
-  EPT_PROGRESS_THREAD = 1,  /* a proxy thread does, always */
-  EPT_PROGRESS_INLINE = 2   /* calls on the engine do; a rank that makes none stands still */
+  EPT_PROGRESS_AUTO = 0,   /* a waiting thread drives the network; a proxy thread does while nobody waits */
+  EPT_PROGRESS_THREAD = 1, /* a proxy thread does, always */
+  EPT_PROGRESS_INLINE = 2  /* calls on the engine do; a rank that makes none stands still */
 } ept_progress;
 
 typedef struct ept_engine ept_engine;
@@ -50,27 +51,27 @@ typedef struct ept_engine ept_engine;
 typedef struct ept_engine_config {
   uint32_t size;
   uint32_t rank, world;
-  uint32_t epoch;               /* of this process; 0 the first time a rank joins */
-  const char *job;              /* names the group; the same on every rank */
-  const uint8_t *secret;        /* the job's secret, the same on every rank */
+  uint32_t epoch;        /* of this process; 0 the first time a rank joins */
+  const char *job;       /* names the group; the same on every rank */
+  const uint8_t *secret; /* the job's secret, the same on every rank */
   size_t secret_length;
   const ept_plugin *plugin;
-  const ept_value *values;      /* the plugin's settings; unknown names are refused */
+  const ept_value *values; /* the plugin's settings; unknown names are refused */
   size_t value_count;
-  int32_t progress;             /* ept_progress */
-  uint32_t credits;             /* immediates that one peer may have in flight to us; 128 to 1024; 0: 1024, less where
-                                   the backend's completion queue is short */
-  uint64_t spin_ns;             /* how long a wait polls before it sleeps; UINT64_MAX: chosen from the cores */
-  uint64_t timeout_ns;          /* a wait fails; 0: 300 s */
-  uint64_t warn_ns;             /* a wait that lasts so long is logged, once; 0: 10 s */
-  uint64_t dead_ns;             /* a peer that is silent while it owes an answer is dead; 0: 5 s */
-  const int32_t *proxy_cpus;    /* where the proxy thread may run; NULL: anywhere */
+  int32_t progress;          /* ept_progress */
+  uint32_t credits;          /* immediates that one peer may have in flight to us; 128 to 1024; 0: 1024, less where
+                                the backend's completion queue is short */
+  uint64_t spin_ns;          /* how long a wait polls before it sleeps; UINT64_MAX: chosen from the cores */
+  uint64_t timeout_ns;       /* a wait fails; 0: 300 s */
+  uint64_t warn_ns;          /* a wait that lasts so long is logged, once; 0: 10 s */
+  uint64_t dead_ns;          /* a peer that is silent while it owes an answer is dead; 0: 5 s */
+  const int32_t *proxy_cpus; /* where the proxy thread may run; NULL: anywhere */
   uint32_t proxy_cpu_count;
-  uint32_t max_regions;         /* 0: 65,536 exported and as many imported */
-  uint32_t max_signals;         /* 0: 262,143, what 18 bits of chan name */
-  uint64_t stripe_bytes;        /* a write longer than this is cut over the rails; 0: 1 MiB */
-  /* NULL: none. A waiting thread asks it about every 100 ms, with no lock held; nonzero ends that wait with CLOSED. It is
-   * how a language's own interrupts and a close by another thread get through. Lives until ept_engine_close. */
+  uint32_t max_regions;  /* 0: 65,536 exported and as many imported */
+  uint32_t max_signals;  /* 0: 262,143, what 18 bits of chan name */
+  uint64_t stripe_bytes; /* a write longer than this is cut over the rails; 0: 1 MiB */
+  /* NULL: none. A waiting thread asks it about every 100 ms, with no lock held; nonzero ends that wait with CLOSED. It
+   * is how a language's own interrupts and a close by another thread get through. Lives until ept_engine_close. */
   int32_t (*interrupted)(void *context);
   void *interrupted_context;
 } ept_engine_config;
@@ -88,18 +89,23 @@ int32_t ept_engine_join(ept_engine *engine, const void *const *blobs, const size
 int32_t ept_engine_connect(ept_engine *engine, const void *const *addresses, const size_t *lengths, ept_error *error);
 int32_t ept_engine_wait_connected(ept_engine *engine, uint64_t timeout_ns, ept_error *error);
 
-typedef enum ept_peer_status { EPT_PEER_NEW = 0, EPT_PEER_CONNECTING = 1, EPT_PEER_UP = 2, EPT_PEER_LEFT = 3,
-                               EPT_PEER_LOST = 4 } ept_peer_status;
+typedef enum ept_peer_status {
+  EPT_PEER_NEW = 0,
+  EPT_PEER_CONNECTING = 1,
+  EPT_PEER_UP = 2,
+  EPT_PEER_LEFT = 3,
+  EPT_PEER_LOST = 4
+} ept_peer_status;
 typedef struct ept_peer_info {
   uint32_t size;
   uint32_t rank;
-  int32_t status;               /* ept_peer_status */
+  int32_t status; /* ept_peer_status */
   uint32_t epoch;
-  uint32_t credits;             /* that we may still spend now */
-  uint32_t queued;              /* operations held for want of credits or room */
-  uint64_t in_flight;           /* operations posted, not yet locally complete */
-  uint64_t silent_ns;           /* since the last sign of life */
-  int32_t why_code;             /* LOST: why */
+  uint32_t credits;   /* that we may still spend now */
+  uint32_t queued;    /* operations held for want of credits or room */
+  uint64_t in_flight; /* operations posted, not yet locally complete */
+  uint64_t silent_ns; /* since the last sign of life */
+  int32_t why_code;   /* LOST: why */
   int32_t why_errno;
   char why[256];
 } ept_peer_info;
@@ -170,16 +176,17 @@ int32_t ept_signal_raise(ept_engine *engine, ept_signal_id id, ept_error *error)
 int32_t ept_signal_wait(ept_engine *engine, ept_signal_id id, uint64_t target, uint64_t timeout_ns, ept_error *error);
 int32_t ept_signal_notify(ept_engine *engine, ept_signal_id id, uint64_t target, ept_error *error);
 
-/* ---- transfers ---------------------------------------------------------------------------------------------------- */
+/* ---- transfers ----------------------------------------------------------------------------------------------------
+ */
 typedef struct ept_write {
   uint32_t size;
   uint32_t peer;
-  ept_memory_id source;         /* 0 with length 0 */
+  ept_memory_id source; /* 0 with length 0 */
   uint64_t source_offset;
-  ept_region_id destination;    /* 0 with length 0 */
+  ept_region_id destination; /* 0 with length 0 */
   uint64_t destination_offset;
   uint64_t length;
-  ept_remote_signal_id signal;  /* 0: none raised */
+  ept_remote_signal_id signal; /* 0: none raised */
 } ept_write;
 
 typedef struct ept_paged_write {
@@ -188,16 +195,17 @@ typedef struct ept_paged_write {
   ept_memory_id source;
   ept_region_id destination;
   uint64_t page_bytes;
-  uint64_t source_offset, destination_offset;    /* of page 0 */
-  uint64_t source_stride, destination_stride;    /* between pages; 0: page_bytes */
-  const uint32_t *source_pages;                  /* [pages] */
-  const uint32_t *destination_pages;             /* [pages] */
+  uint64_t source_offset, destination_offset; /* of page 0 */
+  uint64_t source_stride, destination_stride; /* between pages; 0: page_bytes */
+  const uint32_t *source_pages;               /* [pages] */
+  const uint32_t *destination_pages;          /* [pages] */
   size_t pages;
-  ept_remote_signal_id signal;                   /* raised once, when all pages have landed */
+  ept_remote_signal_id signal; /* raised once, when all pages have landed */
 } ept_paged_write;
 
 /* `transfer` may be NULL: then nobody waits for local completion, and a failure shows in the peer's status and in
- * ept_engine_failure. LATER: past the credit limit and a bounded queue; nothing was taken, make progress and try again. */
+ * ept_engine_failure. LATER: past the credit limit and a bounded queue; nothing was taken, make progress and try again.
+ */
 int32_t ept_engine_write(ept_engine *engine, const ept_write *write, ept_transfer_id *transfer, ept_error *error);
 /* Many writes, to any peers, as one transfer: one local completion. All or none is taken. */
 int32_t ept_engine_scatter(ept_engine *engine, const ept_write *writes, size_t count, ept_transfer_id *transfer,
@@ -213,68 +221,84 @@ int32_t ept_engine_failure(ept_engine *engine, ept_error *error);
 /* Small control messages, copied. `tag` selects at the receiver. Order is not promised. */
 int32_t ept_engine_send(ept_engine *engine, uint32_t peer, uint64_t tag, const void *data, size_t length,
                         uint64_t timeout_ns, ept_error *error);
-/* From `peer` (UINT32_MAX: any) with `tag`. *length: capacity on entry; a message that is longer stays and gives LIMIT. */
+/* From `peer` (UINT32_MAX: any) with `tag`. *length: capacity on entry; a message that is longer stays and gives LIMIT.
+ */
 int32_t ept_engine_recv(ept_engine *engine, uint32_t peer, uint64_t tag, void *data, size_t *length, uint32_t *from,
                         uint64_t timeout_ns, ept_error *error);
 int32_t ept_engine_max_message(ept_engine *engine, size_t *bytes);
 
 /* Rule 10. `memory` 0: all. LOCAL: what this rank posted is complete. REMOTE: exports of the memory are revoked and the
  * peers that hold them have answered or are fenced. OK, TIMEOUT, or STUCK with the smallest thing to tear down. */
-int32_t ept_engine_quiesce(ept_engine *engine, ept_memory_id memory, int32_t scope, uint64_t timeout_ns, ept_error *error);
+int32_t ept_engine_quiesce(ept_engine *engine, ept_memory_id memory, int32_t scope, uint64_t timeout_ns,
+                           ept_error *error);
 
 /* ==== moe: dispatch and combine =================================================================================== */
 
 typedef enum ept_dtype {
-  EPT_DTYPE_NONE = 0, EPT_DTYPE_F32 = 1, EPT_DTYPE_F16 = 2, EPT_DTYPE_BF16 = 3, EPT_DTYPE_E4M3 = 4, EPT_DTYPE_E5M2 = 5,
-  EPT_DTYPE_E8M0 = 6, EPT_DTYPE_U8 = 7, EPT_DTYPE_I8 = 8, EPT_DTYPE_I32 = 9, EPT_DTYPE_I64 = 10, EPT_DTYPE_F4X2 = 11
+  EPT_DTYPE_NONE = 0,
+  EPT_DTYPE_F32 = 1,
+  EPT_DTYPE_F16 = 2,
+  EPT_DTYPE_BF16 = 3,
+  EPT_DTYPE_E4M3 = 4,
+  EPT_DTYPE_E5M2 = 5,
+  EPT_DTYPE_E8M0 = 6,
+  EPT_DTYPE_U8 = 7,
+  EPT_DTYPE_I8 = 8,
+  EPT_DTYPE_I32 = 9,
+  EPT_DTYPE_I64 = 10,
+  EPT_DTYPE_F4X2 = 11
 } ept_dtype;
 
 /* A tensor by DLPack's terms: strides in elements. Memory stays the caller's. data NULL: absent. */
 typedef struct ept_tensor {
   void *data;
-  int32_t dtype;                /* ept_dtype */
+  int32_t dtype; /* ept_dtype */
   int32_t ndim;
   int64_t shape[3];
   int64_t strides[3];
-  int32_t device;               /* -1: CPU, else CUDA ordinal */
+  int32_t device; /* -1: CPU, else CUDA ordinal */
   int32_t reserved;
 } ept_tensor;
 
-typedef enum ept_layout { EPT_LAYOUT_ROWS = 0, EPT_LAYOUT_BY_RANK = 1, EPT_LAYOUT_CONTIGUOUS = 2,
-                          EPT_LAYOUT_MASKED = 3 } ept_layout;
+typedef enum ept_layout {
+  EPT_LAYOUT_ROWS = 0,
+  EPT_LAYOUT_BY_RANK = 1,
+  EPT_LAYOUT_CONTIGUOUS = 2,
+  EPT_LAYOUT_MASKED = 3
+} ept_layout;
 typedef enum ept_scale_format { EPT_SCALES_FP32 = 0, EPT_SCALES_UE8M0 = 1 } ept_scale_format;
 
 typedef struct ept_moe_config {
   uint32_t size;
-  uint32_t world;               /* checked against the engine; used alone by ept_moe_plan_get */
+  uint32_t world; /* checked against the engine; used alone by ept_moe_plan_get */
   uint32_t rank;
   uint32_t num_experts;
-  uint32_t top_k;               /* 1 to 32 */
-  uint32_t hidden;              /* elements of x; a row's payload is a multiple of 16 bytes */
-  uint32_t max_tokens;          /* of one call on one rank */
+  uint32_t top_k;      /* 1 to 32 */
+  uint32_t hidden;     /* elements of x; a row's payload is a multiple of 16 bytes */
+  uint32_t max_tokens; /* of one call on one rank */
   uint32_t lanes;
-  int32_t dtype;                /* of x and y: F32, F16, BF16 */
-  int32_t dispatch_dtype;       /* of the payload on the wire: dtype, E4M3, or the caller's own quantised format */
-  int32_t combine_dtype;        /* F32, F16, BF16 */
-  int32_t scale_format;         /* ept_scale_format, of our own quantisation */
-  float scale_epsilon;          /* 1e-4 by default */
-  uint32_t caller_scale_bytes;  /* most bytes of scales a row that a caller brings; 0: as our own quantisation */
-  uint32_t alignment;           /* contiguous: each expert's group is padded to it */
-  uint32_t threads;             /* 0: the cores */
-  uint64_t buffer_bytes;        /* budget of one lane's registered memory; 0: whatever max_tokens takes */
-  const int32_t *placement;     /* [num_experts] rank of each expert; NULL: blocks in rank order */
+  int32_t dtype;               /* of x and y: F32, F16, BF16 */
+  int32_t dispatch_dtype;      /* of the payload on the wire: dtype, E4M3, or the caller's own quantised format */
+  int32_t combine_dtype;       /* F32, F16, BF16 */
+  int32_t scale_format;        /* ept_scale_format, of our own quantisation */
+  float scale_epsilon;         /* 1e-4 by default */
+  uint32_t caller_scale_bytes; /* most bytes of scales a row that a caller brings; 0: as our own quantisation */
+  uint32_t alignment;          /* contiguous: each expert's group is padded to it */
+  uint32_t threads;            /* 0: the cores */
+  uint64_t buffer_bytes;       /* budget of one lane's registered memory; 0: whatever max_tokens takes */
+  const int32_t *placement;    /* [num_experts] rank of each expert; NULL: blocks in rank order */
 } ept_moe_config;
 
 /* Bytes of registered memory, before anything is allocated; to the byte what is allocated. */
 typedef struct ept_moe_plan {
   uint32_t size;
-  uint32_t local_experts, max_local_experts;    /* of this rank, and the most of any rank */
-  uint32_t chunk_tokens;        /* a call of at most so many tokens fits: real halves; a longer one is streamed */
-  uint64_t dispatch_row, combine_row;                           /* bytes */
+  uint32_t local_experts, max_local_experts; /* of this rank, and the most of any rank */
+  uint32_t chunk_tokens;              /* a call of at most so many tokens fits: real halves; a longer one is streamed */
+  uint64_t dispatch_row, combine_row; /* bytes */
   uint64_t dispatch_header, combine_header;
-  uint64_t dispatch_recv, dispatch_send, combine_recv, combine_send;  /* one slot */
-  uint64_t lane_bytes;          /* all four, two slots, padded to pages */
-  uint64_t arena_bytes;         /* all lanes */
+  uint64_t dispatch_recv, dispatch_send, combine_recv, combine_send; /* one slot */
+  uint64_t lane_bytes;                                               /* all four, two slots, padded to pages */
+  uint64_t arena_bytes;                                              /* all lanes */
   uint64_t max_rows;            /* most rows that one dispatch can bring: world * max_tokens */
   uint64_t max_contiguous_rows; /* in the contiguous layout, padding included */
 } ept_moe_plan;
@@ -300,12 +324,12 @@ void ept_routing_release(ept_routing *routing);
 typedef struct ept_dispatch_args {
   uint32_t size;
   uint32_t lane;
-  ept_tensor x;                 /* [tokens, hidden], unit inner stride, rows 16-byte aligned; dtype or dispatch_dtype */
-  ept_tensor topk_ids;          /* [tokens, top_k] I32 or I64, -1: none; absent with `routing` */
-  ept_tensor topk_weights;      /* [tokens, top_k] F32, or absent */
-  ept_tensor scales;            /* [tokens, n] the caller's own, with an x that is quantised already; or absent */
-  ept_routing *routing;         /* dispatch by the routing of an earlier call; or NULL */
-  uint8_t whole;                /* dispatch, not dispatch_send: may be streamed. x and scales live until recv returns */
+  ept_tensor x;            /* [tokens, hidden], unit inner stride, rows 16-byte aligned; dtype or dispatch_dtype */
+  ept_tensor topk_ids;     /* [tokens, top_k] I32 or I64, -1: none; absent with `routing` */
+  ept_tensor topk_weights; /* [tokens, top_k] F32, or absent */
+  ept_tensor scales;       /* [tokens, n] the caller's own, with an x that is quantised already; or absent */
+  ept_routing *routing;    /* dispatch by the routing of an earlier call; or NULL */
+  uint8_t whole;           /* dispatch, not dispatch_send: may be streamed. x and scales live until recv returns */
   uint8_t reserved[7];
 } ept_dispatch_args;
 int32_t ept_moe_dispatch_send(ept_moe *moe, const ept_dispatch_args *args, ept_error *error);
@@ -313,11 +337,11 @@ int32_t ept_moe_dispatch_send(ept_moe *moe, const ept_dispatch_args *args, ept_e
 /* Until the headers of all ranks are in. */
 typedef struct ept_arrival {
   uint32_t size;
-  uint32_t scale_bytes;         /* of a row; 0: none */
-  uint64_t rows;                /* of all ranks */
-  uint64_t contiguous_rows;     /* in the contiguous layout, padding included */
-  uint64_t max_rank_rows;       /* most rows of one rank */
-  uint64_t max_expert_rows;     /* most rows of one local expert */
+  uint32_t scale_bytes;     /* of a row; 0: none */
+  uint64_t rows;            /* of all ranks */
+  uint64_t contiguous_rows; /* in the contiguous layout, padding included */
+  uint64_t max_rank_rows;   /* most rows of one rank */
+  uint64_t max_expert_rows; /* most rows of one local expert */
   int32_t payload_format, scale_format;
   uint8_t has_weights;
   uint8_t reserved[7];
@@ -327,15 +351,15 @@ int32_t ept_moe_dispatch_wait(ept_moe *moe, uint32_t lane, ept_arrival *arrival,
 /* Where to unpack. Absent tensors are not written. N: rows of the layout's first dimensions. */
 typedef struct ept_dispatch_outputs {
   uint32_t size;
-  int32_t layout;               /* ept_layout */
-  ept_tensor x;                 /* rows [N, hidden]; by_rank [world, N, hidden]; contiguous [N, hidden];
-                                   masked [local experts, N, hidden]; in elements of the payload */
-  ept_tensor scales;            /* the same without hidden, then [blocks]; any strides (row or column layout) */
-  ept_tensor counts;            /* [local experts] I32 */
-  ept_tensor offsets;           /* [local experts + 1] I32: padded starts in the contiguous layout */
-  ept_tensor topk_ids;          /* rows, by_rank: [.., top_k] I32, local expert or -1 */
-  ept_tensor topk_weights;      /* rows, by_rank: [.., top_k] F32; contiguous, masked: [..] the weight of that row */
-  ept_tensor source;            /* [.., 2] I32: rank and token of each row; -1 where there is none */
+  int32_t layout;          /* ept_layout */
+  ept_tensor x;            /* rows [N, hidden]; by_rank [world, N, hidden]; contiguous [N, hidden];
+                              masked [local experts, N, hidden]; in elements of the payload */
+  ept_tensor scales;       /* the same without hidden, then [blocks]; any strides (row or column layout) */
+  ept_tensor counts;       /* [local experts] I32 */
+  ept_tensor offsets;      /* [local experts + 1] I32: padded starts in the contiguous layout */
+  ept_tensor topk_ids;     /* rows, by_rank: [.., top_k] I32, local expert or -1 */
+  ept_tensor topk_weights; /* rows, by_rank: [.., top_k] F32; contiguous, masked: [..] the weight of that row */
+  ept_tensor source;       /* [.., 2] I32: rank and token of each row; -1 where there is none */
 } ept_dispatch_outputs;
 /* CAPACITY (which, how many rows, how many fit) faults the lane and writes nothing outside. */
 int32_t ept_moe_dispatch_recv(ept_moe *moe, uint32_t lane, const ept_dispatch_outputs *outputs, ept_routing **routing,
@@ -345,13 +369,13 @@ typedef struct ept_combine_args {
   uint32_t size;
   uint32_t lane;
   ept_routing *routing;
-  int32_t layout;               /* of expert_out: that of the dispatch */
-  uint8_t weights_applied;      /* contiguous, masked: add only */
-  uint8_t whole;                /* combine, not combine_send: may be streamed */
+  int32_t layout;          /* of expert_out: that of the dispatch */
+  uint8_t weights_applied; /* contiguous, masked: add only */
+  uint8_t whole;           /* combine, not combine_send: may be streamed */
   uint8_t reserved[2];
-  ept_tensor expert_out;        /* as dispatch_outputs.x, last dimension hidden; F32, F16, BF16 */
-  ept_tensor topk_weights;      /* [tokens, top_k] F32 of this rank's own tokens: late weights; or absent */
-  ept_tensor row_weights;       /* rows, by_rank: [.., top_k] F32 to be summed beside; or absent */
+  ept_tensor expert_out;   /* as dispatch_outputs.x, last dimension hidden; F32, F16, BF16 */
+  ept_tensor topk_weights; /* [tokens, top_k] F32 of this rank's own tokens: late weights; or absent */
+  ept_tensor row_weights;  /* rows, by_rank: [.., top_k] F32 to be summed beside; or absent */
 } ept_combine_args;
 int32_t ept_moe_combine_send(ept_moe *moe, const ept_combine_args *args, ept_error *error);
 /* y [tokens, hidden] F32, F16 or BF16; row_weights [tokens, top_k] F32, or absent. */
@@ -367,10 +391,10 @@ int32_t ept_moe_reset(ept_moe *moe, uint64_t timeout_ns, ept_error *error);
 typedef struct ept_moe_stats {
   uint32_t size;
   uint32_t reserved;
-  uint64_t generations[2];      /* by phase, all lanes */
-  uint64_t messages[2], bytes[2], rows[2];  /* sent to other ranks; messages are writes */
+  uint64_t generations[2];                 /* by phase, all lanes */
+  uint64_t messages[2], bytes[2], rows[2]; /* sent to other ranks; messages are writes */
   uint64_t grants, acks;
-  uint64_t ack_waits;           /* sends that had to wait for a free slot */
+  uint64_t ack_waits; /* sends that had to wait for a free slot */
 } ept_moe_stats;
 int32_t ept_moe_stats_get(ept_moe *moe, ept_moe_stats *stats);
 
