@@ -13,9 +13,11 @@ using namespace ept;
 
 namespace {
 
-/* Operations that may wait in a peer's queue; past it a caller is told LATER. Twice the window: room to run ahead. What
- * is taken is taken whole, so one call may go past it: memory is bounded by this and the largest call. */
-constexpr uint64_t queued_operations = 2 * EPT_IMM_WINDOW;
+/* Writes that may wait in a peer's queue, and the operations that they come to (a paged write has thousands, of 24 bytes
+ * each): past either a caller is told LATER. Twice the window: room to run ahead. What is taken is taken whole, so memory
+ * is bounded by these and the largest call. */
+constexpr size_t queued_writes = 2 * EPT_IMM_WINDOW;
+constexpr uint64_t queued_operations = 64 * EPT_IMM_WINDOW;
 /* Operations handed to a plugin in one post: past 32, batching gains nothing (the plugin's lock is amortised). */
 constexpr size_t post_batch = 64;
 /* Below it a message takes the first rail: on a stream transport that is the one the other side polls hottest. */
@@ -78,7 +80,8 @@ int32_t ept_engine::admit(const ept_write &write, const char *operation, Uses &u
                   write.peer, uses.signal ? ": it is another rank's" : " (dropped already?)");
     }
   }
-  return peers[write.peer].queued < queued_operations ? EPT_OK : EPT_LATER;
+  const Peer &peer = peers[write.peer];
+  return peer.queue.size() < queued_writes && peer.queued < queued_operations ? EPT_OK : EPT_LATER;
 }
 
 Transfer *ept_engine::new_transfer(uint32_t peer, ept_transfer_id *watched) {

@@ -113,7 +113,12 @@ class World:
 
     def _connected(self) -> bool:
         ranks = range(len(self.engines))
-        return all(engine.peer(rank).info.status == PeerStatus.UP for engine in self.engines for rank in ranks)
+        return all(
+            engine.peer(rank).info.status == PeerStatus.UP
+            for engine in self.engines
+            for rank in ranks
+            if rank != engine.rank
+        )
 
     def step(self, rounds: int = 1) -> int:
         """Moves every rank on, `rounds` times; the number of events that brought."""
