@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import run_child
 
 import eptransport as ept
 
@@ -52,7 +53,7 @@ def spawn(tmp_path: Path) -> Callable[..., list[Any]]:
         pipes, processes = [], []
         for rank in range(n):
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(there, function, rank, n, tmp_path, args), daemon=True)
+            process = context.Process(target=run_child, args=(there, function, rank, n, tmp_path, args), daemon=True)
             process.start()
             there.close()
             pipes.append(here)
@@ -87,11 +88,3 @@ def build_plugin(tmp_path: Path) -> Callable[[str, str], Path]:
         return library
 
     return build
-
-
-def _child(pipe: Any, function: Callable[..., Any], rank: int, n: int, folder: Path, args: tuple[Any, ...]) -> None:
-    try:
-        answer = function(rank, n, folder, *args)
-    except Exception as error:
-        answer = error
-    pipe.send(answer)

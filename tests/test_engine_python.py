@@ -499,6 +499,41 @@ def test_ctrl_c_gets_through_a_wait_and_the_engine_goes_on(progress: str) -> Non
     assert child.wait(20) == 0
 
 
+CTRL_C_IN_DISPATCH = """
+import torch
+import eptransport as ept
+groups = ept.loopback_groups(2)
+moes = ept.loopback_run(groups, lambda group: ept.AllToAll(group, num_experts=2, top_k=1, hidden=64, max_tokens=4))
+x, ids = torch.ones(2, 64, dtype=torch.bfloat16), torch.tensor([[0], [1]])
+print("waiting", flush=True)
+try:
+    moes[0].dispatch(x, ids)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+assert int(groups[0].fault) != 0
+def step(group):
+    moe = moes[group.rank]
+    moe.reset()
+    got = moe.dispatch(x, ids)
+    assert torch.equal(moe.combine(got.x, got), x)
+ept.loopback_run(groups, step)
+for group in groups:
+    group.close()
+"""
+
+
+def test_ctrl_c_gets_through_a_dispatch_and_reset_mends_the_lane() -> None:
+    child = subprocess.Popen([sys.executable, "-c", CTRL_C_IN_DISPATCH], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "waiting\n"
+    time.sleep(0.5)
+    begun = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    assert child.stdout.readline() == "interrupted\n"
+    assert time.monotonic() - begun < 2
+    assert child.wait(30) == 0
+
+
 def test_quiesce(pair: Pair) -> None:
     transfers = [pair.peer.write(pair.source_memory, pair.region, LENGTH) for _ in range(50)]
     pair.engines[0].quiesce(timeout=10)

@@ -260,7 +260,7 @@ struct ept_instance {
   int32_t post_to_self(tcp::Peer *peer, const ept_op &op);
   void serve(tcp::Stream *stream, tcp::Output *out);
   void serve_ready(tcp::Output *out);
-  void spin(tcp::Output *out);
+  bool spin(tcp::Output *out);
   int32_t ask_epoll();
   void after_receive(tcp::Stream *stream, tcp::Output *out);
   bool heat(tcp::Stream *stream);

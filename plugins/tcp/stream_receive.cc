@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kRounds = 4;                  // recv calls of one receive: bounded work
 constexpr size_t kDirect = 4096;            // a payload with so much missing is received at its destination
-constexpr size_t kReceiveBytes = 2u << 20;  // of one recv
+constexpr size_t kReceiveBytes = 1u << 20;  // of one recv
 
 }  // namespace
 

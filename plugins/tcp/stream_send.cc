@@ -15,7 +15,7 @@ namespace {
 constexpr size_t kShort = 1024;           // a frame up to this is put together and sent by the cheaper send()
 constexpr size_t kBatchFrames = 64;       // frames of one sendmsg
 constexpr size_t kBatchBytes = 2u << 20;  // bytes of one sendmsg, but for the last frame
-constexpr size_t kFlushBytes = 8u << 20;  // of one flush: bounded work
+constexpr size_t kFlushBytes = 4u << 20;  // of one flush: bounded work
 
 const char *refusal_text(int32_t code) {
   if (code == EPT_E_ACCESS) return "the key is unknown, revoked or of another epoch, or the range leaves the region";

@@ -13,7 +13,7 @@ using namespace tcp;
 
 namespace {
 
-constexpr size_t kServesAPoll = 16;  // streams
+constexpr size_t kServesAPoll = 8;  // streams
 constexpr int kEpollBatch = 32;
 constexpr uint32_t kClockEvery = 64;   // polls between two looks at the clock
 constexpr uint32_t kColdAfter = 4096;  // fruitless polls of a hot stream
@@ -187,8 +187,8 @@ int32_t ept_instance::poll(ept_event *events, size_t capacity) {
   if (!pending.empty()) give_pending(&out);
   if (!ended.empty()) give_ended(&out);
   if (!ready.empty()) serve_ready(&out);
-  if (out.count == 0 && pending.empty()) spin(&out);
-  if (hot.empty() || ++since_epoll >= kEpollEvery) {
+  const bool spun = out.count == 0 && pending.empty() && spin(&out);
+  if ((out.count == 0 && !spun) || ++since_epoll >= kEpollEvery) {
     since_epoll = 0;
     if (crowded > 0) --crowded;
     int32_t code = ask_epoll();
@@ -273,23 +273,26 @@ void ept_instance::note_bulk(Stream *stream) {
   bulk_streams.store(bulk_streams.load(std::memory_order_relaxed) + (bulk ? 1 : -1), std::memory_order_relaxed);
 }
 
-// Reads the hot streams without asking whether there is anything.
-void ept_instance::spin(Output *out) {
+// Reads the hot streams without asking whether there is anything. False: there was none to read.
+bool ept_instance::spin(Output *out) {
+  bool spun = false;
   for (size_t i = 0; i < hot.size() && !out->full(); ++i) {
     Stream *stream = hot[i];
-    if (stream->in_ready || stream->in_bulk()) continue;
+    if (stream->in_ready || stream->bulk()) continue;
+    spun = true;
     size_t before = out->count;
     stream->expect_input();
     stream->receive(out);
     bool found = out->count != before;
     after_receive(stream, out);
-    if (i >= hot.size() || hot[i] != stream) return;  // it ended
+    if (i >= hot.size() || hot[i] != stream) return true;  // it ended
     stream->misses = found ? 0 : stream->misses + 1;
     if (stream->misses > kColdAfter) {
       hot.erase(hot.begin() + static_cast<ptrdiff_t>(i));
-      return;
+      return true;
     }
   }
+  return spun;
 }
 
 int32_t ept_instance::ask_epoll() {

@@ -801,7 +801,7 @@ class AllToAll:
         native.guard.enter()
         try:
             call(function, native.pointer, *args)
-        except Exception:
+        except BaseException:  # also KeyboardInterrupt: the lane is faulted all the same
             self._note_fault(lane)
             raise
         finally:
