@@ -74,10 +74,11 @@ $(VENV)/test.installed: $(BIN)/python $(SOURCES)
 build/native/build.ninja: $(BIN)/python
 	meson setup build/native -Dpython=disabled -Dtests=true -Dwerror=true
 
+# Warnings are errors in build/native; under a sanitizer gcc 12 sees overflows in its own <atomic> that are not there.
 build/asan/build.ninja: $(BIN)/python
-	meson setup build/asan -Dpython=disabled -Dtests=true -Dbench=false -Dwerror=true -Dbuildtype=debugoptimized \
+	meson setup build/asan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debugoptimized \
 	  -Db_sanitize=address,undefined -Db_lundef=false
 
 build/tsan/build.ninja: $(BIN)/python
-	meson setup build/tsan -Dpython=disabled -Dtests=true -Dbench=false -Dwerror=true -Dbuildtype=debugoptimized \
+	meson setup build/tsan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debugoptimized \
 	  -Db_sanitize=thread -Db_lundef=false
