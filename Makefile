@@ -28,8 +28,8 @@ test-native: build/native/build.ninja
 	meson test -C build/native --print-errorlogs
 
 test-sanitizers: build/asan/build.ninja build/tsan/build.ninja
-	meson test -C build/asan --print-errorlogs
-	meson test -C build/tsan --print-errorlogs
+	meson test -C build/asan --print-errorlogs --timeout-multiplier 5
+	meson test -C build/tsan --print-errorlogs --timeout-multiplier 10
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check src tests examples

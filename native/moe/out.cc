@@ -44,15 +44,15 @@ uint64_t Lane::grants(uint32_t peer, uint32_t phase) {
 // The slot is free at the peer, or chunk c - 2 has been granted; our staging is no longer read.
 bool Lane::may_post(const Exchange &exchange, uint32_t peer) {
   const Outgoing &out = exchange.out[peer];
-  if (out.chunk < 2) {
-    if (lacks_ack(exchange, peer)) return false;
-  } else {
-    // Grants are one count for all generations: what an abandoned one before this is still owed must not pass for ours.
-    const Exchange &other = exchanges[exchange.phase][1 - exchange.slot];
-    if (other.state != Exchange::idle && other.generation < exchange.generation && !other.out[peer].finished)
-      return false;
-    if (grants(peer, exchange.phase) < links[peer].grants_before[exchange.phase] + out.chunk - 1) return false;
-  }
+  // Grants are one count for all generations of a phase. So while an abandoned one is still owed grants by this peer, the
+  // next one sends it nothing that would be granted: a message in one chunk is not.
+  const Exchange &other = exchanges[exchange.phase][1 - exchange.slot];
+  const bool owed =
+      other.state != Exchange::idle && other.generation < exchange.generation && !other.out[peer].finished;
+  if (owed && !(out.chunk == 0 && out.rows <= out.per_chunk)) return false;
+  if (out.chunk < 2 ? lacks_ack(exchange, peer)
+                    : grants(peer, exchange.phase) < links[peer].grants_before[exchange.phase] + out.chunk - 1)
+    return false;
   return settle(links[peer], exchange.phase, exchange.slot, out.chunk % 2, 0);
 }
 
