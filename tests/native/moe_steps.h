@@ -150,7 +150,7 @@ inline void Runner::send(const Step &step, ept_routing *routing) {
   args.routing = routing;
   std::vector<uint8_t> aligned(input.x.size() + 16);
   uint8_t *x = aligned.data() + (16 - reinterpret_cast<uintptr_t>(aligned.data()) % 16) % 16;
-  memcpy(x, input.x.data(), input.x.size());
+  if (!input.x.empty()) memcpy(x, input.x.data(), input.x.size());
   args.x = tensor(x, step.quantised ? config_.dispatch_dtype : config_.dtype, {tokens, hidden});
   // Ids come as int64 in every other column, to see that strides are heeded.
   std::vector<int64_t> wide(size_t(tokens * k * 2), 1'000'000);
