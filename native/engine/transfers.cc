@@ -13,9 +13,9 @@ using namespace ept;
 
 namespace {
 
-/* Writes that may wait in a peer's queue, and the operations that they come to (a paged write has thousands, of 24 bytes
- * each): past either a caller is told LATER. Twice the window: room to run ahead. What is taken is taken whole, so memory
- * is bounded by these and the largest call. */
+/* Writes that may wait in a peer's queue, and the operations that they come to (a paged write has thousands, of 24
+ * bytes each): past either a caller is told LATER. Twice the window: room to run ahead. What is taken is taken whole,
+ * so memory is bounded by these and the largest call. */
 constexpr size_t queued_writes = 2 * EPT_IMM_WINDOW;
 constexpr uint64_t queued_operations = 64 * EPT_IMM_WINDOW;
 /* Operations handed to a plugin in one post: past 32, batching gains nothing (the plugin's lock is amortised). */

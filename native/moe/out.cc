@@ -44,8 +44,8 @@ uint64_t Lane::grants(uint32_t peer, uint32_t phase) {
 // The slot is free at the peer, or chunk c - 2 has been granted; our staging is no longer read.
 bool Lane::may_post(const Exchange &exchange, uint32_t peer) {
   const Outgoing &out = exchange.out[peer];
-  // Grants are one count for all generations of a phase. So while an abandoned one is still owed grants by this peer, the
-  // next one sends it nothing that would be granted: a message in one chunk is not.
+  // Grants are one count for all generations of a phase. So while an abandoned one is still owed grants by this peer,
+  // the next one sends it nothing that would be granted: a message in one chunk is not.
   const Exchange &other = exchanges[exchange.phase][1 - exchange.slot];
   const bool owed =
       other.state != Exchange::idle && other.generation < exchange.generation && !other.out[peer].finished;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// moe_faults.cc: what bad input gets, and what a fault does: it names its cause, the lane answers at once, a reset brings
-// every rank back.
+// moe_faults.cc: what bad input gets, and what a fault does: it names its cause, the lane answers at once, a reset
+// brings every rank back.
 #include <chrono>
 
 #include "moe_steps.h"
@@ -12,8 +12,9 @@ namespace {
 
 void expect(int32_t code, int32_t expected, const Error &error, std::initializer_list<const char *> parts) {
   if (code != expected)
-    check::failed(__FILE__, __LINE__, std::string(ept_code_name(code)) + " where " + ept_code_name(expected) +
-                                          " was expected: " + error.text);
+    check::failed(
+        __FILE__, __LINE__,
+        std::string(ept_code_name(code)) + " where " + ept_code_name(expected) + " was expected: " + error.text);
   for (const char *part : parts) CHECK_HAS(error.text, part);
 }
 
@@ -27,7 +28,8 @@ std::vector<Runner> runners(const std::vector<ept_moe *> &objects, const ept_moe
   return all;
 }
 
-void good_steps(const Group &group, const std::vector<ept_moe *> &objects, const ept_moe_config &config, uint64_t seed) {
+void good_steps(const Group &group, const std::vector<ept_moe *> &objects, const ept_moe_config &config,
+                uint64_t seed) {
   auto all = runners(objects, config);
   group.run([&](uint32_t rank) {
     for (uint32_t i = 0; i < 4; i++) {
@@ -180,7 +182,8 @@ void outputs() {
     back.expert_out.shape[0] = 64;
     OK(ept_moe_combine_send(objects[rank], &back, &error), error);
     ept_tensor y = tensor(aligned, EPT_DTYPE_BF16, {7, 64});
-    expect(ept_moe_combine_recv(objects[rank], 0, &y, nullptr, &error), EPT_E_INVALID, error, {"y is bfloat16 [7, 64]", "[8, 64]"});
+    expect(ept_moe_combine_recv(objects[rank], 0, &y, nullptr, &error), EPT_E_INVALID, error,
+           {"y is bfloat16 [7, 64]", "[8, 64]"});
     y.shape[0] = 8;
     OK(ept_moe_combine_recv(objects[rank], 0, &y, nullptr, &error), error);
     ept_routing_release(routing);
@@ -215,8 +218,8 @@ void capacity(uint32_t world) {
       ept_dispatch_outputs out{};
       out.size = sizeof out;
       out.layout = layout;
-      out.x = tensor(aligned, EPT_DTYPE_BF16, outer > 1 || layout % 2 ? std::vector<int64_t>{outer, rows, 64}
-                                                                      : std::vector<int64_t>{rows, 64});
+      out.x = tensor(aligned, EPT_DTYPE_BF16,
+                     outer > 1 || layout % 2 ? std::vector<int64_t>{outer, rows, 64} : std::vector<int64_t>{rows, 64});
       ept_routing *routing = nullptr;
       const int32_t code = ept_moe_dispatch_recv(objects[rank], 0, &out, &routing, &error);
       if (rank) {
@@ -277,7 +280,8 @@ void timeouts(uint32_t world, const Options &base) {
       CHECK_EQ(error.peer, late);
       CHECK_EQ(error.expected, error.seen + 1);
       const auto begin = std::chrono::steady_clock::now();
-      expect(ept_moe_dispatch_send(objects[rank], &batch.args, &error), EPT_E_FAULT, error, {"EPT_E_TIMEOUT", whom.c_str()});
+      expect(ept_moe_dispatch_send(objects[rank], &batch.args, &error), EPT_E_FAULT, error,
+             {"EPT_E_TIMEOUT", whom.c_str()});
       CHECK(std::chrono::steady_clock::now() - begin < std::chrono::milliseconds(200));
     });
     reset_all(group, objects);
@@ -346,7 +350,8 @@ void out_of_step() {
     OK(ept_moe_dispatch_send(moe, &batch.args, &error), error);
     ept_arrival arrival{};
     arrival.size = sizeof arrival;
-    expect(ept_moe_dispatch_wait(moe, 0, &arrival, &error), EPT_E_MISMATCH, error, {"out of step", "AllToAll 1", "AllToAll 2"});
+    expect(ept_moe_dispatch_wait(moe, 0, &arrival, &error), EPT_E_MISMATCH, error,
+           {"out of step", "AllToAll 1", "AllToAll 2"});
   });
   reset_all(group, a);
   good_steps(group, b, config, 70);

@@ -16,8 +16,9 @@ void same(uint32_t got, uint32_t expected, int32_t dtype, const char *what, uint
   if (got == expected) return;
   const float a = moe_model::decode(&got, dtype), b = moe_model::decode(&expected, dtype);
   if (isnan(a) && isnan(b)) return;
-  check::failed(__FILE__, __LINE__, std::string(what) + " " + std::to_string(at) + ": got " + std::to_string(got) + ", expected " +
-                                        std::to_string(expected));
+  check::failed(__FILE__, __LINE__,
+                std::string(what) + " " + std::to_string(at) + ": got " + std::to_string(got) + ", expected " +
+                    std::to_string(expected));
 }
 
 uint32_t bits_at(const std::vector<uint8_t> &bytes, size_t i, int32_t dtype) {
@@ -28,7 +29,8 @@ uint32_t bits_at(const std::vector<uint8_t> &bytes, size_t i, int32_t dtype) {
 
 // Floats that stand at the edges of every format: each exponent, with mantissas near ties.
 std::vector<float> edges() {
-  std::vector<float> values = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 448.0f, 464.0f, 465.0f, 65504.0f, 65519.99f, 65520.0f};
+  std::vector<float> values = {0.0f,   -0.0f,  INFINITY, -INFINITY, NAN,     448.0f,
+                               464.0f, 465.0f, 65504.0f, 65519.99f, 65520.0f};
   for (uint32_t exponent = 0; exponent < 255; exponent++)
     for (uint32_t shift : {11, 12, 13, 15, 16, 17, 19, 20, 21})
       for (int32_t near = -1; near <= 1; near++)
@@ -143,7 +145,8 @@ void codes(const Kernels &kernels) {
   std::vector<float> scales(row.size() / 128);
   kernels.quantise(got.data(), scales.data(), row.data(), EPT_DTYPE_F32, row.size(), false, 1e-4f);
   for (float scale : scales) CHECK_EQ(scale, 1.0f);
-  for (size_t i = 0; i < row.size(); i++) same(got[i], moe_model::encode(row[i], EPT_DTYPE_E4M3), EPT_DTYPE_E4M3, "code", i);
+  for (size_t i = 0; i < row.size(); i++)
+    same(got[i], moe_model::encode(row[i], EPT_DTYPE_E4M3), EPT_DTYPE_E4M3, "code", i);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// moe_time.cc [PLUGIN [RANKS [TOKENS [fp8]]]]: not a test; where the time of a step goes. Ranks are threads of this process.
+// moe_time.cc [PLUGIN [RANKS [TOKENS [fp8]]]]: not a test; where the time of a step goes. Ranks are threads of this
+// process.
 #include <algorithm>
 #include <barrier>
 #include <chrono>
@@ -81,7 +82,8 @@ void rank_loop(uint32_t rank, ept_moe *moe, const ept_moe_config &config, uint32
     ept_routing_release(routing);
     if (i < kWarm) continue;
     std::array<double, kParts + 1> took{};
-    for (int p = 0; p < kParts; p++) took[size_t(p)] = std::chrono::duration<double>(at[size_t(p) + 1] - at[size_t(p)]).count() * 1e3;
+    for (int p = 0; p < kParts; p++)
+      took[size_t(p)] = std::chrono::duration<double>(at[size_t(p) + 1] - at[size_t(p)]).count() * 1e3;
     took[kParts] = std::chrono::duration<double>(at[kParts] - at[0]).count() * 1e3;
     times.push_back(took);
   }
@@ -110,8 +112,8 @@ int main(int argc, char **argv) {
     mine.rank = rank;
     rank_loop(rank, objects[rank], mine, tokens, together, times[rank]);
   });
-  printf("%s, %u ranks, %u tokens, 7168, top-8 of 256, %s: ms, slowest rank, median of %d\n", options.plugin.c_str(), world,
-         tokens, argc > 4 ? "fp8 out" : "bf16", kTimed);
+  printf("%s, %u ranks, %u tokens, 7168, top-8 of 256, %s: ms, slowest rank, median of %d\n", options.plugin.c_str(),
+         world, tokens, argc > 4 ? "fp8 out" : "bf16", kTimed);
   for (int p = 0; p <= kParts; p++) {
     std::vector<double> slowest;
     for (int i = 0; i < kTimed; i++) {

@@ -30,7 +30,8 @@ Traffic counted(ept_engine *engine) {
   return all;
 }
 
-// What a plain step writes: a message to every other rank in each phase, whatever the routing; a token goes to a rank once.
+// What a plain step writes: a message to every other rank in each phase, whatever the routing; a token goes to a rank
+// once.
 struct Predicted {
   uint64_t messages[2] = {}, bytes[2] = {}, rows[2] = {};
 };
@@ -51,7 +52,8 @@ void predict(const Step &step, const ept_moe_config &config, Predicted &all) {
     for (uint32_t i = 0; i < step.combines; i++) {
       const bool beside = step.row_weights && step.layouts[me] < EPT_LAYOUT_CONTIGUOUS;
       all.messages[1]++;
-      all.bytes[1] += 128 + back * (config.hidden * moe_model::size_of(config.combine_dtype) + (beside ? (4 * k + 15) / 16 * 16 : 0));
+      all.bytes[1] += 128 + back * (config.hidden * moe_model::size_of(config.combine_dtype) +
+                                    (beside ? (4 * k + 15) / 16 * 16 : 0));
       all.rows[1] += back;
     }
   }
