@@ -78,11 +78,10 @@ void abandoned(uint32_t world) {
 // Each lane by a thread of its own, and steps of two objects of different sizes in one arena.
 void lanes_on_threads() {
   const Group group(3);
-  ept_moe_config small = config_of(3, 6, 2, 32, 5), large = config_of(3, 9, 4, 64, 21);
+  const ept_moe_config small = config_of(3, 6, 2, 32, 5), large = config_of(3, 9, 4, 64, 21);
   const auto a = group.create(small);
   const auto b = group.create(large);  // the arena grows
   group.run([&](uint32_t rank) {
-    small.rank = rank;
     std::vector<std::thread> threads;
     for (uint32_t lane = 0; lane < 2; lane++)
       threads.emplace_back([&, lane, rank] {
