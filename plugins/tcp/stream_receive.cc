@@ -311,7 +311,7 @@ bool Stream::unanswered(uint64_t now_ns, uint64_t dead_ns, std::string *text) {
     return false;
   }
   if (unanswered_since_ns_ == 0) unanswered_since_ns_ = now_ns;
-  const uint64_t limit = dead_ns / 4 * 3;
+  const uint64_t limit = dead_ns / 8 * 5;  // with the time to a retransmission and to the next look: dead_ns
   if (now_ns - unanswered_since_ns_ < limit || info.tcpi_last_ack_recv * uint64_t{1000000} < limit) return false;
   *text = format("its machine has acknowledged nothing for %u ms (%u retransmissions, %u probes without an answer)",
                  info.tcpi_last_ack_recv, info.tcpi_retransmits, info.tcpi_probes);
