@@ -98,8 +98,10 @@ def run(
             if rank not in dies:
                 pipe.send("go")
         for rank, process in enumerate(processes):
+            if rank in dies:
+                continue
             process.join(20)
-            if rank not in dies and process.exitcode != 0:
+            if process.exitcode != 0:
                 raise Died(f"rank {rank} closed its group and ended with {process.exitcode}")
         return answers
     finally:
