@@ -91,7 +91,11 @@ class Rank(abc.ABC):
 
 
 class Mesh:
-    """A plain TCP socket between every two ranks, for the floors."""
+    """A plain TCP socket between every two ranks, for the floors.
+
+    With reno where the system has it: inside one machine nothing is congested, and the pacing of bbr, the default of
+    some systems, would halve the bandwidth and so make a floor that is easy to reach.
+    """
 
     def __init__(self, rank: Rank) -> None:
         self._sockets: list[socket.socket | None] = [None] * rank.world
@@ -109,6 +113,8 @@ class Mesh:
         for open_socket in self._sockets:
             if open_socket is not None:
                 open_socket.setblocking(True)
+                with contextlib.suppress(OSError):
+                    open_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
     @property
     def fds(self) -> list[int]:
