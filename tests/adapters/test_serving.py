@@ -29,7 +29,7 @@ PROMPTS: dict[int, list[list[str]]] = {
     4: [["When a function is called, the "], ["A class", "The import statement may"], [], ["Names refer to"]],
 }
 NEW_TOKENS: dict[int, list[int]] = {2: [3, 8], 4: [8, 5, 0, 1]}
-LOGITS_A_STEP = 12
+LOGITS_A_STEP = 24
 CASES = [(world, name) for world in PROMPTS for name in models.NAMES]
 
 
