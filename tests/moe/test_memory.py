@@ -68,9 +68,8 @@ def test_many_ranks_in_one_process(make_groups: Make, world: int) -> None:
     moes = all_to_alls(groups, config, max_tokens=2)
     made = plan(config, max_tokens=2, lanes=1)
     assert sum(group.engine.info().registered_bytes for group in groups) - before == world * made.arena_bytes
-    for step in range(2):
-        tokens = [(rank + step) % 3 for rank in range(world)]
-        run_all(Scenario(config, make_batches(config, tokens, step), ["contiguous"] * world), moes, groups)
+    tokens = [rank % 3 for rank in range(world)]
+    run_all(Scenario(config, make_batches(config, tokens, 1), ["contiguous"] * world), moes, groups)
 
 
 def test_objects_share_one_arena(make_groups: Make) -> None:

@@ -90,9 +90,9 @@ def test_a_budget_too_small_for_one_token_is_refused(make_groups: Make) -> None:
 def test_buffers_stay_within_the_budget(make_groups: Make) -> None:
     groups = make_groups(2)
     config = model.Config(2, 4, 2, 512)
-    limit = 1 << 20
+    limit = 256 << 10
     moes = all_to_alls(groups, config, max_tokens=4096, buffer_bytes=limit, lanes=2)
     assert moes[0].plan_.lane_bytes <= limit
     assert moes[0].plan_.arena_bytes <= 2 * limit
-    scenario = Scenario(config, make_batches(config, (700, 900), 1), ["contiguous"] * 2)
+    scenario = Scenario(config, make_batches(config, (150, 220), 1), ["contiguous"] * 2)
     run_all(scenario, moes, groups)
