@@ -164,7 +164,8 @@ typedef struct ept_lane_ack {
  *   +-----------------+--------------------------------------------+
  *   | payload, to 16 B| float32 row_weights[top_k], to 16 B        |  the second only if FLAG_ROW_WEIGHTS
  *   +-----------------+--------------------------------------------+
- *   weights message (FLAG_LATE_WEIGHTS, phase dispatch): row j is float32 weight[top_k] of dispatch row j, to 16 B.
+ *   weights message (FLAG_LATE_WEIGHTS, phase dispatch): a header without counts, then row j is float32 weight[top_k] of
+ *   dispatch row j, to 16 B.
  *
  * `expert` is the local number at r, and stands at the place k that it had in topk_ids; so a repeated id, a -1 and
  * row_weights all keep their place.
@@ -175,6 +176,9 @@ typedef struct ept_lane_ack {
  * chunk c in position c mod 2, each half the slot; chunk c >= 2 is posted after the reader granted chunk c - 2. Each
  * (source, phase, lane, slot, position) has its own signal, raised once a chunk, and each chunk of one position is
  * posted only after the one before it there was consumed: so the count of a signal always says which chunk came.
+ * Each chunk has a header (and, in a dispatch, the counts of the whole message). The reader grants every chunk that it has
+ * consumed but the one with LAST: a zero-byte transfer that raises the sender's signal for (reader, phase, lane). Grants
+ * are one count for all generations of a phase. LAST before total_rows: the sender has abandoned its call.
  *
  * FLOW. `consumed[phase]` says: the sender of this header has consumed, from every rank, all messages of generations
  * below that number. A source writes generation g of a phase into a peer's slot when it knows consumed[phase] >= g - 1
@@ -251,7 +255,8 @@ EPT_HD static inline uint64_t ept_dispatch_header_bytes(uint32_t local_experts) 
  *   quantise  a block of 128 elements (the last may be shorter): amax = max |x| in fp32;
  *             fp32 scales   scale = max(amax, epsilon) / 448                 (IEEE division)
  *             UE8M0 scales  scale = 2^ceil(log2(max(amax, epsilon) / 448)), stored as its exponent byte
- *             q = e4m3(x / scale): IEEE division, round to nearest even, saturating at +-448; NaN stays NaN
+ *             q = e4m3(x / scale): IEEE division, round to nearest even, saturating at +-448; NaN stays NaN;
+ *             amax takes no notice of a NaN, and an infinite one gives an infinite scale (UE8M0: byte 255)
  *   expert rank, for one row: acc = 0; for k = 0 .. top_k - 1 with an expert here: acc = fma(weight[k], out[k], acc)
  *             in fp32, then rounded once to combine_dtype
  *   source, for one token: acc = 0; for r = 0 .. world - 1 that sent a row for it: acc = acc + row[r] in fp32, then
