@@ -293,7 +293,13 @@ int32_t ept_engine::drive_once(Hold &hold, uint64_t &idle_since, uint64_t until,
 void ept_engine::sleep(Hold &hold, uint64_t until) {
   int32_t fd = -1;
   int32_t code = plugin->arm(worker, &fd);
-  if (code == EPT_LATER) return;
+  if (code == EPT_LATER) {
+    /* Nothing to sleep on yet; but a plugin that goes on saying so must not keep the lock from everyone else. */
+    hold.unlock();
+    sched_yield();
+    hold.lock();
+    return;
+  }
   uint64_t now = now_ns();
   /* Operations that the plugin had no room for are offered again soon, whatever the descriptor says. */
   if (!dirty.empty()) until = std::min(until, now + 1'000'000);
@@ -420,13 +426,23 @@ int32_t ept_engine_close(ept_engine *engine, uint64_t timeout, ept_error *error)
           return EPT_OK;
         },
         error);
+    if (waited == EPT_OK && engine->worker) {
+      /* What is complete here may still be on its way (LOCAL_DONE says nothing of the target): see it there. */
+      const uint64_t nonce = engine->next_nonce++;
+      engine->quiescing[nonce].plugin_waiting = 1;
+      if (engine->plugin->quiesce(engine->worker, nobody, EPT_SCOPE_REMOTE, nonce) == EPT_OK) {
+        waited = engine->wait(
+            hold, timeout, [&] { return engine->quiescing[nonce].plugin_waiting ? EPT_LATER : EPT_OK; }, error);
+      }
+      engine->quiescing.erase(nonce);
+    }
     engine->closed = true;
     engine->moved.notify_all();
     engine->notify_owner();
     if (waited == EPT_E_TIMEOUT) {
       std::string who;
       for (Peer &peer : engine->peers) {
-        if (peer.in_flight) who += " " + std::to_string(peer.rank);
+        if (peer.in_flight || peer.status == EPT_PEER_UP) who += " " + std::to_string(peer.rank);
       }
       return fail(error, EPT_E_TIMEOUT, "engine_close", -1,
                   "rank %u closed while operations to rank(s)%s were still under way", engine->rank, who.c_str());

@@ -40,7 +40,8 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
       if (moved_on > 0 && moved_waiters) moved.notify_all();
     } else {
       moved_waiters++;
-      moved.wait_for(hold, std::chrono::nanoseconds(ept::look_ns));
+      const uint64_t now = ept::now_ns();
+      moved.wait_for(hold, std::chrono::nanoseconds(std::min(ept::look_ns, deadline > now ? deadline - now : 0)));
       moved_waiters--;
     }
     if (code == EPT_LATER) code = done();

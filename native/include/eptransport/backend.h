@@ -41,6 +41,8 @@
  * Not promised: that two calls come from the same thread. Instances are independent; what they share inside a plugin is
  * the plugin's to lock. No call may block on a peer, and none but `arm`'s descriptor is ever slept on.
  *
+ * ARRAYS of structs (operations, events, rails) have the stride of ABI 1; such structs do not grow within it.
+ *
  * MEMORY. Pointers passed in live until the call returns unless a comment says longer. Objects are opaque structs which
  * the backend defines; each has the call that frees it beside the call that makes it.
  */
@@ -390,7 +392,8 @@ typedef struct ept_backend {
   int32_t (*worker_open)(ept_instance *instance, ept_worker **worker);
   void (*worker_close)(ept_worker *worker);
 
-  /* [I] (optional, both or none) The backend owns allocation, perhaps collectively (NVSHMEM's symmetric heap). */
+  /* [I] (optional, both or none) The backend owns allocation, perhaps collectively: then every rank makes the same
+   * calls in the same order, and a heap made in join lets each answer without waiting (NVSHMEM's symmetric heap). */
   int32_t (*mem_alloc)(ept_instance *instance, uint64_t length, int32_t kind, void **address);
   int32_t (*mem_free)(ept_instance *instance, void *address);
   /* [I] The memory stays the caller's and outlives the registration. */
@@ -421,7 +424,8 @@ typedef struct ept_backend {
   int32_t (*poll)(ept_worker *worker, ept_event *events, size_t capacity);
   /* [W] OK: nothing is pending, and *descriptor (owned by the worker, always the same) becomes readable when poll would
    * find something or could send more, also for what is posted by another thread while the caller sleeps. LATER: poll
-   * again, do not sleep. -1 in *descriptor: can't sleep. */
+   * again, do not sleep. OK with -1: nothing is pending, and there is nothing to sleep on; the engine looks again soon.
+   */
   int32_t (*arm)(ept_worker *worker, int32_t *descriptor);
   /* [W] (optional) A VISIBLE event when all that arrived from `rank` so far can be read by a GPU. */
   int32_t (*visible)(ept_worker *worker, uint32_t rank, uint64_t cookie);
@@ -447,7 +451,8 @@ typedef struct ept_backend {
   void (*last_error)(ept_error *error);
 } ept_backend;
 
-/* The one symbol: `extern const ept_backend ept_backend_v1;` */
+/* The one symbol: `extern const ept_backend ept_backend_v1;`, in C++ inside extern "C". Compiled with
+ * -fvisibility=hidden, that first declaration needs __attribute__((visibility("default"))). */
 
 #ifdef __cplusplus
 } /* extern "C" */
