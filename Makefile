@@ -22,7 +22,7 @@ test-python: $(VENV)/test.installed
 
 # An hour of hypothesis and of what is marked long.
 test-long: $(VENV)/test.installed
-	EPT_TEST_PROFILE=long HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests --timeout 4000
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests --timeout 4000
 
 test-native: build/native/build.ninja
 	meson test -C build/native --print-errorlogs

@@ -164,8 +164,8 @@ typedef struct ept_lane_ack {
  *   +-----------------+--------------------------------------------+
  *   | payload, to 16 B| float32 row_weights[top_k], to 16 B        |  the second only if FLAG_ROW_WEIGHTS
  *   +-----------------+--------------------------------------------+
- *   weights message (FLAG_LATE_WEIGHTS, phase dispatch): a header without counts, then row j is float32 weight[top_k] of
- *   dispatch row j, to 16 B.
+ *   weights message (FLAG_LATE_WEIGHTS, phase dispatch): a header without counts, then row j is float32 weight[top_k]
+ * of dispatch row j, to 16 B.
  *
  * `expert` is the local number at r, and stands at the place k that it had in topk_ids; so a repeated id, a -1 and
  * row_weights all keep their place.
@@ -176,9 +176,9 @@ typedef struct ept_lane_ack {
  * chunk c in position c mod 2, each half the slot; chunk c >= 2 is posted after the reader granted chunk c - 2. Each
  * (source, phase, lane, slot, position) has its own signal, raised once a chunk, and each chunk of one position is
  * posted only after the one before it there was consumed: so the count of a signal always says which chunk came.
- * Each chunk has a header (and, in a dispatch, the counts of the whole message). The reader grants every chunk that it has
- * consumed but the one with LAST: a zero-byte transfer that raises the sender's signal for (reader, phase, lane). Grants
- * are one count for all generations of a phase. LAST before total_rows: the sender has abandoned its call.
+ * Each chunk has a header (and, in a dispatch, the counts of the whole message). The reader grants every chunk that it
+ * has consumed but the one with LAST: a zero-byte transfer that raises the sender's signal for (reader, phase, lane).
+ * Grants are one count for all generations of a phase. LAST before total_rows: the sender has abandoned its call.
  *
  * FLOW. `consumed[phase]` says: the sender of this header has consumed, from every rank, all messages of generations
  * below that number. A source writes generation g of a phase into a peer's slot when it knows consumed[phase] >= g - 1

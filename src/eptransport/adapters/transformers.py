@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["ExpertParallel", "configure_ep_implementation", "expert_parallel"]
 
 MAX_TOKENS = 4096
+_LAYER = "_eptransport_layer"  # where a module that is expert-parallel keeps its _Layer
 
 
 def expert_parallel(
@@ -74,6 +75,7 @@ def expert_parallel(
         _keep_local(experts, list(exchange.local_experts))
         layer = _Layer(experts.name, experts.module, experts.module.forward, exchange, experts.shape)
         experts.module.forward = layer.forward
+        setattr(experts.module, _LAYER, layer)
         layers.append(layer)
     return ExpertParallel(model, layers)
 
@@ -301,6 +303,8 @@ def _describe(
     up = module._parameters.get("gate_up_proj", module._parameters.get("up_proj"))
     if up is None or down is None:
         raise UnsupportedError(f"{name}: {type(module).__name__} has neither gate_up_proj nor up_proj beside down_proj")
+    if _LAYER in vars(module):
+        raise InvalidArgument(f"{name} is expert-parallel already")
     if getattr(module.config, "_experts_implementation", None) == "deepgemm_megamoe":
         raise UnsupportedError(f"{name}: deepgemm_megamoe exchanges tokens by itself; choose another implementation")
 
@@ -391,7 +395,6 @@ def _output_of_nothing(model: torch.nn.Module, shape: tuple[int, ...]) -> Any:
 _EP_OPTIONS: dict[str, Any] = {"group": None, "max_tokens": MAX_TOKENS, "top_k": None, "dtype": None, "options": {}}
 _EP_GROUPS: dict[tuple[int, ...], Any] = {}
 _EP_EXCHANGES: dict[tuple[Any, _Shape], Any] = {}
-_LAYER = "_eptransport_layer"  # where a module that transformers built keeps its _Layer
 
 
 def _register() -> bool:
