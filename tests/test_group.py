@@ -326,11 +326,8 @@ def test_another_secret(backend: str) -> None:
         [lambda r=r: make(store, r, 3, backend=backend, secret=secrets[r]) for r in range(3)]  # type: ignore[misc]
     )
     assert time.monotonic() - begun < 15
-    assert any(isinstance(answer, ept.AuthError) for answer in answers)
     for answer in answers:
-        # In one process a rank that was refused may be gone before another one looks for it.
-        late = isinstance(answer, ept.PeerLost) and backend == "loopback" and "has left" in str(answer)
-        assert isinstance(answer, ept.AuthError) or late, repr(answer)
+        assert isinstance(answer, ept.AuthError), repr(answer)
         assert SECRET not in str(answer)
     again = on_threads(
         [lambda r=r: make(store, r, 3, backend=backend, secret=SECRET) for r in range(3)]  # type: ignore[misc]

@@ -8,12 +8,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from eptransport.errors import EptError, MismatchError, Timeout, TransportError, error_class
+from eptransport.errors import EptError, MismatchError, PeerLost, Timeout, TransportError, error_class
 
 __all__ = ["Bootstrap", "LocalStore", "Store"]
 
 FIRST_POLL_S = 0.0002
 LONGEST_POLL_S = 0.02
+LAST_WORDS_S = 1.0
+"""How long a word of a rank that has left may be under way to the store: `set` needn't wait for it to arrive."""
 
 
 class Store(Protocol):
@@ -102,6 +104,24 @@ class Bootstrap:
             if rank != self._rank and self._has([self._key(stage, rank)]):
                 self._heard(stage, rank)
 
+    def cause_of_loss(self, stage: str) -> EptError | None:
+        """To be asked when a peer is lost: the error that a rank said before it left, if one comes to be known soon.
+        That another rank has lost a peer too is no cause."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while True:
+            for rank in range(self._world):
+                try:
+                    said = self._word(stage, rank) if self._has([self._key(stage, rank)]) else {}
+                except TransportError:  # the store may have gone with the rank that served it
+                    return None
+                if "error" in said:
+                    error = self._error(stage, rank, said["error"])
+                    if not isinstance(error, PeerLost):
+                        return error
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(LONGEST_POLL_S)
+
     def _wait(self, stage: str, missing: list[int]) -> None:
         """Until all of them have said their word. A rank that failed ends it early: the others may never come."""
         deadline = time.monotonic() + self._timeout_s
@@ -121,14 +141,9 @@ class Bootstrap:
         return [rank for rank in ranks if rank not in here]
 
     def _heard(self, stage: str, rank: int) -> dict[str, Any]:
-        try:
-            said = json.loads(self._store.get(self._key(stage, rank)))
-        except RuntimeError as problem:
-            raise self._failed(problem) from problem
+        said = self._word(stage, rank)
         if "error" in said:
-            found = said["error"]
-            prefix = "" if rank == self._rank else f"rank {rank} of group {self._name!r} failed: "
-            raise error_class(found["code"])(prefix + found["text"], operation=stage, peer=found["peer"])
+            raise self._error(stage, rank, said["error"])
         if said["world_size"] != self._world:
             raise MismatchError(
                 f"ranks of group {self._name!r} disagree on world_size: rank {self._rank} has {self._world}, "
@@ -138,6 +153,17 @@ class Bootstrap:
             )
         content: dict[str, Any] = said["said"]
         return content
+
+    def _word(self, stage: str, rank: int) -> dict[str, Any]:
+        try:
+            said: dict[str, Any] = json.loads(self._store.get(self._key(stage, rank)))
+        except RuntimeError as problem:
+            raise self._failed(problem) from problem
+        return said
+
+    def _error(self, stage: str, rank: int, said: dict[str, Any]) -> EptError:
+        prefix = "" if rank == self._rank else f"rank {rank} of group {self._name!r} failed: "
+        return error_class(said["code"])(prefix + said["text"], operation=stage, peer=said["peer"])
 
     def _has(self, keys: list[str]) -> bool:
         try:

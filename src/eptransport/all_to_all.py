@@ -15,14 +15,21 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from eptransport._call import call, ffi, lib, new_error, size, sized, text, timeout_ns
-from eptransport._convert import check, code_of, dtype_of, fill, refuse_grad
-from eptransport._guard import Guard
+from eptransport._call import call, ffi, lib, new_error, size, sized, timeout_ns
+from eptransport._convert import fill, refuse_grad
+from eptransport._inputs import check_combine, check_topk, check_x, check_y
+from eptransport._lane import Lane, Sent, Summed
+from eptransport._moe_config import moe_config, one_of, plan_of
+from eptransport._moe_native import create_moe
+from eptransport._outputs import check_out, make_outputs
+from eptransport._shapes import LAYOUTS, SCALE_LAYOUTS, Shapes
+from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
 from eptransport.errors import InvalidArgument
+from eptransport.plan import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -34,85 +41,8 @@ __all__ = ["AllToAll", "Dispatched", "Layout", "Plan", "Routing", "Stats"]
 
 logger = logging.getLogger("eptransport")
 
-Layout = Literal["rows", "by_rank", "contiguous", "masked"]
-
-_LAYOUTS = {
-    "rows": lib.EPT_LAYOUT_ROWS,
-    "by_rank": lib.EPT_LAYOUT_BY_RANK,
-    "contiguous": lib.EPT_LAYOUT_CONTIGUOUS,
-    "masked": lib.EPT_LAYOUT_MASKED,
-}
-_SCALE_FORMATS = {"fp32": lib.EPT_SCALES_FP32, "ue8m0": lib.EPT_SCALES_UE8M0}
-_SCALE_LAYOUTS = ("row", "column")
-_NAMES_OF_IDS = ("int32", "int64")
-_NAMES_OF_OUT = ("float32", "float16", "bfloat16")
-_NAMES_OF_SCALES = ("float32", "float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn", "uint8")
-
-SCALE_ALIGNMENT = 16
-"""Bytes: columns of scales in the column layout start so aligned."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Bytes that an AllToAll takes, to the byte what is allocated; nothing is allocated to tell it.
-
-    A slot has four halves; a lane has two slots, padded to pages; the arena has all lanes. All AllToAlls of a group
-    share one arena, as large as the largest needs. `device_bytes`, `pinned_bytes` and `host_bytes` split `arena_bytes`
-    by kind. `str(plan)` shows all of it with the formula.
-    """
-
-    world: int
-    top_k: int
-    max_tokens: int
-    lanes: int
-    local_experts: int
-    max_local_experts: int
-    """The most of any rank."""
-    chunk_tokens: int
-    """A call of at most so many tokens fits its region and has real halves; a longer one is streamed."""
-    dispatch_row: int
-    combine_row: int
-    dispatch_header: int
-    combine_header: int
-    dispatch_recv: int
-    """Of one slot, as the three below."""
-    dispatch_send: int
-    combine_recv: int
-    combine_send: int
-    lane_bytes: int
-    arena_bytes: int
-    device_bytes: int
-    pinned_bytes: int
-    host_bytes: int
-    max_rows: int
-    """The most rows that one dispatch can bring."""
-    max_contiguous_rows: int
-    """The same in the contiguous layout, padding included."""
-
-    @property
-    def formula(self) -> str:
-        """How the bytes of a slot come about."""
-        tokens = min(self.chunk_tokens, self.max_tokens)
-        return (
-            f"a slot, with W = {self.world} ranks, T = {tokens} tokens, K = {self.top_k} experts a token, rows of "
-            f"d = {self.dispatch_row} and c = {self.combine_row} bytes, and headers of {self.dispatch_header} and "
-            f"{self.combine_header} bytes a peer: "
-            "dispatch receive W T d, dispatch send T min(K, W) d, combine send W T c, combine receive T min(K, W) c"
-        )
-
-    def __str__(self) -> str:
-        rows = [
-            ("dispatch receive, a slot", self.dispatch_recv),
-            ("dispatch send, a slot", self.dispatch_send),
-            ("combine receive, a slot", self.combine_recv),
-            ("combine send, a slot", self.combine_send),
-            ("a lane: two slots, padded to pages", self.lane_bytes),
-            (f"the arena: {self.lanes} lanes", self.arena_bytes),
-            ("  device", self.device_bytes),
-            ("  pinned", self.pinned_bytes),
-            ("  host", self.host_bytes),
-        ]
-        return "\n".join([self.formula, *(f"{name:<36}{count:>16,} bytes" for name, count in rows)])
+_FREE_OF_BYTES = frozenset({"layout", "max_rows", "scale_layout", "scale_epsilon", "threads"})
+_NOTHING = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -128,60 +58,6 @@ class Stats:
     acks: int
     ack_waits: int
     """Sends that had to wait for a free slot."""
-
-
-class Routing:
-    """Where the rows of a dispatch came from and went: token, experts and weights of each. It outlives the memory that
-    they came in, and serves a dispatch of other rows by the same routing, any number of combines, and backward in any
-    order."""
-
-    def __init__(self, native: Any, layout: Layout, lane: int, tokens: int, num_tokens: int) -> None:
-        self._native = ffi.gc(native, lib.ept_routing_release)
-        self.layout = layout
-        """How the rows were unpacked; combine takes them so."""
-        self.lane = lane
-        self.tokens = tokens
-        """Rows of the x that was dispatched here."""
-        self.num_tokens = num_tokens
-        """How many of those were sent."""
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """What a dispatch brought. Its tensors are the caller's own, never views of memory that peers write.
-
-    By layout, with `n` rows of room (`host_counts=True`: exactly as many as needed):
-
-    `rows`        x [n, hidden]               one row a token, by source rank; topk_ids, topk_weights [n, top_k]
-    `by_rank`     x [ranks, n, hidden]        the same, padded for each source rank
-    `contiguous`  x [n, hidden]               by local expert, each group padded to `alignment`; topk_weights [n]
-    `masked`      x [local experts, n, hidden]   counts[e] rows are filled; topk_weights [local experts, n]
-    """
-
-    x: torch.Tensor
-    scales: torch.Tensor | None
-    """As x without `hidden`, then one scale a block; None where the payload has none."""
-    counts: torch.Tensor
-    """[local experts] int32: rows of each."""
-    offsets: torch.Tensor | None
-    """[local experts + 1] int32, `contiguous` only: where each group starts, padding included."""
-    topk_ids: torch.Tensor | None
-    """int32, `rows` and `by_rank` only: local expert, -1 where the expert is not here."""
-    topk_weights: torch.Tensor | None
-    """float32; None where dispatch was called without weights."""
-    source: torch.Tensor
-    """[..., 2] int32: rank and token of each row; -1 where there is none."""
-    routing: Routing
-    num_rows: int
-    """Rows that came: of all ranks, or in the `contiguous` layout with padding."""
-
-    @property
-    def layout(self) -> Layout:
-        return self.routing.layout
-
-    @property
-    def lane(self) -> int:
-        return self.routing.lane
 
 
 class AllToAll:
@@ -241,9 +117,9 @@ class AllToAll:
         caller_scale_bytes: int = 0,
         threads: int | None = None,
     ) -> None:
-        _one_of("layout", layout, _LAYOUTS)
-        _one_of("scale_layout", scale_layout, _SCALE_LAYOUTS)
-        config, keep, self._types = _config(
+        one_of("layout", layout, LAYOUTS)
+        one_of("scale_layout", scale_layout, SCALE_LAYOUTS)
+        config, keep, types = moe_config(
             world=group.world_size,
             rank=group.rank,
             num_experts=num_experts,
@@ -271,14 +147,25 @@ class AllToAll:
         self.layout: Layout = layout
         self.max_rows = None if max_rows is None else size("max_rows", max_rows)
         self.scale_layout = scale_layout
-        self._native = _create(group, config)
+        self._native = create_moe(group, config)
         del keep
         self._finalizer = weakref.finalize(self, self._native.close)
-        self.plan_ = _plan(config)
+        self.plan_ = plan_of(config)
         """The plan of this object."""
         self.local_experts = self._find_local_experts(placement)
         """The global ids of the experts here: a range, or a tuple if `placement` was given."""
-        self._lanes = [_Lane() for _ in range(lanes)]
+        self._shapes = Shapes(
+            types=types,
+            world=group.world_size,
+            local_experts=self.plan_.local_experts,
+            top_k=top_k,
+            hidden=hidden,
+            max_tokens=max_tokens,
+            max_rows=self.max_rows,
+            scale_layout=scale_layout,
+            plan=self.plan_,
+        )
+        self._lanes = [Lane() for _ in range(lanes)]
         self._trace: Trace | None = group.trace
         self._announce()
 
@@ -308,7 +195,7 @@ class AllToAll:
         unknown = sorted(layouts.keys() - _FREE_OF_BYTES)
         if unknown:
             raise InvalidArgument(f"plan has no argument {', '.join(unknown)}")
-        config, keep, _ = _config(
+        config, keep, _ = moe_config(
             world=world,
             rank=rank,
             num_experts=num_experts,
@@ -327,7 +214,7 @@ class AllToAll:
             caller_scale_bytes=caller_scale_bytes,
             threads=1,
         )
-        found = _plan(config)
+        found = plan_of(config)
         del keep
         return found
 
@@ -425,7 +312,7 @@ class AllToAll:
 
         Errors as dispatch.
         """
-        where = _routing(got).lane if lane is None else lane
+        where = routing_of(got).lane if lane is None else lane
         with self._span("combine", where):
             self._combine_send(expert_out, got, topk_weights, weights_applied, row_weights, where, True)
             return self._combine_recv(where, out)
@@ -480,7 +367,7 @@ class AllToAll:
     ) -> None:
         """The first half of `combine`: sums and posts. expert_out may be reused when it returns. Collective in its
         lane."""
-        where = _routing(got).lane if lane is None else lane
+        where = routing_of(got).lane if lane is None else lane
         with self._span("combine_send", where):
             self._combine_send(expert_out, got, topk_weights, weights_applied, row_weights, where, False)
 
@@ -489,7 +376,7 @@ class AllToAll:
     ) -> Any:
         """The second half: blocks until the sums of all ranks are here; returns what `combine` does. Collective in its
         lane, which is `lane`, else that of `got`, else 0."""
-        where = lane if lane is not None else 0 if got is None else _routing(got).lane
+        where = lane if lane is not None else 0 if got is None else routing_of(got).lane
         with self._span("combine_recv", where):
             return self._combine_recv(where, out)
 
@@ -536,7 +423,7 @@ class AllToAll:
         return f"<AllToAll of {self.num_experts} experts, top-{self.top_k}, hidden {self.hidden}, on {self.group!r}>"
 
     def __str__(self) -> str:
-        rooms = ", ".join(f"{layout} {self._most(layout, None):,}" for layout in _LAYOUTS)
+        rooms = ", ".join(f"{layout} {self._shapes.room(layout, None):,}" for layout in LAYOUTS)
         return f"{self!r}\n{self.plan_}\nrows that outputs have room for: {rooms}"
 
     # -- how it is done --
@@ -558,16 +445,9 @@ class AllToAll:
     ) -> None:
         refuse_grad(x=x, topk_weights=topk_weights)
         state = self._lanes[self._lane_number(lane)]
-        chosen = self._check_outputs(layout, out)
-        tokens, count = self._check_x(x, scales, num_tokens)
-        if (topk_ids is None) == (routing is None):
-            raise InvalidArgument("dispatch needs topk_ids or routing, one of the two")
-        for name, tensor, names in (
-            ("topk_ids", topk_ids, _NAMES_OF_IDS),
-            ("topk_weights", topk_weights, ("float32",)),
-        ):
-            if tensor is not None:
-                check(name, tensor, (tokens, self.top_k), _dtypes(names))
+        chosen = check_out(self._shapes, layout, self.layout, out)
+        tokens, count = check_x(self._shapes, x, scales, num_tokens)
+        check_topk(self._shapes, tokens, topk_ids, topk_weights, routing)
         arguments = sized("ept_dispatch_args")
         arguments.lane, arguments.whole = lane, whole
         fill(arguments.x, x[:count])
@@ -577,7 +457,7 @@ class AllToAll:
         if routing is not None:
             arguments.routing = routing._native
         self._call(lib.ept_moe_dispatch_send, arguments, lane=lane)
-        state.sent = _Sent(tokens, count, chosen, host_counts, max_rows, out, (x, scales) if whole else None)
+        state.sent = Sent(tokens, count, chosen, host_counts, max_rows, out, (x, scales) if whole else None)
 
     def _dispatch_recv(
         self,
@@ -592,13 +472,13 @@ class AllToAll:
         if sent is None:
             raise InvalidArgument(f"dispatch_recv on lane {lane}, where no dispatch_send is to be received")
         where = sent.out if out is None else out
-        chosen = sent.layout if layout is None else self._check_outputs(layout, where)
+        chosen = sent.layout if layout is None else check_out(self._shapes, layout, self.layout, where)
         arrival = sized("ept_arrival")
         self._call(lib.ept_moe_dispatch_wait, lane, arrival, lane=lane)
         exact = sent.host_counts if host_counts is None else host_counts
         bound = max_rows if max_rows is not None else sent.max_rows
-        outputs = self._outputs(chosen, arrival, exact, bound, where)
-        native = outputs.native(_LAYOUTS[chosen])
+        outputs = make_outputs(self._shapes, chosen, arrival, exact, bound, where)
+        native = outputs.native(chosen)
         handle = ffi.new("ept_routing **")
         self._call(lib.ept_moe_dispatch_recv, lane, native, handle, lane=lane)
         state.sent = None
@@ -618,30 +498,19 @@ class AllToAll:
     ) -> None:
         refuse_grad(expert_out=expert_out, topk_weights=topk_weights, row_weights=row_weights)
         state = self._lanes[self._lane_number(lane)]
-        routing = _routing(got)
-        check(
-            "expert_out",
-            expert_out,
-            self._shape(routing.layout, None, self.hidden),
-            _dtypes(_NAMES_OF_OUT),
-            rows_aligned=True,
-        )
-        if row_weights is not None:
-            if routing.layout not in ("rows", "by_rank"):
-                raise InvalidArgument(f"row_weights need the layout rows or by_rank, not {routing.layout}")
-            check("row_weights", row_weights, (*expert_out.shape[:-1], self.top_k), _dtypes(("float32",)))
+        routing = routing_of(got)
+        check_combine(self._shapes, routing, expert_out, topk_weights, row_weights)
         if topk_weights is not None:
-            check("topk_weights", topk_weights, (routing.tokens, self.top_k), _dtypes(("float32",)))
             topk_weights = topk_weights[: routing.num_tokens]
         arguments = sized("ept_combine_args")
-        arguments.lane, arguments.routing, arguments.layout = lane, routing._native, _LAYOUTS[routing.layout]
+        arguments.lane, arguments.routing, arguments.layout = lane, routing._native, LAYOUTS[routing.layout]
         arguments.weights_applied, arguments.whole = weights_applied, whole
         fill(arguments.expert_out, expert_out)
         fill(arguments.topk_weights, topk_weights)
         fill(arguments.row_weights, row_weights)
         self._call(lib.ept_moe_combine_send, arguments, lane=lane)
         keep = (expert_out, row_weights) if whole else None
-        state.summed = _Summed(routing.tokens, routing.num_tokens, row_weights is not None, keep)
+        state.summed = Summed(routing.tokens, routing.num_tokens, row_weights is not None, keep)
 
     def _combine_recv(self, lane: int, out: torch.Tensor | None) -> Any:
         import torch
@@ -651,9 +520,9 @@ class AllToAll:
         if summed is None:
             raise InvalidArgument(f"combine_recv on lane {lane}, where no combine_send is to be received")
         if out is None:
-            y = torch.empty(summed.tokens, self.hidden, dtype=self._types.dtype)
+            y = torch.empty(summed.tokens, self.hidden, dtype=self._shapes.types.dtype)
         else:
-            check("out", out, (summed.tokens, self.hidden), _dtypes(_NAMES_OF_OUT), rows_aligned=True)
+            check_y(self._shapes, summed.tokens, out)
             y = out
         weights = torch.empty(summed.tokens, self.top_k, dtype=torch.float32) if summed.row_weights else None
         native_y, native_weights = ffi.new("ept_tensor *"), ffi.new("ept_tensor *")
@@ -665,129 +534,6 @@ class AllToAll:
             if tensor is not None and summed.count < summed.tokens:
                 tensor[summed.count :].zero_()
         return y if weights is None else (y, weights)
-
-    # -- arguments --
-
-    def _check_x(self, x: Any, scales: Any, num_tokens: int | None) -> tuple[int, int]:
-        """Tokens in x, and how many of them are sent."""
-        types = self._types
-        quantised = getattr(x, "dtype", None) == types.dispatch and types.dispatch != types.dtype
-        columns = types.payload_columns(self.hidden) if quantised else self.hidden
-        check("x", x, (None, columns), types.accepted(), rows_aligned=True)
-        tokens = int(x.shape[0])
-        if tokens > self.max_tokens:
-            raise InvalidArgument(
-                f"x has {tokens} tokens; this AllToAll was made for at most max_tokens={self.max_tokens}"
-            )
-        if scales is not None:
-            if not quantised:
-                raise InvalidArgument(
-                    f"scales came with an x of {x.dtype}, which isn't quantised ({types.dispatch} would be)"
-                )
-            check("scales", scales, (tokens, None), _dtypes(_NAMES_OF_SCALES))
-        count = tokens if num_tokens is None else int(num_tokens)
-        if not 0 <= count <= tokens:
-            raise InvalidArgument(f"num_tokens={count}: x has {tokens}")
-        return tokens, count
-
-    def _check_outputs(self, layout: Layout | None, out: torch.Tensor | Dispatched | None) -> Layout:
-        if layout is not None:
-            _one_of("layout", layout, _LAYOUTS)
-        if isinstance(out, Dispatched):
-            if layout is not None and layout != out.layout:
-                raise InvalidArgument(f"layout={layout!r}, but out was unpacked as {out.layout!r}")
-            return out.layout
-        chosen = layout or self.layout
-        if out is not None:
-            columns = self._types.payload_columns(self.hidden)
-            check("out", out, self._shape(chosen, None, columns), (self._types.dispatch,), rows_aligned=True)
-        return chosen
-
-    def _outputs(
-        self, layout: Layout, arrival: Any, exact: bool, bound: int | None, out: torch.Tensor | Dispatched | None
-    ) -> _Outputs:
-        """Tensors to unpack into: the caller's, else new ones."""
-        import torch
-
-        given = out if isinstance(out, Dispatched) else None
-        payload = dtype_of(arrival.payload_format)
-        columns = self._types.payload_columns(self.hidden)
-        x = given.x if given is not None else out
-        if x is None:
-            needed = {
-                "rows": arrival.rows,
-                "by_rank": arrival.max_rank_rows,
-                "contiguous": arrival.contiguous_rows,
-                "masked": arrival.max_expert_rows,
-            }[layout]
-            room = self._most(layout, bound)
-            if exact:
-                limit = self._limit(bound)
-                room = needed if limit is None else min(needed, limit)
-            x = torch.empty(self._shape(layout, room, columns), dtype=payload)
-        lead = tuple(x.shape[:-1])  # type: ignore[union-attr]
-
-        def pick(old: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            if old is not None and tuple(old.shape) == shape and old.dtype == dtype:
-                return old
-            return torch.empty(shape, dtype=dtype)
-
-        experts = len(self.local_experts)
-        by_token = layout in ("rows", "by_rank")
-        one = (*lead, self.top_k) if by_token else lead
-        return _Outputs(
-            x=x,  # type: ignore[arg-type]
-            scales=self._scales(lead, arrival, given.scales if given is not None else None),
-            counts=pick(given.counts if given else None, (experts,), torch.int32),
-            offsets=pick(given.offsets if given else None, (experts + 1,), torch.int32)
-            if layout == "contiguous"
-            else None,
-            topk_ids=pick(given.topk_ids if given else None, one, torch.int32) if by_token else None,
-            topk_weights=pick(given.topk_weights if given else None, one, torch.float32)
-            if arrival.has_weights
-            else None,
-            source=pick(given.source if given else None, (*lead, 2), torch.int32),
-        )
-
-    def _scales(self, lead: tuple[int, ...], arrival: Any, old: torch.Tensor | None) -> torch.Tensor | None:
-        if not arrival.scale_bytes:
-            return None
-        import torch
-
-        dtype = dtype_of(arrival.scale_format)
-        count = arrival.scale_bytes // dtype.itemsize
-        if old is not None and tuple(old.shape) == (*lead, count) and old.dtype == dtype:
-            return old
-        if self.scale_layout == "row":
-            return torch.empty(*lead, count, dtype=dtype)
-        step = SCALE_ALIGNMENT // dtype.itemsize
-        rows = -(-lead[-1] // step) * step
-        return torch.empty(*lead[:-1], count, rows, dtype=dtype)[..., : lead[-1]].transpose(-1, -2)
-
-    def _shape(self, layout: Layout, rows: int | None, last: int) -> tuple[Any, ...]:
-        if layout == "by_rank":
-            return (self.group.world_size, rows, last)
-        if layout == "masked":
-            return (len(self.local_experts), rows, last)
-        return (rows, last)
-
-    def _most(self, layout: str, bound: int | None) -> int:
-        """Rows that outputs have room for, where nobody counts first."""
-        limit = self._limit(bound)
-        if layout == "masked":
-            # A token that names an expert twice has two rows there. That is too rare to make every expert's room
-            # top_k times as large for; max_rows can, and a row too many is a CapacityError.
-            return self.plan_.max_rows if limit is None else min(self.plan_.max_rows * self.top_k, limit)
-        worst = {
-            "rows": self.plan_.max_rows,
-            "by_rank": self.max_tokens,
-            "contiguous": self.plan_.max_contiguous_rows,
-        }[layout]
-        return worst if limit is None else min(worst, limit)
-
-    def _limit(self, bound: int | None) -> int | None:
-        """What the call or this object says that outputs may hold at most."""
-        return self.max_rows if bound is None else size("max_rows", bound)
 
     def _lane_number(self, lane: int) -> int:
         if not 0 <= lane < self.lanes:
@@ -839,210 +585,5 @@ class AllToAll:
             self.lanes,
             self.plan_.arena_bytes,
             self.group.engine.info().registered_bytes,
-            ", ".join(f"{layout} {self._most(layout, None)}" for layout in _LAYOUTS),
+            ", ".join(f"{layout} {self._shapes.room(layout, None)}" for layout in LAYOUTS),
         )
-
-
-# ---- what is remembered between halves -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Sent:
-    tokens: int
-    count: int
-    layout: Layout
-    host_counts: bool
-    max_rows: int | None
-    out: torch.Tensor | Dispatched | None
-    keep: Any
-    """What native code may still read: a whole dispatch is packed while it is received."""
-
-
-@dataclass(frozen=True)
-class _Summed:
-    tokens: int
-    count: int
-    row_weights: bool
-    keep: Any
-
-
-class _Lane:
-    """What the second half must know of the first."""
-
-    def __init__(self) -> None:
-        self.sent: _Sent | None = None
-        self.summed: _Summed | None = None
-
-    def clear(self) -> None:
-        self.sent = self.summed = None
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    x: torch.Tensor
-    scales: torch.Tensor | None
-    counts: torch.Tensor
-    offsets: torch.Tensor | None
-    topk_ids: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    source: torch.Tensor
-
-    def native(self, layout: int) -> Any:
-        outputs = sized("ept_dispatch_outputs")
-        outputs.layout = layout
-        for each in fields(self):
-            fill(getattr(outputs, each.name), getattr(self, each.name))
-        return outputs
-
-
-@dataclass(frozen=True)
-class _Types:
-    dtype: torch.dtype
-    dispatch: torch.dtype
-    combine: torch.dtype
-
-    def payload_columns(self, hidden: int) -> int:
-        """Elements of a row on the wire: two of 4 bits are one of torch's."""
-        return hidden // 2 if "x2" in str(self.dispatch) else hidden
-
-    def accepted(self) -> tuple[torch.dtype, ...]:
-        """What x may be: we quantise to one format only."""
-        import torch
-
-        if self.dispatch in (self.dtype, torch.float8_e4m3fn):
-            return tuple(dict.fromkeys((self.dtype, self.dispatch)))
-        return (self.dispatch,)
-
-
-# ---- native ----------------------------------------------------------------------------------------------------------
-
-
-class _Native:
-    """The `ept_moe`, and its place among the engine's children: closed before the arena, which is closed before the
-    engine."""
-
-    def __init__(self, pointer: Any, children: dict[int, Callable[[], None]], rank: int) -> None:
-        self.pointer = pointer
-        self.guard = Guard("this AllToAll")
-        self._children = children
-        self._rank = rank
-        children[id(self)] = self.close
-
-    def close(self) -> None:
-        if self.guard.forked or not self.guard.shut():
-            return
-        if not self.guard.wait_idle(CLOSE_S):
-            logger.error("rank %d: a thread is still inside an AllToAll, which is left open", self._rank)
-            return
-        self._children.pop(id(self), None)
-        error = new_error()
-        if lib.ept_moe_close(self.pointer, error) < 0:
-            logger.warning("rank %d: closing an AllToAll: %s", self._rank, text(error.text))
-
-
-CLOSE_S = 5.0
-
-_FREE_OF_BYTES = frozenset({"layout", "max_rows", "scale_layout", "scale_epsilon", "threads"})
-_NOTHING = contextlib.nullcontext()
-
-
-def _create(group: Group, config: Any) -> _Native:
-    engine = group.engine._native
-    arena = group.arena()
-    handle = ffi.new("ept_moe **")
-    engine.guard.enter()
-    try:
-        call(lib.ept_moe_create, arena, config, handle)
-    except Exception:
-        engine.drain_log()
-        raise
-    finally:
-        engine.guard.leave()
-    return _Native(handle[0], engine.children, group.rank)
-
-
-def _plan(config: Any) -> Plan:
-    plan = sized("ept_moe_plan")
-    call(lib.ept_moe_plan_get, config, plan)
-    here = {"world", "top_k", "max_tokens", "lanes"}
-    split = {"device_bytes": 0, "pinned_bytes": 0, "host_bytes": plan.arena_bytes}
-    names = [each.name for each in fields(Plan) if each.name not in here | split.keys()]
-    return Plan(
-        **{name: getattr(config, name) for name in here}, **split, **{name: getattr(plan, name) for name in names}
-    )
-
-
-def _config(
-    *,
-    world: int,
-    rank: int,
-    num_experts: int,
-    top_k: int,
-    hidden: int,
-    max_tokens: int,
-    dtype: torch.dtype | None,
-    dispatch_dtype: torch.dtype | None,
-    combine_dtype: torch.dtype | None,
-    alignment: int,
-    lanes: int,
-    buffer_bytes: int | None,
-    placement: Sequence[int] | None,
-    scale_format: str,
-    scale_epsilon: float,
-    caller_scale_bytes: int,
-    threads: int,
-) -> tuple[Any, Any, _Types]:
-    """The native config, what must outlive it, and the dtypes."""
-    import torch
-
-    _one_of("scale_format", scale_format, _SCALE_FORMATS)
-    own = torch.bfloat16 if dtype is None else dtype
-    types = _Types(
-        own, own if dispatch_dtype is None else dispatch_dtype, own if combine_dtype is None else combine_dtype
-    )
-    config = sized("ept_moe_config")
-    numbers = {
-        "world": world,
-        "rank": rank,
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "hidden": hidden,
-        "max_tokens": max_tokens,
-        "lanes": lanes,
-        "alignment": alignment,
-        "caller_scale_bytes": caller_scale_bytes,
-        "threads": threads,
-    }
-    for name, value in numbers.items():
-        setattr(config, name, size(name, int(value), 2**32 - 1))
-    config.dtype = code_of("dtype", types.dtype)
-    config.dispatch_dtype = code_of("dispatch_dtype", types.dispatch)
-    config.combine_dtype = code_of("combine_dtype", types.combine)
-    config.scale_format = _SCALE_FORMATS[scale_format]
-    config.scale_epsilon = scale_epsilon
-    config.buffer_bytes = 0 if buffer_bytes is None else size("buffer_bytes", buffer_bytes)
-    ranks = None
-    if placement is not None:
-        if len(placement) != num_experts:
-            raise InvalidArgument(f"placement names {len(placement)} ranks, there are num_experts={num_experts}")
-        ranks = config.placement = ffi.new("int32_t[]", [int(each) for each in placement])
-    return config, ranks, types
-
-
-def _routing(got: Dispatched | Routing) -> Routing:
-    if isinstance(got, Dispatched):
-        return got.routing
-    if isinstance(got, Routing):
-        return got
-    raise InvalidArgument(f"got is a {type(got).__name__}, must be what dispatch gave, or its routing")
-
-
-def _one_of(name: str, value: Any, known: Any) -> None:
-    if value not in known:
-        raise InvalidArgument(f"{name}={value!r}: must be one of {', '.join(known)}")
-
-
-def _dtypes(names: Sequence[str]) -> tuple[torch.dtype, ...]:
-    import torch
-
-    return tuple(getattr(torch, name) for name in names if hasattr(torch, name))

@@ -25,6 +25,7 @@ from eptransport.errors import (
     EptError,
     InvalidArgument,
     MismatchError,
+    PeerLost,
     Timeout,
 )
 from eptransport.settings import Launch, Settings, launch_from_environment
@@ -428,7 +429,11 @@ def _connect(bootstrap: Bootstrap, choice: Choice, group: Group, said: list[dict
             engine.connect([bytes.fromhex(other["address"]) for other in addresses])
             _wait_connected(bootstrap, engine, group.settings.timeout_s)
         except EptError as error:
-            bootstrap.say("connected", None, error)
+            # A rank that left because it failed has said why before: all raise that, whoever finds it gone.
+            cause = bootstrap.cause_of_loss("connected") if isinstance(error, PeerLost) else None
+            bootstrap.say("connected", None, cause or error)
+            if cause is not None:
+                raise cause from error
             raise
         bootstrap.exchange("connected", {})
     except BaseException:

@@ -98,7 +98,9 @@ def expect(answers: list[Said | None], within_s: float) -> None:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_killed_in(tmp_path: Path, phase: str) -> None:
-    answers = launch.run(WORLD, killed_in, tmp_path, phase, "SIGKILL", dies=frozenset({VICTIM}), limit_s=TIMEOUT_S + 40)
+    answers = launch.run(
+        WORLD, killed_in, tmp_path, phase, "SIGKILL", TIMEOUT_S, dies=frozenset({VICTIM}), limit_s=TIMEOUT_S + 40
+    )
     expect(answers, TIMEOUT_S)
 
 

@@ -1,0 +1,80 @@
+"""Checks of the tensors that a caller brings to dispatch and combine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from eptransport._convert import check
+from eptransport.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import torch
+
+    from eptransport._shapes import Shapes
+    from eptransport.dispatched import Routing
+
+__all__ = ["check_combine", "check_topk", "check_x", "check_y"]
+
+_NAMES_OF_IDS = ("int32", "int64")
+_NAMES_OF_WEIGHTS = ("float32",)
+_NAMES_OF_OUT = ("float32", "float16", "bfloat16")
+_NAMES_OF_SCALES = ("float32", "float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn", "uint8")
+
+
+def check_x(shapes: Shapes, x: Any, scales: Any, num_tokens: int | None) -> tuple[int, int]:
+    """Tokens in x, and how many of them are sent."""
+    types = shapes.types
+    quantised = getattr(x, "dtype", None) == types.dispatch and types.dispatch != types.dtype
+    columns = shapes.payload_columns if quantised else shapes.hidden
+    check("x", x, (None, columns), types.accepted(), rows_aligned=True)
+    tokens = int(x.shape[0])
+    if tokens > shapes.max_tokens:
+        raise InvalidArgument(
+            f"x has {tokens} tokens; this AllToAll was made for at most max_tokens={shapes.max_tokens}"
+        )
+    if scales is not None:
+        if not quantised:
+            raise InvalidArgument(
+                f"scales came with an x of {x.dtype}, which isn't quantised ({types.dispatch} would be)"
+            )
+        check("scales", scales, (tokens, None), _dtypes(_NAMES_OF_SCALES))
+    count = tokens if num_tokens is None else int(num_tokens)
+    if not 0 <= count <= tokens:
+        raise InvalidArgument(f"num_tokens={count}: x has {tokens}")
+    return tokens, count
+
+
+def check_topk(shapes: Shapes, tokens: int, topk_ids: Any, topk_weights: Any, routing: Routing | None) -> None:
+    """What says where the tokens go."""
+    if (topk_ids is None) == (routing is None):
+        raise InvalidArgument("dispatch needs topk_ids or routing, one of the two")
+    for name, tensor, names in (
+        ("topk_ids", topk_ids, _NAMES_OF_IDS),
+        ("topk_weights", topk_weights, _NAMES_OF_WEIGHTS),
+    ):
+        if tensor is not None:
+            check(name, tensor, (tokens, shapes.top_k), _dtypes(names))
+
+
+def check_combine(shapes: Shapes, routing: Routing, expert_out: Any, topk_weights: Any, row_weights: Any) -> None:
+    """What is summed, and by which weights."""
+    wanted = shapes.of(routing.layout, None, shapes.hidden)
+    check("expert_out", expert_out, wanted, _dtypes(_NAMES_OF_OUT), rows_aligned=True)
+    if row_weights is not None:
+        if routing.layout not in ("rows", "by_rank"):
+            raise InvalidArgument(f"row_weights need the layout rows or by_rank, not {routing.layout}")
+        check("row_weights", row_weights, (*expert_out.shape[:-1], shapes.top_k), _dtypes(_NAMES_OF_WEIGHTS))
+    if topk_weights is not None:
+        check("topk_weights", topk_weights, (routing.tokens, shapes.top_k), _dtypes(_NAMES_OF_WEIGHTS))
+
+
+def check_y(shapes: Shapes, tokens: int, out: Any) -> None:
+    """Where combine is to put the sums."""
+    check("out", out, (tokens, shapes.hidden), _dtypes(_NAMES_OF_OUT), rows_aligned=True)
+
+
+def _dtypes(names: Sequence[str]) -> tuple[torch.dtype, ...]:
+    import torch
+
+    return tuple(getattr(torch, name) for name in names if hasattr(torch, name))

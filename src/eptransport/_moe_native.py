@@ -1,0 +1,57 @@
+"""The native object under an `AllToAll`: made in the group's arena, and closed before it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from eptransport._call import call, ffi, lib, new_error, text
+from eptransport._guard import Guard
+
+if TYPE_CHECKING:
+    from eptransport.group import Group
+
+__all__ = ["NativeMoe", "create_moe"]
+
+logger = logging.getLogger("eptransport")
+
+CLOSE_S = 5.0
+
+
+class NativeMoe:
+    """The `ept_moe`, and its place among the engine's children: closed before the arena, which is closed before the
+    engine."""
+
+    def __init__(self, pointer: Any, children: dict[int, Callable[[], None]], rank: int) -> None:
+        self.pointer = pointer
+        self.guard = Guard("this AllToAll")
+        self._children = children
+        self._rank = rank
+        children[id(self)] = self.close
+
+    def close(self) -> None:
+        if self.guard.forked or not self.guard.shut():
+            return
+        if not self.guard.wait_idle(CLOSE_S):
+            logger.error("rank %d: a thread is still inside an AllToAll, which is left open", self._rank)
+            return
+        self._children.pop(id(self), None)
+        error = new_error()
+        if lib.ept_moe_close(self.pointer, error) < 0:
+            logger.warning("rank %d: closing an AllToAll: %s", self._rank, text(error.text))
+
+
+def create_moe(group: Group, config: Any) -> NativeMoe:
+    engine = group.engine._native
+    arena = group.arena()
+    handle = ffi.new("ept_moe **")
+    engine.guard.enter()
+    try:
+        call(lib.ept_moe_create, arena, config, handle)
+    except Exception:
+        engine.drain_log()
+        raise
+    finally:
+        engine.guard.leave()
+    return NativeMoe(handle[0], engine.children, group.rank)
