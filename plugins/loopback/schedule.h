@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-namespace loopback {
+namespace ept_loopback {
 
 // The knobs, each a setting of the same name.
 struct Malice {
@@ -71,4 +71,4 @@ class Schedule {
   uint64_t state_;
 };
 
-}  // namespace loopback
+}  // namespace ept_loopback
