@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // land.h: what happens at the target: the check of key, bounds and link, the copy, the event. All of it is done by the
-// initiator's thread under the target's lock. It is the path that every operation takes, and so it is all in this header:
-// each route is compiled with the whole of it in sight.
+// initiator's thread under the target's lock. It is the path that every operation takes, and so it is all in this
+// header: each route is compiled with the whole of it in sight.
 #pragma once
 
 #include <algorithm>
