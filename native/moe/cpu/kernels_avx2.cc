@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "eptransport/eptransport.h"
 #include "eptransport/wire.h"
 #include "moe/cpu/kernels.h"
@@ -13,6 +15,20 @@
 namespace ept::moe {
 namespace avx2 {
 namespace {
+constexpr size_t kLanes = 8;
+using Floats = float __attribute__((vector_size(32)));
+using Words = uint32_t __attribute__((vector_size(32)));
+
+inline Words widen(const uint16_t *from) {
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+}
+inline void narrow(uint16_t *to, Words v) {
+  const auto both = (__m256i)v;
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(to),
+                   _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+}
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+
 #include "moe/cpu/kernels.inc"
 }  // namespace
 }  // namespace avx2

@@ -9,6 +9,25 @@ namespace ept::moe {
 
 namespace generic {
 namespace {
+constexpr size_t kLanes = 4;
+using Floats = float __attribute__((vector_size(16)));
+using Words = uint32_t __attribute__((vector_size(16)));
+using Halves = uint16_t __attribute__((vector_size(8)));
+
+inline Words widen(const uint16_t *from) {
+  Halves v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, Words);
+}
+inline void narrow(uint16_t *to, Words v) {
+  const Halves low = __builtin_convertvector(v, Halves);
+  __builtin_memcpy(to, &low, sizeof low);
+}
+inline Floats fma(Floats a, Floats b, Floats c) {
+  for (size_t i = 0; i < kLanes; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+
 #include "moe/cpu/kernels.inc"
 }  // namespace
 constexpr Kernels table = {"generic", sum, convert, quantise};
