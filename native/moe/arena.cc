@@ -16,6 +16,9 @@ LaneMemory::LaneMemory(ept_engine *engine, uint64_t bytes) : engine_(engine), by
   if (at == MAP_FAILED)
     fail(EPT_E_NOMEM, -1, "a lane needs %llu bytes, which the machine refuses: set buffer_bytes or fewer max_tokens",
          (unsigned long long)bytes);
+  // Rows of 14 KB from all over a region of hundreds of MB: with small pages each costs four walks of the page table,
+  // and prefetchers stop at every page's end. Where the kernel won't, small pages work too.
+  (void)madvise(at, bytes, MADV_HUGEPAGE);
   base_ = static_cast<char *>(at);
   ept_memory memory{};
   memory.size = sizeof memory;

@@ -40,6 +40,18 @@ def test_any_hidden_of_16_bytes(make_groups: Make, dtype: str, sent: str, hidden
     run_all(Scenario(config, make_batches(config, (6, 2), hidden), ["contiguous", "rows"]), moes, groups)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_than_the_caches_hold(make_groups: Make, layout: str) -> None:
+    """From 4 MiB of output on, rows are written past the caches."""
+    config = model.Config(2, 4, 4, 7168)
+    groups = make_groups(2)
+    moes = all_to_alls(groups, config, max_tokens=160)
+    batches = make_batches(config, (160, 150), 5)
+    rows = sum(int((batch.ids >= 0).any(axis=1).sum()) for batch in batches)
+    assert rows * 7168 * 2 >= 4 << 20
+    run_all(Scenario(config, batches, [layout] * 2), moes, groups)
+
+
 @pytest.mark.parametrize(("world", "experts"), [(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (5, 13), (7, 100), (8, 256)])
 def test_any_number_of_ranks_and_experts(make_groups: Make, world: int, experts: int) -> None:
     """Also fewer experts than ranks: a rank that holds none is an ordinary one."""

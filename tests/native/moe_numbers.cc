@@ -64,6 +64,43 @@ void converts(const Kernels &kernels) {
     }
 }
 
+// Every fp16 and bf16, and the edges of fp32, through the loops of `sum`: they load and round in vectors.
+void sums_of_one(const Kernels &kernels) {
+  const std::vector<float> values = edges();
+  std::vector<uint16_t> all(65536);
+  for (uint32_t i = 0; i < all.size(); i++) all[i] = uint16_t(i);
+  for (int32_t in : kFloats) {
+    const void *row = in == EPT_DTYPE_F32 ? static_cast<const void *>(values.data()) : all.data();
+    const size_t n = in == EPT_DTYPE_F32 ? values.size() : all.size(), size = moe_model::size_of(in);
+    for (int32_t out : kFloats)
+      for (bool weighed : {false, true}) {
+        const float weight = 0.75f;
+        std::vector<uint8_t> got(n * 4);
+        kernels.sum(got.data(), out, &row, weighed ? &weight : nullptr, 1, in, n);
+        for (size_t i = 0; i < n; i++) {
+          const float value = moe_model::decode(static_cast<const uint8_t *>(row) + i * size, in);
+          const float sum = weighed ? fmaf(weight, value, 0.0f) : 0.0f + value;
+          same(bits_at(got, i, out), moe_model::encode(sum, out), out, "sum of one", i);
+        }
+      }
+  }
+}
+
+// Any place and length; nothing beside it is touched.
+void streams(const Kernels &kernels) {
+  std::vector<uint8_t> from(1000), to(from.size() + 200);
+  for (size_t i = 0; i < from.size(); i++) from[i] = uint8_t(i * 7 + 1);
+  for (size_t offset = 0; offset < 70; offset++)
+    for (size_t n : {size_t(0), size_t(1), size_t(16), size_t(63), size_t(64), size_t(65), size_t(511), from.size()}) {
+      std::fill(to.begin(), to.end(), uint8_t(0));
+      kernels.stream(&to[offset + 1], from.data(), n);
+      for (size_t i = 0; i < to.size(); i++) {
+        const bool inside = i > offset && i <= offset + n;
+        CHECK_EQ(int(to[i]), int(inside ? from[i - offset - 1] : 0));
+      }
+    }
+}
+
 void sums(const Kernels &kernels, uint64_t seed) {
   std::mt19937_64 random(seed);
   for (uint32_t round = 0; round < 60; round++) {
@@ -158,6 +195,8 @@ int main() {
     RUN(converts(**table));
     RUN(codes(**table));
     RUN(sums(**table, 1));
+    RUN(sums_of_one(**table));
+    RUN(streams(**table));
     RUN(quantises(**table, 2));
   }
   CHECK(tables >= 1);

@@ -2,7 +2,7 @@
  *
  * backend.h: the plugin ABI, version 1. All that a backend sees of eptransport, and all that eptransport sees of a
  * network. Plain C: no C++ type, exception or allocator crosses it. Read it top to bottom and you can write a backend;
- * plugins/loopback/loopback.cc is the shortest real one, docs/writing-a-backend.md walks through it.
+ * plugins/loopback/ is the shortest real one, docs/writing-a-backend.md walks through it.
  *
  * A backend is a shared library that exports exactly one data symbol, `ept_backend_v1`, of type `ept_backend`. A later
  * ABI adds a symbol; the engine serves the newest one that a plugin exports. Every struct starts with its own size: a

@@ -20,6 +20,9 @@ struct Kernels {
   void (*convert)(void *out, int32_t out_dtype, const void *in, int32_t in_dtype, size_t n);
   // Blocks of EPT_FP8_BLOCK elements to e4m3; scales: float[blocks], or uint8_t[blocks] for ue8m0.
   void (*quantise)(uint8_t *q, void *scales, const void *in, int32_t in_dtype, size_t n, bool ue8m0, float epsilon);
+  // Copies `n` bytes past the caches, for what is too much to be found there again. Memory is not read to be written
+  // then: half the time. Ordered like any other store for those who synchronise with the caller.
+  void (*stream)(void *to, const void *from, size_t n);
 };
 
 // The best one that this machine can run.

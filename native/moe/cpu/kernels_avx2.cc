@@ -28,12 +28,16 @@ inline void narrow(uint16_t *to, Words v) {
                    _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
 }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline void past(char *to, const char *from) {
+  _mm256_stream_si256(reinterpret_cast<__m256i *>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+}
+inline void past_seen() { _mm_sfence(); }
 
 #include "moe/cpu/kernels.inc"
 }  // namespace
 }  // namespace avx2
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels = {"avx2", avx2::sum, avx2::convert, avx2::quantise};
+const Kernels avx2_kernels = {"avx2", avx2::sum, avx2::convert, avx2::quantise, avx2::stream};
 }  // namespace ept::moe
 
 #if defined(__clang__)

@@ -31,12 +31,16 @@ inline void narrow(uint16_t *to, Words v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm512_maskz_cvtepi32_epi16(kAll, (__m512i)v));
 }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline void past(char *to, const char *from) {
+  _mm512_stream_si512(reinterpret_cast<__m512i *>(to), _mm512_loadu_si512(from));
+}
+inline void past_seen() { _mm_sfence(); }
 
 #include "moe/cpu/kernels.inc"
 }  // namespace
 }  // namespace avx512
 extern const Kernels avx512_kernels;
-const Kernels avx512_kernels = {"avx512", avx512::sum, avx512::convert, avx512::quantise};
+const Kernels avx512_kernels = {"avx512", avx512::sum, avx512::convert, avx512::quantise, avx512::stream};
 }  // namespace ept::moe
 
 #if defined(__clang__)

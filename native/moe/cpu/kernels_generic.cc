@@ -27,10 +27,12 @@ inline Floats fma(Floats a, Floats b, Floats c) {
   for (size_t i = 0; i < kLanes; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;
 }
+inline void past(char *to, const char *from) { __builtin_memcpy(to, from, sizeof(Words)); }
+inline void past_seen() {}
 
 #include "moe/cpu/kernels.inc"
 }  // namespace
-constexpr Kernels table = {"generic", sum, convert, quantise};
+constexpr Kernels table = {"generic", sum, convert, quantise, stream};
 }  // namespace generic
 
 #if defined(__x86_64__)

@@ -52,6 +52,7 @@ class UnpackRows {
  private:
   void index(const Segment &segment);
   void copy(const Segment &segment, uint64_t begin, uint64_t end) const;
+  void copy_payload(char *to, const char *row) const;
   void copy_scales(const char *from, uint64_t row) const;
   void blank(uint64_t begin, uint64_t end) const;
 
@@ -62,6 +63,7 @@ class UnpackRows {
   const uint64_t payload_, scale_bytes_, row_bytes_;
   const uint32_t top_k_, local_;
   const bool has_weights_, per_expert_;
+  bool streams_ = false;          // the payload is too much for the caches
   uint64_t total_ = 0;            // rows of the layout, padding included
   std::vector<uint64_t> starts_;  // [local + 1] of each expert's group
   std::vector<uint64_t> cursor_;  // [world, local] the next row of that source and expert

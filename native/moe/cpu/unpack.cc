@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "moe/cpu/kernels.h"
 #include "moe/cpu/rows.h"
 #include "moe/fail.h"
 
@@ -13,6 +14,10 @@ namespace ept::moe {
 
 namespace {
 constexpr uint64_t kSlice = 8;  // rows that a thread copies at once
+// From so many bytes of output on they are written past the caches: more than a core has to itself (0.5 to 2 MiB), and
+// of the cache that cores share, whose size a virtual machine doesn't tell, more than what is left beside the rows
+// that came. Figures: docs/decisions.md.
+constexpr uint64_t kStreamFrom = uint64_t(4) << 20;
 
 Rows if_present(const ept_tensor &tensor, int leading) { return tensor.data ? rows_of(tensor, leading) : Rows(); }
 }  // namespace
@@ -58,6 +63,10 @@ UnpackRows::UnpackRows(const Object &object, Pool &pool, const ept_dispatch_outp
     const uint64_t padding = routing.layout == EPT_LAYOUT_CONTIGUOUS ? object.config.alignment : 1;
     starts_[e + 1] = starts_[e] + align_up(at - begin, padding);
   }
+  uint64_t rows = 0;
+  for (size_t i = 0; i < size_t(world) * local_ && per_expert_; i++) rows += counts[i];
+  if (!per_expert_) rows = routing.begin[world];
+  streams_ = rows * payload_ >= kStreamFrom;
   total_ = routing.layout == EPT_LAYOUT_MASKED    ? local_ * routing.leading
            : routing.layout == EPT_LAYOUT_BY_RANK ? world * routing.leading
                                                   : routing.leading;
@@ -127,7 +136,7 @@ void UnpackRows::copy(const Segment &segment, uint64_t begin, uint64_t end) cons
       const int64_t signed_place = per_expert_ ? routing_.place[at * top_k_ + k] : routing_.place[at];
       if (signed_place < 0) continue;
       const auto place = uint64_t(signed_place);
-      if (x_) memcpy(x_.at(place), row, payload_);
+      if (x_) copy_payload(x_.at(place), row);
       if (scales_) copy_scales(row + ept_row_scales(payload_), place);
       if (source_)
         for (int i = 0; i < 2; i++) memcpy(source_.at(place) + i * source_.column, &who[i], 4);
@@ -144,6 +153,13 @@ void UnpackRows::copy(const Segment &segment, uint64_t begin, uint64_t end) cons
       }
     }
   }
+}
+
+void UnpackRows::copy_payload(char *to, const char *row) const {
+  if (streams_)
+    kernels().stream(to, row, payload_);
+  else
+    memcpy(to, row, payload_);
 }
 
 void UnpackRows::copy_scales(const char *from, uint64_t row) const {

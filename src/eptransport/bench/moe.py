@@ -5,7 +5,8 @@ iterations. Ranks meet before each half, so that a half's time is the exchange a
 slowest rank. The experts' own work is outside the clock: what they would return is made before.
 
     eptransport   AllToAll.dispatch and combine, outputs allocated before
-    gloo          all_to_all_single of the counts, of the rows (one a token and expert), of the results; then weighed
+    gloo          all_to_all_single of the counts, of the rows (one a token and expert), of the results; then weighed.
+                  Where the layout groups rows by expert, it groups what came and ungroups what goes back
     floor         the bytes that eptransport must send (a row a token and rank), over bare sockets or as bare copies
 """
 
@@ -231,7 +232,7 @@ def measure(job: MoeJob, rank: Rank, group: Group) -> RankResult:
     ours = _Ours(job, layer, rank, group)
     sides: dict[str, _Side] = {job.sides[0]: _Floor(layer, rank, mesh), "eptransport": ours}
     if job.against:
-        sides[job.against] = _Gloo(layer, rank)
+        sides[job.against] = _Gloo(job, layer, rank)
     checked = [side.check() for side in sides.values()]
     runs = {name: SideRun(note=side.note) for name, side in sides.items()}
     regime = [probe(rank)]
@@ -462,10 +463,12 @@ class _Floor:
 class _Gloo:
     """The usual exchange with torch.distributed alone: a row for each of a token's experts, sorted by expert.
 
+    Rows come by rank, and by expert within a rank. For the layouts in which an expert's rows lie together they are
+    brought into that order, as the experts need them, and what the experts return is brought back into the other.
     Everything that can be is allocated before; the last step, weighing, is done in the way that is fastest here.
     """
 
-    def __init__(self, layer: _Layer, rank: Rank) -> None:
+    def __init__(self, job: MoeJob, layer: _Layer, rank: Rank) -> None:
         import torch
         from torch import distributed
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -491,10 +494,11 @@ class _Gloo:
         self.counts = torch.empty(self.held[rank.rank] * shape.ranks, dtype=torch.int64)
         self.messages = self.bytes = 0
         self.weights = layer.weights.to(layer.x.dtype)
+        self.groups = job.layout in ("contiguous", "masked")
         # The first exchange tells how many rows come here; then the buffers for them can be made.
-        self.recv = torch.empty(0, columns, dtype=self.wire)
+        self.recv = self.grouped = torch.empty(0, columns, dtype=self.wire)
         self.dispatch()
-        self.expert_out = torch.empty(0)
+        self.expert_out = self.returned = torch.empty(0)
         self.note = ""
         self._weigh: Callable[[], None] = self._weigh_bmm
 
@@ -508,8 +512,10 @@ class _Gloo:
         layer, shape = self.layer, self.layer.shape
         dtype = shape.torch_dtype(shape.dtype)
         received = self._received(dtype)
-        factors = reference.expert_factors(self._expert_of_row())
+        experts = self._expert_of_row()
+        factors = reference.expert_factors(experts[self.by_expert] if self.groups else experts)
         self.expert_out = (received.float() * factors[:, None]).to(self.back.dtype)
+        self.returned = torch.empty_like(self.expert_out)
         self._choose_weighing()
         self.combine()
         seen = reference.dequantise(*reference.quantise(layer.x), dtype) if shape.dispatch_dtype == "fp8" else layer.x
@@ -540,14 +546,20 @@ class _Gloo:
             torch.index_select(layer.x, 0, token, out=self.send)
         if len(self.recv) < sum(self.come):
             self.recv = torch.empty(sum(self.come), self.send.shape[1], dtype=self.wire)
+            self.grouped = torch.empty_like(self.recv)
         all_to_all_single(self.recv[: sum(self.come)], self.send, self.come, self.to)
+        if self.groups:
+            self.by_expert = torch.argsort(self._expert_of_row(), stable=True)
+            torch.index_select(self.recv, 0, self.by_expert, out=self.grouped[: sum(self.come)])
         self._count(sent_counts.element_size() * shape.experts, self.held, shape.experts)
         self._count(self.send.nbytes, self.to, len(self.send))
 
     def combine(self) -> None:
         from torch.distributed import all_to_all_single
 
-        all_to_all_single(self.back, self.expert_out, self.to, self.come)
+        if self.groups:
+            self.returned.index_copy_(0, self.by_expert, self.expert_out)
+        all_to_all_single(self.back, self.returned if self.groups else self.expert_out, self.to, self.come)
         self._weigh()
         self._count(self.expert_out.nbytes, self.come, len(self.expert_out))
 
@@ -564,7 +576,7 @@ class _Gloo:
 
         from eptransport.bench import reference
 
-        rows = self.recv[: sum(self.come)]
+        rows = (self.grouped if self.groups else self.recv)[: sum(self.come)]
         if self.layer.shape.dispatch_dtype != "fp8":
             return rows
         hidden = self.layer.shape.hidden
