@@ -76,9 +76,9 @@ build/native/build.ninja: $(BIN)/python
 
 # Warnings are errors in build/native; under a sanitizer gcc 12 sees overflows in its own <atomic> that are not there.
 build/asan/build.ninja: $(BIN)/python
-	meson setup build/asan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debugoptimized \
+	meson setup build/asan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debug -Doptimization=1 \
 	  -Db_sanitize=address,undefined -Db_lundef=false
 
 build/tsan/build.ninja: $(BIN)/python
-	meson setup build/tsan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debugoptimized \
+	meson setup build/tsan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debug -Doptimization=1 \
 	  -Db_sanitize=thread -Db_lundef=false
