@@ -471,12 +471,14 @@ def test_closing_ends_the_waits_of_other_threads(quick: Pair) -> None:
 
 
 CTRL_C = """
-import eptransport as ept, sys, threading
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what the shell started in the background ignores it
+import eptransport as ept
 groups = ept.loopback_groups(2, ept.Settings(progress=sys.argv[1]))
-signal = groups[1].engine.signal(0, "never")
+never = groups[1].engine.signal(0, "never")
 print("waiting", flush=True)
 try:
-    signal.wait(1, timeout=60)
+    never.wait(1, timeout=60)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 groups[0].engine.peer(1).send(b"still there")
@@ -500,6 +502,8 @@ def test_ctrl_c_gets_through_a_wait_and_the_engine_goes_on(progress: str) -> Non
 
 
 CTRL_C_IN_DISPATCH = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch
 import eptransport as ept
 groups = ept.loopback_groups(2)
