@@ -4,6 +4,7 @@
 // place, through keys that are good, revoked before, revoked meanwhile, or too short; signals, messages, exports that
 // come and go. After each poll every byte of every rank is either what the model says or inside a write under way.
 #include <algorithm>
+#include <iostream>
 #include <map>
 #include <random>
 #include <set>

@@ -3,6 +3,7 @@
 // moe_faults.cc: what bad input gets, and what a fault does: it names its cause, the lane answers at once, a reset
 // brings every rank back.
 #include <chrono>
+#include <thread>
 
 #include "moe_steps.h"
 

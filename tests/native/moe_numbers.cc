@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // moe_numbers.cc: the inner loops of every instruction set that this machine can run give the bits of moe_model.h.
+#include <math.h>
+
+#include <algorithm>
+#include <iostream>
+#include <random>
+
 #include "check.h"
 #include "moe/cpu/kernels.h"
 #include "moe_model.h"

@@ -2,6 +2,10 @@
 //
 // moe_test.cc: dispatch and combine over loopback, bit for bit against moe_model.h: worlds, formats, layouts, weights,
 // several combines, cached routings, placement, abandoned steps, lanes on threads of their own, the adversary.
+#include <algorithm>
+#include <random>
+#include <thread>
+
 #include "moe_steps.h"
 
 using namespace moe_test;

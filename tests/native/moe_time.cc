@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <barrier>
 #include <chrono>
+#include <random>
 
 #include "moe_group.h"
 #include "moe_model.h"

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // moe_traffic.cc: messages, bytes and memory are what wire.h and the plan say, counted at the plugin.
+#include <algorithm>
+
 #include "moe_steps.h"
 
 using namespace moe_test;

@@ -3,6 +3,7 @@
 // The TCP plugin moves bytes: random writes against a model of bytes and immediates, refusals of every kind, a key that
 // is revoked while its payload is half received, full queues, messages, counters, quiesce, a rank that writes to
 // itself.
+#include <iostream>
 #include <random>
 
 #include "tcp_ranks.h"

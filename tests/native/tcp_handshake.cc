@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <iostream>
 #include <random>
 
 #include "../../plugins/tcp/frame.h"

@@ -3,7 +3,8 @@
 // Drives the mapped plugin: pointers into the peer's memory, and signals that the initiator raises by itself.
 #include <thread>
 
-#include "plugin.h"
+#include "check.cc"  // whole: a driver is one file to its Makefile
+#include "plugin.cc"
 
 using plugin::Event;
 using plugin::Group;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Drives the minimal plugin: what any backend must do, and no more.
-#include "plugin.h"
+#include "check.cc"  // whole: a driver is one file to its Makefile
+#include "plugin.cc"
 
 using plugin::Event;
 using plugin::Group;
