@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "moe_group.h"
+
+#include <atomic>
+#include <thread>
+
+namespace moe_test {
+
+void not_ok(const char *file, int line, const char *call, int32_t code, const Error &error) {
+  check::failed(file, line,
+                std::string(call) + ": " + ept_code_name(code) + " in " + error.operation + ": " + error.text);
+}
+
+const ept_plugin *open_plugin(const std::string &name) {
+  const char *folder = getenv("EPT_TEST_PLUGINS");
+  const ept_plugin *plugin = nullptr;
+  Error error;
+  OK(ept_plugin_open((std::string(folder ? folder : "plugins") + "/ept_" + name + ".so").c_str(), &plugin, &error),
+     error);
+  return plugin;
+}
+
+Options adversary(uint64_t seed) {
+  Options options;
+  options.values = {{"adversary", std::to_string(seed)}};
+  return options;
+}
+
+Group::Group(uint32_t world, const Options &options) : engines(world), arenas(world) {
+  static std::atomic<int> job{0};
+  const std::string name = "moe_test " + std::to_string(getpid()) + " " + std::to_string(job++);
+  const ept_plugin *plugin = open_plugin(options.plugin);
+  std::vector<ept_value> values;
+  for (const auto &[key, text] : options.values) values.push_back({key.c_str(), text.c_str()});
+  Error error;
+  std::vector<std::vector<char>> blobs(world, std::vector<char>(4200));
+  std::vector<const void *> pointers(world);
+  std::vector<size_t> lengths(world, 4200);
+  for (uint32_t rank = 0; rank < world; rank++) {
+    ept_engine_config config{};
+    config.size = sizeof config;
+    config.rank = rank;
+    config.world = world;
+    config.job = name.c_str();
+    config.secret = reinterpret_cast<const uint8_t *>("moe");
+    config.secret_length = 3;
+    config.plugin = plugin;
+    config.values = values.data();
+    config.value_count = values.size();
+    config.progress = options.progress;
+    config.spin_ns = UINT64_MAX;
+    config.timeout_ns = options.timeout_ns;
+    OK(ept_engine_create(&config, &engines[rank], &error), error);
+    OK(ept_engine_address(engines[rank], blobs[rank].data(), &lengths[rank], &error), error);
+    pointers[rank] = blobs[rank].data();
+  }
+  run([&](uint32_t rank) {
+    Error mine;
+    OK(ept_engine_connect(engines[rank], pointers.data(), lengths.data(), &mine), mine);
+    OK(ept_engine_wait_connected(engines[rank], 20 * kSecond, &mine), mine);
+    OK(ept_arena_create(engines[rank], &arenas[rank], &mine), mine);
+  });
+}
+
+Group::~Group() {
+  run([&](uint32_t rank) {
+    Error error;
+    OK(ept_arena_close(arenas[rank], 10 * kSecond, &error), error);
+  });
+  run([&](uint32_t rank) { ept_engine_close(engines[rank], 2 * kSecond, nullptr); });
+}
+
+void Group::run(const std::function<void(uint32_t)> &body) const {
+  std::vector<std::thread> threads;
+  for (uint32_t rank = 0; rank < engines.size(); rank++) threads.emplace_back([&, rank] { body(rank); });
+  for (auto &thread : threads) thread.join();
+}
+
+std::vector<ept_moe *> Group::create(const ept_moe_config &config) const {
+  std::vector<ept_moe *> objects(world());
+  run([&](uint32_t rank) {
+    ept_moe_config mine = config;
+    mine.rank = rank;
+    Error error;
+    OK(ept_moe_create(arenas[rank], &mine, &objects[rank], &error), error);
+  });
+  return objects;
+}
+
+uint64_t Group::registered(uint32_t rank) const {
+  ept_engine_info info{};
+  info.size = sizeof info;
+  Error error;
+  OK(ept_engine_info_get(engines[rank], &info, &error), error);
+  return info.registered_bytes;
+}
+
+ept_moe_config config_of(uint32_t world, uint32_t experts, uint32_t top_k, uint32_t hidden, uint32_t max_tokens) {
+  ept_moe_config config{};
+  config.size = sizeof config;
+  config.world = world;
+  config.num_experts = experts;
+  config.top_k = top_k;
+  config.hidden = hidden;
+  config.max_tokens = max_tokens;
+  config.lanes = 2;
+  config.dtype = config.dispatch_dtype = config.combine_dtype = EPT_DTYPE_BF16;
+  config.scale_epsilon = 1e-4f;
+  config.alignment = 1;
+  config.threads = 1;
+  return config;
+}
+
+void close_all(const std::vector<ept_moe *> &objects) {
+  for (ept_moe *object : objects) {
+    Error error;
+    OK(ept_moe_close(object, &error), error);
+  }
+}
+
+ept_tensor tensor(const void *data, int32_t dtype, const std::vector<int64_t> &shape) {
+  ept_tensor t{};
+  t.data = const_cast<void *>(data);
+  t.dtype = dtype;
+  t.ndim = int32_t(shape.size());
+  t.device = -1;
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    t.shape[d] = shape[d];
+    t.strides[d] = stride;
+    stride *= shape[d];
+  }
+  return t;
+}
+
+}  // namespace moe_test
