@@ -4,17 +4,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from conformance import Check, Skip, Subject, checks, subject
-
 from eptransport.backends import registry
+from eptransport.conformance import Check, Skip, Subject, checks, subject
 
 SEEDS = [int(seed) for seed in os.environ.get("EPT_CONTRACT_SEEDS", "1 7").split()]
 VARIANTS: dict[str, list[dict[str, str]]] = {

@@ -9,9 +9,9 @@ import threading
 from typing import Any
 
 import pytest
-from conformance.world import GUARD, World, subject
 
 from eptransport.backends import registry
+from eptransport.conformance.world import GUARD, World, subject
 from eptransport.engine import Write
 from eptransport.errors import AccessDenied
 

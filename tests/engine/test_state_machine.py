@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from conformance.world import GUARD, World, subject
 from engine_model import Bytes, Fate, Memory, Model, Region, Signal, Transfer
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -26,6 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from eptransport import engine as ept
 from eptransport.backends import registry
+from eptransport.conformance.world import GUARD, World, subject
 from eptransport.errors import AccessDenied, InvalidArgument, Timeout, TransportError
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"

@@ -3,6 +3,7 @@
     eptransport demo          a model served over 4 ranks, then a DeepSeek-V3 layer timed and checked
     eptransport bench p2p     latency and bandwidth beside a bare socket's
     eptransport bench moe     dispatch and combine beside a bare mesh's, and gloo's
+    eptransport conformance   the contract, clause by clause, on a backend in or out of tree
     eptransport doctor        which backends can run here, and what the others lack
     eptransport settings      every setting, its value, and where that came from
 

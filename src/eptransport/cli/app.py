@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 import eptransport
 from eptransport.cli.bench import bench
+from eptransport.cli.conformance import conformance
 from eptransport.cli.demo import demo
 from eptransport.cli.doctor import doctor, settings
 from eptransport.errors import ConfigError, EptError, InvalidArgument
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(demo)
+app.command()(conformance)
 app.command()(doctor)
 app.command()(settings)
 

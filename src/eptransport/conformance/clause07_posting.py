@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """7. Posting never blocks and never allocates without bound; a receiver can't be overrun."""
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from conformance.registry import Violation, check, require
-from conformance.world import PATIENCE_S, Route, Subject, World
+from eptransport.conformance.registry import Violation, check, require
+from eptransport.conformance.world import PATIENCE_S, Route, Subject, World
 from eptransport.errors import Timeout
 
 MANY = 200_000
@@ -55,6 +54,10 @@ def a_full_queue_is_an_answer(subject: Subject) -> None:
         route.look("at the end")
 
 
+def _again(post: Callable[[Route], Any], route: Route) -> Callable[[int], Any]:
+    return lambda _: post(route)
+
+
 @check(7)
 def memory_stays_bounded(subject: Subject) -> None:
     """What a poster may run ahead by is bounded in bytes too: big writes, and lists of thousands of pages."""
@@ -70,7 +73,7 @@ def memory_stays_bounded(subject: Subject) -> None:
             route = world.route(0, 1, 1 << 16)
             world.absent.add(1)
             before = _resident()
-            taken = _post_until_refused(lambda _, one=post, to=route: one(to))
+            taken = _post_until_refused(_again(post, route))
             grown = _resident() - before
             require(grown < MOST_BYTES, f"{len(taken)} {name} to a rank that takes no part took {grown >> 20} MiB")
             require(len(taken) > 2, f"only {len(taken)} {name} were taken: room to run ahead is the point of a queue")

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The numbered list of checks. A check is a function of a Subject (a backend with its settings) that returns, raises
 Violation, or raises Skip with the reason why it can't say anything here."""
 
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from conformance.world import Subject
+    from eptransport.conformance.world import Subject
 
 WAIVABLE = (9, 10, 11, 12)
 
@@ -20,6 +19,10 @@ class Violation(AssertionError):
 
 class Skip(Exception):
     """This check says nothing about this subject, and why."""
+
+
+class Waived(Skip):
+    """The backend says that it does not keep this clause, and why; only some may be waived."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Check:
     def run(self, subject: Subject) -> None:
         waived = subject.plugin.probe(subject.options).waived
         if self.clause in waived and self.clause in WAIVABLE:
-            raise Skip(f"WAIVED by {subject.plugin.name}: {subject.plugin.probe(subject.options).waived_why}")
+            raise Waived(f"WAIVED by {subject.plugin.name}: {subject.plugin.probe(subject.options).waived_why}")
         if self.only_hostile and not subject.hostile:
             raise Skip("needs a backend that shows reordering when asked to (an adversary)")
         self.body(subject)

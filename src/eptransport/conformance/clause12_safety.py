@@ -1,16 +1,16 @@
-# SPDX-License-Identifier: Apache-2.0
 """12. Memory is safe: a write outside a region, with a wrong or revoked key, or without the right to write, changes
 nothing at the target and fails at the initiator; everyone else goes on."""
 
 from __future__ import annotations
 
 import secrets
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from conformance.registry import check, require
-from conformance.world import GUARD, Route, Subject, World, raises
+from eptransport.conformance.registry import check, require
+from eptransport.conformance.world import GUARD, Route, Subject, World, raises
 from eptransport.engine import Region
 from eptransport.errors import AccessDenied, EptError, InvalidArgument
 
@@ -112,12 +112,8 @@ def with_a_wrong_key(subject: Subject) -> None:
         require(denied >= 8, f"{denied} flipped bytes were denied: no long key is checked")
         for _ in range(200):
             noise = secrets.token_bytes(world.random.choice((0, 1, 16, len(route.blob), 4096)))
-            raises(
-                EptError, lambda blob=noise: route.peer.import_region(blob), f"importing {len(noise)} bytes of noise"
-            )
-            raises(
-                EptError, lambda blob=noise: route.peer.import_signal(blob), f"importing {len(noise)} bytes of noise"
-            )
+            raises(EptError, partial(route.peer.import_region, noise), f"importing {len(noise)} bytes of noise")
+            raises(EptError, partial(route.peer.import_signal, noise), f"importing {len(noise)} bytes of noise")
         count = route.signal.value
         route.write(0, 512)
         world.settle()
@@ -239,7 +235,7 @@ def with_another_secret(subject: Subject) -> None:
         for rank, engine in enumerate(engines):
             status = engine.peer(1 - rank).info.status
             require(status != PeerStatus.UP, f"rank {rank} is connected to a rank with another secret")
-            error = raises(EptError, lambda which=engine: which.wait_connected(0.5), "a wait for a stranger")
-            require(isinstance(error, (AuthError, PeerLost, Timeout)), f"rank {rank} was told {error!r}")
-            kinds.append(type(error))
+            told = raises(EptError, partial(engine.wait_connected, 0.5), "a wait for a stranger")
+            require(isinstance(told, (AuthError, PeerLost, Timeout)), f"rank {rank} was told {told!r}")
+            kinds.append(type(told))
     require(AuthError in kinds, f"nobody was told that the secrets differ: {kinds}")

@@ -1,13 +1,13 @@
-# SPDX-License-Identifier: Apache-2.0
 """8. Every wait has a deadline, and an expired one says who waits for whom, for what, what was seen, since when."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
-from conformance.registry import check, require
-from conformance.world import Subject, World, raises, warnings
+from eptransport.conformance.registry import check, require
+from eptransport.conformance.world import Subject, World, raises, warnings
 from eptransport.engine import Engine
 from eptransport.errors import Code, StuckError, Timeout
 
@@ -23,6 +23,7 @@ def _expires(body: Callable[[], object], what: str, length: float = SHORT_S) -> 
     require(length * 0.95 <= took <= length + LATE_S, f"{what} with a deadline of {length} s ended after {took:.3f} s")
     require(error.code == Code.TIMEOUT, f"{what}: the code is {error.code}")
     require(isinstance(error, TimeoutError), f"{what}: no TimeoutError of Python's")
+    assert isinstance(error, Timeout)
     return error
 
 
@@ -56,7 +57,7 @@ def a_wait_for_a_transfer(subject: Subject) -> None:
     with World(subject) as world:
         route = world.route(0, 1, 1 << 10)
         world.absent.add(1)
-        taken = []
+        taken: list[Any] = []
         try:
             while len(taken) < 100_000:
                 taken.append(route.write(0, 1 << 10, timeout=0))
@@ -77,7 +78,7 @@ def room_for_a_transfer(subject: Subject) -> None:
     with World(subject) as world:
         route = world.route(0, 1, 1 << 12)
         world.absent.add(1)
-        taken = []
+        taken: list[Any] = []
         try:
             while len(taken) < 100_000:
                 taken.append(route.write(0, 1, timeout=0))

@@ -1,10 +1,11 @@
-# SPDX-License-Identifier: Apache-2.0
 """13. Any number of peers, regions and signals, up to limits that settings name; past one, an error names it."""
 
 from __future__ import annotations
 
-from conformance.registry import Skip, check, require
-from conformance.world import Subject, World, raises
+from functools import partial
+
+from eptransport.conformance.registry import Skip, check, require
+from eptransport.conformance.world import Subject, World, raises
 from eptransport.errors import LimitError
 
 
@@ -25,8 +26,14 @@ def many_regions_and_signals(subject: Subject) -> None:
             for number in order:
                 transfers.append(
                     world.post(
-                        lambda at=number, to=regions, up=remotes: block.peer.write(
-                            block.source_memory, to[at], 16, source_offset=16 * at, signal=up[at], timeout=0
+                        partial(
+                            block.peer.write,
+                            block.source_memory,
+                            regions[number],
+                            16,
+                            source_offset=16 * number,
+                            signal=remotes[number],
+                            timeout=0,
                         )
                     )
                 )

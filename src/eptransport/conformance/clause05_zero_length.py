@@ -1,10 +1,11 @@
-# SPDX-License-Identifier: Apache-2.0
 """5. Zero length transfers signal too."""
 
 from __future__ import annotations
 
-from conformance.registry import check
-from conformance.world import Subject, World
+from typing import Any
+
+from eptransport.conformance.registry import check
+from eptransport.conformance.world import Subject, World
 from eptransport.engine import Write
 
 
@@ -14,7 +15,7 @@ def nothing_but_the_signal(subject: Subject) -> None:
     others."""
     with World(subject) as world:
         route = world.route(0, 1, 1 << 16)
-        count, transfers = 0, []
+        count, transfers = 0, list[Any]()
 
         def due(more: int) -> None:
             nonlocal count

@@ -1,12 +1,13 @@
-# SPDX-License-Identifier: Apache-2.0
 """6. Local completion says that the source may be reused, and nothing about the target."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
-from conformance.registry import check, require
-from conformance.world import Subject, World
+from eptransport.conformance.registry import check, require
+from eptransport.conformance.world import Subject, World
 
 
 @check(6)
@@ -47,12 +48,12 @@ def the_source_memory_may_be_given_back_at_once(subject: Subject) -> None:
             source = world.bytes(1 << 12)
             memory = world.engines[0].register(source)
             transfer = route.peer.write(memory, route.region, 1 << 12, signal=route.remote)
-            world.until(lambda each=transfer: each.done, "the write is locally complete")
+            world.until(partial(getattr, transfer, "done"), "the write is locally complete")
             memory.close()
             wanted = source.copy()
             source[:] = 0
             del source
-            world.until(lambda n=number: route.signal.value >= n, "the write raised the signal")
+            world.until(route.reached(number), "the write raised the signal")
             require(
                 bool((route.target == wanted).all()), f"write {number} brought bytes that came after its completion"
             )

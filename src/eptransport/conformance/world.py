@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Several ranks in one process, and something to look at: engines over the backend under test, stepped by hand.
 
 With progress "inline" nothing moves but by `World.step`, so a schedule is the same on every run and a check can look
@@ -20,8 +19,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from conformance.registry import Skip, Violation, require
 from eptransport.backends import Plugin
+from eptransport.conformance.registry import Skip, Violation, require
 from eptransport.engine import Engine, Memory, PeerStatus, Region, RemoteSignal, Signal, Transfer
 from eptransport.errors import Timeout
 from eptransport.settings import Settings
@@ -63,16 +62,18 @@ class Subject:
         return replace(self, options={**self.options, **{name: str(value) for name, value in options.items()}})
 
     def settings(self, **overrides: Any) -> Settings:
-        name = self.plugin.name
-        options = {f"{name}.{key}": value for key, value in self.options.items()}
-        return Settings(backend=name, options=options, **overrides)
+        plugin = self.plugin
+        options = {f"{plugin.name}.{key}": value for key, value in self.options.items()}
+        backend = plugin.name if plugin.source == "built in" else plugin.path
+        return Settings(backend=backend, options=options, **overrides)
 
 
 def subject(plugin: Plugin, options: Mapping[str, str] | None = None, seed: int = 1) -> Subject:
     """A subject with what is known of the backend filled in."""
     chosen = dict(options or {})
     hostile = int(chosen.get("adversary", "0")) > 0
-    label = plugin.name + "".join(f"-{name}{value}" for name, value in chosen.items())
+    shown = {name: value.rpartition("/")[2] for name, value in chosen.items()}
+    label = plugin.name + "".join(f"-{name}{value}" for name, value in shown.items())
     return Subject(plugin, chosen, label, seed, hostile, across_processes=plugin.name != "loopback")
 
 
@@ -180,7 +181,8 @@ class World:
 
     def bytes(self, count: int) -> Bytes:
         """Bytes that differ from one another and from all others drawn before."""
-        return np.frombuffer(self.random.randbytes(count), dtype=np.uint8).copy()
+        drawn: Bytes = np.frombuffer(self.random.randbytes(count), dtype=np.uint8).copy()
+        return drawn
 
     def close(self) -> None:
         """All at once: a farewell may have to be read by a peer that closes too."""
@@ -268,6 +270,10 @@ class Route:
                 f"{when}: {len(wrong)} bytes of the block at rank {self.receiver.rank} differ from what was written, "
                 f"the first {where}: {self.block[first]} instead of {self.expected[first]}"
             )
+
+    def reached(self, count: int) -> Callable[[], bool]:
+        """To be waited for: the signal has come to `count`."""
+        return lambda: self.signal.value >= count
 
     def counted(self, count: int, when: str) -> None:
         require(self.signal.value == count, f"{when}: the signal is {self.signal.value}, not {count}")

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """10. Quiesced is a promise with a scope: afterwards no thread of a backend and no NIC touches the memory."""
 
 from __future__ import annotations
@@ -6,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from conformance.registry import check, require
-from conformance.world import PATIENCE_S, Subject, World, raises
+from eptransport.conformance.registry import check, require
+from eptransport.conformance.world import PATIENCE_S, Subject, World, raises
 from eptransport.errors import AccessDenied, EptError, StuckError, Timeout
 
 
@@ -46,7 +46,7 @@ def local_when_what_was_posted_is_complete(subject: Subject) -> None:
         for memory in (route.source_memory, None):
             transfers = [route.write(number << 12, 1 << 12) for number in range(256)]
             rest = [other.write(number << 8, 1 << 8) for number in range(256)]
-            _while_stepping(world, 0, lambda chosen=memory: world.engines[0].quiesce(chosen, "local", PATIENCE_S))
+            _while_stepping(world, 0, partial(world.engines[0].quiesce, memory, "local", PATIENCE_S))
             due = transfers if memory is not None else [*transfers, *rest]
             open_still = sum(not transfer.done for transfer in due)
             require(not open_still, f"{open_still} of {len(due)} transfers had not ended after a local quiesce")

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """1. One-sided: a write moves bytes, and the target's application takes no part."""
 
 from __future__ import annotations
@@ -7,9 +6,9 @@ import time
 
 import numpy as np
 
-from conformance import processes
-from conformance.registry import Violation, check, require
-from conformance.world import GUARD, PATIENCE_S, Route, Subject, World
+from eptransport.conformance import processes
+from eptransport.conformance.registry import Violation, check, require
+from eptransport.conformance.world import GUARD, PATIENCE_S, Route, Subject, World
 from eptransport.engine import Engine
 
 LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 511, 4095, 4096, 4097, 7168, 65535, 65536, 65537, 1 << 20)
@@ -23,7 +22,7 @@ def bytes_arrive_and_nothing_else_changes(subject: Subject) -> None:
         for count, length in enumerate((*LENGTHS, (3 << 20) + 5), 1):
             offset = world.random.randint(0, route.size - length)
             transfer = route.write(offset, length)
-            world.until(lambda n=count: route.signal.value >= n, f"the write of {length} bytes raised its signal")
+            world.until(route.reached(count), f"the write of {length} bytes raised its signal")
             route.look(f"after a write of {length} bytes to offset {offset}")
             world.settle([transfer])
             route.look(f"long after a write of {length} bytes to offset {offset}")
@@ -48,7 +47,7 @@ def offsets_of_source_and_destination_are_apart(subject: Subject) -> None:
                 signal=route.remote,
             )
             route.expected[GUARD + offset : GUARD + offset + length] = route.source[origin : origin + length]
-            world.until(lambda n=count: route.signal.value >= n, "the write raised its signal")
+            world.until(route.reached(count), "the write raised its signal")
             route.look(f"after a write from {origin} to {offset} of {length} bytes")
 
 
@@ -82,7 +81,7 @@ def pages_go_where_their_lists_say(subject: Subject) -> None:
             for source, target in zip(sources, targets, strict=True):
                 start, at = offsets[0] + source * strides[0], GUARD + offsets[1] + target * strides[1]
                 route.expected[at : at + page] = route.source[start : start + page]
-            world.until(lambda n=count: route.signal.value >= n, "the pages raised their signal")
+            world.until(route.reached(count), "the pages raised their signal")
             route.look(f"after {pages} pages of {page} bytes with strides {strides}")
 
 
@@ -141,10 +140,10 @@ def one_process(engine: Engine) -> None:
         require(word[0] == STEPS, f"the count ended at {word[0]}")
         return
     region = engine.peer(1).import_region(engine.recv(tag=1, peer=1)[1])
-    signal = engine.peer(1).import_signal(engine.recv(tag=2, peer=1)[1])
+    remote = engine.peer(1).import_signal(engine.recv(tag=2, peer=1)[1])
     block = np.zeros(SIZE, dtype=np.uint8)
     memory = engine.register(block)
     for step in range(1, STEPS + 1):
         block[:] = step
-        engine.peer(1).write(memory, region, SIZE, signal=signal).wait()
+        engine.peer(1).write(memory, region, SIZE, signal=remote).wait()
         engine.recv(tag=3, peer=1)

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Ranks as processes of their own, that meet over pipes of their parent."""
 
 from __future__ import annotations
@@ -8,9 +7,9 @@ import multiprocessing
 import traceback
 from typing import Any
 
-from conformance.registry import Skip, Violation
-from conformance.world import PATIENCE_S, Subject
 from eptransport.backends import registry
+from eptransport.conformance.registry import Skip, Violation
+from eptransport.conformance.world import PATIENCE_S, Subject
 from eptransport.engine import Engine
 
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """3. A signal counts transfers: by one, once, after every byte; not by shard, page or retry; never ahead of data."""
 
 from __future__ import annotations
@@ -8,8 +7,8 @@ import time
 
 import numpy as np
 
-from conformance.registry import check, require
-from conformance.world import GUARD, Subject, World, slots
+from eptransport.conformance.registry import check, require
+from eptransport.conformance.world import GUARD, Subject, World, slots
 from eptransport.engine import Write
 
 
@@ -88,7 +87,7 @@ def once_for_a_transfer_of_any_number_of_pieces(subject: Subject) -> None:
             while route.signal.value < count:
                 require(route.signal.value == count - 1, f"{pages} pages: the signal is {route.signal.value}")
                 if not world.step() and transfer.done:
-                    world.until(lambda n=count: route.signal.value >= n, f"{pages} pages raised the signal")
+                    world.until(route.reached(count), f"{pages} pages raised the signal")
             route.look(f"the signal is up for {pages} pages")
             world.settle([transfer])
             route.counted(count, f"long after {pages} pages")

@@ -1,12 +1,11 @@
-# SPDX-License-Identifier: Apache-2.0
 """4. Early arrivals count: a signal that rises before anyone waits for it is not lost."""
 
 from __future__ import annotations
 
 import asyncio
 
-from conformance.registry import check, require
-from conformance.world import PATIENCE_S, Subject, World
+from eptransport.conformance.registry import check, require
+from eptransport.conformance.world import PATIENCE_S, Subject, World
 
 
 @check(4)

@@ -1,14 +1,14 @@
-# SPDX-License-Identifier: Apache-2.0
 """9. Errors are values: a code, a sentence, the peer, the operation. None is swallowed; a failed transfer is reported
 exactly once; nothing aborts the process."""
 
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any
 
-from conformance.registry import check, require
-from conformance.world import Subject, World, raises, warnings
+from eptransport.conformance.registry import check, require
+from eptransport.conformance.world import Subject, World, raises, warnings
 from eptransport.engine import PeerStatus
 from eptransport.errors import AccessDenied, Code, EptError, PeerLost, TransportError
 
@@ -55,7 +55,8 @@ def a_refused_write_does_not_hold_up_the_rest(subject: Subject) -> None:
         route, refused = world.route(0, 1, 1 << 14), world.route(0, 1, 1 << 14)
         refused.memory.revoke(0)
         before = refused.block.copy()
-        good, bad = [], []
+        good: list[Any] = []
+        bad: list[Any] = []
         for _ in range(400):
             for target, transfers in ((refused, bad), (route, good)):
                 pages = [2 * page for page in world.random.sample(range(1000), world.random.choice((1, 1, 3, 20)))]
@@ -84,12 +85,13 @@ def each_failure_once(subject: Subject) -> None:
         for number in range(2000):
             offset, length = number * 512, world.random.randint(0, size)
             transfer = world.post(
-                lambda at=offset, count=length: route.peer.write(
+                partial(
+                    route.peer.write,
                     route.source_memory,
                     route.region,
-                    count,
-                    source_offset=at,
-                    destination_offset=at,
+                    length,
+                    source_offset=offset,
+                    destination_offset=offset,
                     signal=route.remote,
                     timeout=0,
                 )
