@@ -2,5 +2,4 @@
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS / "reference"), str(TESTS / "contract")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "reference"))

@@ -9,7 +9,7 @@
  * reader uses no field past the size it is given, a writer zeroes what it does not know. Named features are asked for
  * with `query`, never guessed from a version.
  *
- * THE CONTRACT. tests/contract has a test for each rule, by number, run against every backend that can start.
+ * THE CONTRACT. `eptransport conformance` has checks for each rule, by number, for any backend that can start.
  *
  *  1 One-sided.     A WRITE moves `length` bytes from registered memory here into a registered region of a peer. The
  *                   target's application takes no part; its engine may have to poll.
