@@ -16,10 +16,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from eptransport._call import call, ffi, lib, new_error, size, sized, timeout_ns
+from eptransport._closing import Closing
 from eptransport._convert import fill, refuse_grad
 from eptransport._inputs import check_combine, check_topk, check_x, check_y
 from eptransport._lane import Lane, Sent, Summed
@@ -60,7 +60,7 @@ class Stats:
     """Sends that had to wait for a free slot."""
 
 
-class AllToAll:
+class AllToAll(Closing):
     """Dispatch and combine for the layers of one shape, over a group.
 
     Collective: every rank makes the same ones in the same order, with the same arguments but `layout`, `max_rows`,
@@ -410,14 +410,6 @@ class AllToAll:
         """Gives it back; the arena stays the group's. Not collective; closing twice is fine. `group.close` does it
         too."""
         self._finalizer()
-
-    def __enter__(self) -> AllToAll:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<AllToAll of {self.num_experts} experts, top-{self.top_k}, hidden {self.hidden}, on {self.group!r}>"

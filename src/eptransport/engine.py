@@ -18,11 +18,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from time import monotonic, sleep
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from eptransport._buffers import view
 from eptransport._call import error_of, ffi, lib, new_error, size, sized, text, timeout_ns
+from eptransport._closing import Closing
 from eptransport._engine_native import CLOSE_S, NativeEngine, create_engine
 from eptransport._notify import Notifier
 from eptransport.backends import Plugin
@@ -63,7 +63,7 @@ _ROLES = {"data": lib.EPT_ROLE_DATA, "signal": lib.EPT_ROLE_SIGNAL}
 _SCOPES = {"local": lib.EPT_SCOPE_LOCAL, "remote": lib.EPT_SCOPE_REMOTE}
 
 
-class Engine:
+class Engine(Closing):
     """One rank's end of a group over one backend. `Group` makes one and connects it; by itself it is for programs that
     ship addresses in their own way: make one on every rank, ship `address()` of each to all, `connect`,
     `wait_connected`.
@@ -140,14 +140,6 @@ class Engine:
         if self._notifier is not None:
             self._notifier.close()
         self._native.close(self.settings.timeout_s if timeout is None else timeout)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def closed(self) -> bool:

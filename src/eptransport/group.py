@@ -10,12 +10,12 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import eptransport
 from eptransport._bootstrap import Bootstrap, LocalStore, Store
 from eptransport._call import ffi, lib, new_error, timeout_ns
+from eptransport._closing import Closing
 from eptransport._process import cores, host_id, process
 from eptransport._trace import Trace
 from eptransport.backends import Candidate, Choice, candidates, unavailable, why
@@ -45,7 +45,7 @@ SLICE_S = 0.25
 """How often a rank that waits for connections looks whether another one has failed."""
 
 
-class Group:
+class Group(Closing):
     """All ranks of an expert-parallel job, connected. Everything else is made from it.
 
     Collective: every rank makes it, with the same `name` and world size; blocks until all are connected, at most
@@ -132,14 +132,6 @@ class Group:
         if self.trace is not None and not self.engine.closed:
             self.trace.write()
         self.engine.close() if timeout is None else self.engine.close(timeout)
-
-    def __enter__(self) -> Group:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Group {self.name!r} rank {self.rank} of {self.world_size} over {self.backend}>"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 from eptransport._call import ffi, lib, size, timeout_ns
+from eptransport._closing import Closing
 from eptransport.errors import Code
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ __all__ = ["Memory", "Region", "RemoteSignal", "Signal"]
 BLOB_BYTES = 4096
 
 
-class _Handle:
+class _Handle(Closing):
     """What has a number in the engine, and a way to give it back. A context manager; closing twice is fine."""
 
     def __init__(self, engine: Engine, number: int) -> None:
@@ -31,16 +32,8 @@ class _Handle:
             self._free()
         self._open = False
 
-    def _free(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @abstractmethod
+    def _free(self) -> None: ...
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._id:#x} of rank {self._engine.rank}{'' if self._open else ', closed'}>"

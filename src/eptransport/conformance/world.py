@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 
+from eptransport._closing import Closing
 from eptransport.backends import Plugin
 from eptransport.conformance.registry import Skip, Violation, require
 from eptransport.engine import Engine, Memory, PeerStatus, Region, RemoteSignal, Signal, Transfer
@@ -80,7 +80,7 @@ def subject(plugin: Plugin, options: Mapping[str, str] | None = None, seed: int 
 _jobs = itertools.count()
 
 
-class World:
+class World(Closing):
     """`ranks` engines that are connected to each other. A context manager."""
 
     def __init__(self, subject: Subject, ranks: int = 2, *, progress: str = "inline", **settings: Any) -> None:
@@ -191,14 +191,6 @@ class World:
             thread.start()
         for thread in threads:
             thread.join()
-
-    def __enter__(self) -> World:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Route:
