@@ -10,7 +10,7 @@
 #include "route.h"
 #include "schedule.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 namespace {
 
@@ -254,4 +254,4 @@ class Adversary final : public Route {
 
 std::unique_ptr<Route> make_adversary(ept_worker &worker) { return std::make_unique<Adversary>(worker); }
 
-}  // namespace ept_loopback
+}  // namespace loopback

@@ -5,7 +5,7 @@
 
 #include "common.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 constexpr uint32_t kBlobVersion = 1;
 
@@ -36,4 +36,4 @@ int32_t read_blob(const void *bytes, size_t length, const char *operation, Blob 
   return EPT_OK;
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback

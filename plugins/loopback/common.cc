@@ -6,7 +6,7 @@
 #include <cstdarg>
 #include <cstdio>
 
-namespace ept_loopback {
+namespace loopback {
 
 namespace {
 
@@ -29,4 +29,4 @@ int32_t fail(int32_t code, const char *operation, int64_t peer, const char *form
 
 ept_error &threads_error() { return t_error; }
 
-}  // namespace ept_loopback
+}  // namespace loopback

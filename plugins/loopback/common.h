@@ -13,7 +13,7 @@
 #include <exception>
 #include <new>
 
-namespace ept_loopback {
+namespace loopback {
 
 // Leaves a sentence for `last_error` on the calling thread and returns `code`. `peer` -1: none.
 [[gnu::format(printf, 4, 5)]] int32_t fail(int32_t code, const char *operation, int64_t peer, const char *format, ...);
@@ -40,4 +40,4 @@ void give(T *out, T value) {
   memcpy(out, &value, std::min<size_t>(size, sizeof value));
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback

@@ -11,9 +11,9 @@
 #include "job.h"
 #include "settings.h"
 
-namespace ept_loopback {
+namespace loopback {
 class Route;
-}  // namespace ept_loopback
+}  // namespace loopback
 
 struct ept_mem {
   ept_instance *instance;
@@ -25,15 +25,15 @@ struct ept_region {
   ept_instance *instance;
   uint32_t rank, slot;
   uint64_t length;
-  ept_loopback::Key key;
+  loopback::Key key;
   int32_t role;
 };
 
 struct ept_worker {
   ept_instance *instance;
-  std::unique_ptr<ept_loopback::Route> route;
-  ept_loopback::Queue own;                      // LOCAL_DONE, ERROR, QUIESCED
-  ept_loopback::Queue taken;                    // arrivals that poll took and has not handed out yet
+  std::unique_ptr<loopback::Route> route;
+  loopback::Queue own;                          // LOCAL_DONE, ERROR, QUIESCED
+  loopback::Queue taken;                        // arrivals that poll took and has not handed out yet
   std::vector<std::unique_ptr<char[]>> handed;  // bytes that the last poll's events point to
   std::vector<uint32_t> in_flight;              // by rail: posted, and its LOCAL_DONE or ERROR not handed out
   std::vector<ept_rail_counters> counters;      // by rail
@@ -49,16 +49,16 @@ struct ept_worker {
 struct ept_instance {
   const ept_host *host;
   uint32_t rank, world, epoch;
-  ept_loopback::Settings settings;
-  std::shared_ptr<ept_loopback::Job> job;
+  loopback::Settings settings;
+  std::shared_ptr<loopback::Job> job;
   std::string job_name;
-  std::shared_ptr<ept_loopback::Port> port;
-  std::vector<ept_loopback::Peer> peers;
+  std::shared_ptr<loopback::Port> port;
+  std::vector<loopback::Peer> peers;
   std::vector<uint32_t> fenced;  // by rank: epochs below this are fenced
   ept_worker *worker = nullptr;
 };
 
-namespace ept_loopback {
+namespace loopback {
 // INVALID unless `rank` is open here. (peers.cc)
 int32_t known(ept_instance *instance, uint32_t rank, const char *operation);
-}  // namespace ept_loopback
+}  // namespace loopback

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-namespace ept_loopback {
+namespace loopback {
 
 Switch &the_switch() {
   static Switch *const only = new Switch;  // never destroyed: threads may outlive main
@@ -58,4 +58,4 @@ void sever(Job &job, Port &own, Peer &peer, bool tell_own, const std::string &wh
   if (was_up && &own != peer.port.get()) tell(*peer.port, own, EPT_E_PEER_LOST, why);
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback

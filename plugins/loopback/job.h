@@ -29,7 +29,7 @@
 
 #include "queue.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 struct Key {
   uint64_t words[2] = {0, 0};
@@ -150,4 +150,4 @@ void greet(Port &one, Port &other, Link &link);
 // way.
 void sever(Job &job, Port &own, Peer &peer, bool tell_own, const std::string &why);
 
-}  // namespace ept_loopback
+}  // namespace loopback

@@ -10,7 +10,7 @@
 
 #include "instance.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 // Copies up to here are shorter than what a second round trip to the lock costs other posters: 32 KiB take 0.6 us.
 constexpr uint64_t kCopyUnderLock = 32 << 10;
@@ -113,4 +113,4 @@ inline Verdict carry(const std::shared_ptr<Port> &own, const Peer &peer, std::un
   return verdict;
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback

@@ -20,7 +20,7 @@
 #include "instance.h"
 #include "table.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 namespace {
 
@@ -202,4 +202,4 @@ const ept_backend ept_backend_v1 = {
 };
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback

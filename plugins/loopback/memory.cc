@@ -11,7 +11,7 @@
 #include "route.h"
 #include "table.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 namespace {
 
@@ -168,4 +168,4 @@ int32_t region_map(ept_region *region, void **address) {
   }
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback

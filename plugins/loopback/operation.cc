@@ -3,7 +3,7 @@
 // operation.cc: the words for an operation that was refused or has failed.
 #include "operation.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 const char *verb(int32_t kind) { return kind == EPT_OP_WRITE ? "write" : kind == EPT_OP_SIGNAL ? "signal" : "send"; }
 
@@ -37,4 +37,4 @@ void failed(ept_worker &worker, const ept_op &op, uint32_t epoch, int32_t code, 
   ++worker.counters[op.rail].errors;
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback

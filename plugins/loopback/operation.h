@@ -8,7 +8,7 @@
 
 #include "land.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 // Of those that go wrong: the word for its kind, the code and the sentence of its ERROR, INVALID from post, the event.
 const char *verb(int32_t kind);
@@ -77,4 +77,4 @@ inline void conclude(ept_worker &worker, const ept_op &op, const Peer &peer, Ver
   }
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback

@@ -13,7 +13,7 @@
 #include "route.h"
 #include "table.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 namespace {
 
@@ -200,4 +200,4 @@ int32_t peer_fence(ept_instance *instance, uint32_t rank, uint32_t epoch, uint64
   });
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback

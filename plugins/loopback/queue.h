@@ -9,7 +9,7 @@
 #include <memory>
 #include <utility>
 
-namespace ept_loopback {
+namespace loopback {
 
 // An event on its way to poll, with the bytes that it points to, if any.
 struct Item {
@@ -64,4 +64,4 @@ class Queue {
   size_t capacity_ = 0, mask_ = 0, head_ = 0, tail_ = 0;
 };
 
-}  // namespace ept_loopback
+}  // namespace loopback

@@ -7,7 +7,7 @@
 
 #include "instance.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 // How operations get from post to their target.
 class Route {
@@ -32,4 +32,4 @@ class Route {
 std::unique_ptr<Route> make_straight(ept_worker &worker);   // straight.cc
 std::unique_ptr<Route> make_adversary(ept_worker &worker);  // adversary.cc
 
-}  // namespace ept_loopback
+}  // namespace loopback

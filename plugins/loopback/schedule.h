@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-namespace ept_loopback {
+namespace loopback {
 
 // The knobs, each a setting of the same name.
 struct Malice {
@@ -71,4 +71,4 @@ class Schedule {
   uint64_t state_;
 };
 
-}  // namespace ept_loopback
+}  // namespace loopback

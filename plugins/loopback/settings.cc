@@ -9,7 +9,7 @@
 #include <map>
 #include <string>
 
-namespace ept_loopback {
+namespace loopback {
 
 namespace {
 
@@ -97,4 +97,4 @@ ept_caps capabilities(const Settings &settings) {
   return caps;
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback

@@ -6,7 +6,7 @@
 #include "common.h"
 #include "schedule.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 // Post, IMM and LOCAL_DONE, batches of 4 to 64 on one EPYC core, 2026-11-24: 50 to 60 ns (tests/native/loopback_cost).
 constexpr uint32_t kOperationCostNs = 50;
@@ -25,4 +25,4 @@ struct Settings {
 int32_t read_settings(const ept_value *values, size_t count, const char *operation, Settings *settings);
 ept_caps capabilities(const Settings &settings);
 
-}  // namespace ept_loopback
+}  // namespace loopback

@@ -4,7 +4,7 @@
 #include "operation.h"
 #include "route.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 namespace {
 
@@ -35,4 +35,4 @@ class Straight final : public Route {
 
 std::unique_ptr<Route> make_straight(ept_worker &worker) { return std::make_unique<Straight>(worker); }
 
-}  // namespace ept_loopback
+}  // namespace loopback

@@ -5,7 +5,7 @@
 
 #include "instance.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 // peers.cc
 int32_t local_address(ept_instance *instance, void *blob, size_t *length);
@@ -34,4 +34,4 @@ int32_t arm(ept_worker *worker, int32_t *descriptor);
 int32_t quiesce(ept_worker *worker, uint32_t rank, int32_t scope, uint64_t cookie);
 int32_t counters(ept_worker *worker, uint32_t rail, ept_rail_counters *counters);
 
-}  // namespace ept_loopback
+}  // namespace loopback

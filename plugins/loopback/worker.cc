@@ -15,7 +15,7 @@
 #include "route.h"
 #include "table.h"
 
-namespace ept_loopback {
+namespace loopback {
 
 namespace {
 
@@ -181,4 +181,4 @@ int32_t counters(ept_worker *worker, uint32_t rail, ept_rail_counters *counters)
   return EPT_OK;
 }
 
-}  // namespace ept_loopback
+}  // namespace loopback
