@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "moe/cpu/kernels.h"
 #include "moe/cpu/rows.h"
@@ -63,9 +64,8 @@ UnpackRows::UnpackRows(const Object &object, Pool &pool, const ept_dispatch_outp
     const uint64_t padding = routing.layout == EPT_LAYOUT_CONTIGUOUS ? object.config.alignment : 1;
     starts_[e + 1] = starts_[e] + align_up(at - begin, padding);
   }
-  uint64_t rows = 0;
-  for (size_t i = 0; i < size_t(world) * local_ && per_expert_; i++) rows += counts[i];
-  if (!per_expert_) rows = routing.begin[world];
+  const uint64_t rows =
+      per_expert_ ? std::accumulate(counts, counts + size_t(world) * local_, uint64_t(0)) : routing.begin[world];
   streams_ = rows * payload_ >= kStreamFrom;
   total_ = routing.layout == EPT_LAYOUT_MASKED    ? local_ * routing.leading
            : routing.layout == EPT_LAYOUT_BY_RANK ? world * routing.leading
