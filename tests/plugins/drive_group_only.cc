@@ -3,8 +3,8 @@
 // Drives the group-only plugin as the engine would: join in rounds, collective memory, the device half, waived rules.
 #include <functional>
 
-#include "check.cc"  // whole: a driver is one file to its Makefile
-#include "plugin.cc"
+#include "check.h"
+#include "plugin.h"
 
 using plugin::Event;
 using plugin::Rank;

@@ -3,8 +3,8 @@
 // Drives the mapped plugin: pointers into the peer's memory, and signals that the initiator raises by itself.
 #include <thread>
 
-#include "check.cc"  // whole: a driver is one file to its Makefile
-#include "plugin.cc"
+#include "check.h"
+#include "plugin.h"
 
 using plugin::Event;
 using plugin::Group;

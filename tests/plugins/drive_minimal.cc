@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Drives the minimal plugin: what any backend must do, and no more.
-#include "check.cc"  // whole: a driver is one file to its Makefile
-#include "plugin.cc"
+#include "check.h"
+#include "plugin.h"
 
 using plugin::Event;
 using plugin::Group;
