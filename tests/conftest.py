@@ -88,3 +88,13 @@ def build_plugin(tmp_path: Path) -> Callable[[str, str], Path]:
         return library
 
     return build
+
+
+@pytest.fixture(scope="session")
+def out_of_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the plugins of tests/plugins and their drivers, built from the installed headers alone."""
+    assert shutil.which("make"), "make builds the plugins of tests/plugins"
+    out = tmp_path_factory.mktemp("plugins")
+    folder = Path(__file__).parent / "plugins"
+    subprocess.run(["make", "-s", "-C", str(folder), f"HEADERS={ept.include_dir()}", f"OUT={out}"], check=True)
+    return out

@@ -112,16 +112,6 @@ def test_a_header_compiles_by_itself(tmp_path: Path, header: str, suffix: str, c
     subprocess.run([compiler, *flags, str(source)], check=True)
 
 
-@pytest.fixture(scope="module")
-def out_of_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plugins of tests/plugins and their drivers, built from the installed headers alone."""
-    assert shutil.which("make"), "make builds the plugins of tests/plugins"
-    out = tmp_path_factory.mktemp("plugins")
-    command = ["make", "-s", "-C", str(TESTS / "plugins"), f"HEADERS={HEADERS_AT}", f"OUT={out}"]
-    subprocess.run(command, check=True)
-    return out
-
-
 @pytest.mark.parametrize("name", OUT_OF_TREE)
 def test_an_out_of_tree_plugin_works_through_its_table(out_of_tree: Path, name: str) -> None:
     plugin = out_of_tree / f"ept_{name}.so"

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree as xml
@@ -12,7 +10,6 @@ from xml.etree import ElementTree as xml
 import pytest
 from typer.testing import CliRunner
 
-import eptransport as ept
 from eptransport.backends import Plugin, registry
 from eptransport.cli import app
 from eptransport.conformance import checks, subject
@@ -37,15 +34,9 @@ FAULTS = {
 LIMIT_S = 100.0
 
 
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tests/plugins/broken, built from the installed headers."""
-    assert shutil.which("make"), "make builds the plugins of tests/plugins"
-    out = tmp_path_factory.mktemp("broken")
-    folder = Path(__file__).parent.parent / "plugins"
-    command = ["make", "-s", "-C", str(folder), f"HEADERS={ept.include_dir()}", f"OUT={out}", f"{out}/ept_broken.so"]
-    subprocess.run(command, check=True)
-    return out / "ept_broken.so"
+@pytest.fixture
+def broken(out_of_tree: Path) -> Path:
+    return out_of_tree / "ept_broken.so"
 
 
 def under() -> str:

@@ -29,7 +29,10 @@ def conformance(
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the backend; may be repeated.")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a check is taken to hang.")] = 180.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds until a check is taken to hang [180].", show_default=False),
+    ] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
 ) -> None:
     """Runs the shipped checks of the contract on a backend, in or out of tree, and prints a table by clause. A backend
@@ -40,7 +43,7 @@ def conformance(
         raise InvalidArgument(f"the folder of {junit} does not exist")
     from eptransport.conformance.junit import write_junit
     from eptransport.conformance.registry import checks
-    from eptransport.conformance.run import find, run, subjects
+    from eptransport.conformance.run import LIMIT_S, find, run, subjects
 
     options = dict(_split(each) for each in option or [])
     plugin = find(backend, options)
@@ -50,7 +53,7 @@ def conformance(
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"conformance of {plugin.name}", total=total)
-        for outcome in run(plugin, clause, seed, options, timeout):
+        for outcome in run(plugin, clause, seed, options, timeout or LIMIT_S):
             outcomes.append(outcome)
             bar.advance(task)
     console.print(_table(outcomes))

@@ -7,9 +7,8 @@ import multiprocessing
 import traceback
 from typing import Any
 
-from eptransport.backends import registry
 from eptransport.conformance.registry import Skip, Violation
-from eptransport.conformance.world import PATIENCE_S, Subject
+from eptransport.conformance.world import PATIENCE_S, Spec, Subject, spec_of, subject_of
 from eptransport.engine import Engine
 
 
@@ -23,8 +22,8 @@ def run(subject: Subject, body: str, ranks: int = 2, **settings: Any) -> list[An
     try:
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            what = (subject.plugin.name, subject.plugin.path, dict(subject.options), subject.seed)
-            child = context.Process(target=_child, args=(theirs, rank, ranks, what, settings, body), daemon=True)
+            args = (theirs, rank, ranks, spec_of(subject), settings, body)
+            child = context.Process(target=_child, args=args, daemon=True)
             child.start()
             theirs.close()
             pipes.append(ours)
@@ -58,10 +57,8 @@ def _receive(pipe: Any, rank: int, what: str) -> Any:
     return value
 
 
-def _child(pipe: Any, rank: int, ranks: int, what: tuple[Any, ...], settings: Any, body: str) -> None:
-    name, path, options, seed = what
-    plugins = registry((path,)).plugins
-    subject = Subject(plugins[name], options, seed=seed)
+def _child(pipe: Any, rank: int, ranks: int, spec: Spec, settings: Any, body: str) -> None:
+    subject = subject_of(spec)
     try:
         module, function = body.split(":")
         settings.setdefault("timeout_s", PATIENCE_S)

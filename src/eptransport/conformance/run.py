@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Literal
 
-from eptransport.backends import Plugin, candidates, registry
+from eptransport.backends import Plugin, candidates
 from eptransport.conformance.registry import Check, Skip, Violation, Waived, checks
-from eptransport.conformance.world import Subject, subject
+from eptransport.conformance.world import Spec, Subject, spec_of, subject, subject_of
 from eptransport.errors import BackendUnavailable, InvalidArgument
 from eptransport.settings import Settings
 
@@ -133,8 +133,7 @@ class _Worker:
     def __init__(self, under: Subject) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        what = (under.plugin.name, under.plugin.path, dict(under.options), under.seed)
-        self._process: BaseProcess = context.Process(target=_work, args=(theirs, what))
+        self._process: BaseProcess = context.Process(target=_work, args=(theirs, spec_of(under)))
         self._process.start()
         theirs.close()
 
@@ -163,10 +162,9 @@ def _how(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def _work(pipe: Connection, what: tuple[str, str, dict[str, str], int]) -> None:
-    name, path, options, seed = what
+def _work(pipe: Connection, spec: Spec) -> None:
     logging.getLogger("eptransport").addHandler(logging.NullHandler())  # what a check provokes is not the user's news
-    under = subject(registry((path,)).plugins[name], options, seed)
+    under = subject_of(spec)
     by_number = {check.number: check for check in checks()}
     while True:
         try:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from eptransport._closing import Closing
-from eptransport.backends import Plugin
+from eptransport.backends import Plugin, registry
 from eptransport.conformance.registry import Skip, Violation, require
 from eptransport.engine import Engine, Memory, PeerStatus, Region, RemoteSignal, Signal, Transfer
 from eptransport.errors import Timeout
@@ -66,6 +66,19 @@ class Subject:
         options = {f"{plugin.name}.{key}": value for key, value in self.options.items()}
         backend = plugin.name if plugin.source == "built in" else plugin.path
         return Settings(backend=backend, options=options, **overrides)
+
+
+Spec = tuple[str, str, dict[str, str], int]
+"""A subject on its way to another process, where its plugin has to be opened anew."""
+
+
+def spec_of(subject: Subject) -> Spec:
+    return subject.plugin.name, subject.plugin.path, dict(subject.options), subject.seed
+
+
+def subject_of(spec: Spec) -> Subject:
+    name, path, options, seed = spec
+    return subject(registry((path,)).plugins[name], options, seed)
 
 
 def subject(plugin: Plugin, options: Mapping[str, str] | None = None, seed: int = 1) -> Subject:
