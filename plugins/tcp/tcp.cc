@@ -399,8 +399,10 @@ int32_t tcp_counters(ept_worker *worker, uint32_t rail, ept_rail_counters *count
   const auto &all = worker->instance->counters;
   if (rail >= all.size())
     return fail(EPT_E_INVALID, "counters", -1, 0, "tcp: rail %u, there are %zu", rail, all.size());
-  uint32_t size = counters->size;
-  *counters = all[rail];
+  // The caller's struct may be older and shorter than ours, or newer and longer.
+  const uint32_t size = counters->size;
+  memset(counters, 0, size);
+  memcpy(counters, &all[rail], std::min<size_t>(size, sizeof all[rail]));
   counters->size = size;
   return EPT_OK;
 }

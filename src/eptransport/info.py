@@ -84,6 +84,10 @@ class RailCounters:
     later: int
     """Times the backend had no room."""
     errors: int
+    reconnects: int
+    """Times a broken rail to a peer was made again."""
+    replayed: int
+    """Operations sent again over a rail that was made again; each counts once above."""
 
 
 class Rail(NamedTuple):

@@ -327,6 +327,8 @@ typedef struct ept_rail_counters {
   uint64_t tx_bytes, tx_operations, rx_bytes, rx_operations; /* payload bytes of WRITE; WRITEs and SIGNALs; no SENDs */
   uint64_t tx_sends, rx_sends;
   uint64_t later, errors;
+  uint64_t reconnects; /* times that a broken rail to a peer was made again, where rails keep order and can be */
+  uint64_t replayed;   /* operations that were sent again over it; counted once in tx_operations and tx_sends */
 } ept_rail_counters;
 
 /* An entry of the device table: what a kernel needs to reach a peer, a region or a signal. `device.cuh` understands
