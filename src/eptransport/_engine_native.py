@@ -123,6 +123,7 @@ def create_engine(
     config.timeout_ns = int(settings.timeout_s * 1e9)
     config.warn_ns = int(settings.warn_s * 1e9)
     config.dead_ns = int(settings.dead_s * 1e9)
+    config.heartbeat_ns = int((settings.heartbeat_s or 0) * 1e9)
     cpus = ffi.new("int32_t[]", list(settings.proxy_cpus or ()))
     if settings.proxy_cpus:
         config.proxy_cpus, config.proxy_cpu_count = cpus, len(settings.proxy_cpus)

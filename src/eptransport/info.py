@@ -17,6 +17,7 @@ class PeerStatus(IntEnum):
     UP = 2
     LEFT = 3
     LOST = 4
+    MASKED = 5
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,12 @@ class Settings(BaseSettings):
     )
     timeout_s: float = Field(300.0, gt=0, le=86400, description="a wait for a peer that is alive fails after it, s")
     warn_s: float = Field(10.0, gt=0, le=86400, description="a wait that lasts so long is logged, once, s")
-    dead_s: float = Field(5.0, gt=0, le=86400, description="a peer silent so long while it owes an answer is dead, s")
+    dead_s: float = Field(
+        5.0, gt=0, le=86400, description="a peer silent so long though it owes an answer or a heartbeat is dead, s"
+    )
+    heartbeat_s: float | None = Field(
+        None, gt=0, le=4000, description="a peer that was sent nothing for so long is sent a heartbeat; dead_s / 5, s"
+    )
     progress: Literal["auto", "thread", "inline"] = Field(
         "auto",
         description="who moves the network: a waiting thread, and a proxy while nobody waits (auto), always a proxy "

@@ -3,7 +3,7 @@
  * eptransport.h: the C API that Python binds with cffi, and that a C or C++ program may use by itself.
  *
  *   backends    find a plugin, ask what it could do here
- *   engine      peers, memory, regions, signals, transfers, messages
+ *   engine      peers, membership, memory, regions, signals, transfers, messages
  *   moe         dispatch and combine
  *
  * Every call returns an ept_code (negative: error; see backend.h) and fills `error` (may be NULL) where it has one.
@@ -64,7 +64,8 @@ typedef struct ept_engine_config {
   uint64_t spin_ns;          /* how long a wait polls before it sleeps; UINT64_MAX: chosen from the cores */
   uint64_t timeout_ns;       /* a wait fails; 0: 300 s */
   uint64_t warn_ns;          /* a wait that lasts so long is logged, once; 0: 10 s */
-  uint64_t dead_ns;          /* a peer that is silent while it owes an answer is dead; 0: 5 s */
+  uint64_t dead_ns;          /* a peer that is silent so long though it owes an answer or a heartbeat is dead; 0: 5 s */
+  uint64_t heartbeat_ns;     /* a peer that was sent nothing for so long is sent a sign of life; 0: dead_ns / 5 */
   const int32_t *proxy_cpus; /* where the proxy thread may run; NULL: anywhere */
   uint32_t proxy_cpu_count;
   uint32_t max_regions;  /* 0: 65,536 exported and as many imported */
@@ -94,7 +95,8 @@ typedef enum ept_peer_status {
   EPT_PEER_CONNECTING = 1,
   EPT_PEER_UP = 2,
   EPT_PEER_LEFT = 3,
-  EPT_PEER_LOST = 4
+  EPT_PEER_LOST = 4,
+  EPT_PEER_MASKED = 5 /* by ept_engine_mask, until ept_engine_readmit */
 } ept_peer_status;
 typedef struct ept_peer_info {
   uint32_t size;
@@ -105,9 +107,13 @@ typedef struct ept_peer_info {
   uint32_t queued;    /* operations held for want of credits or room */
   uint64_t in_flight; /* operations posted, not yet locally complete */
   uint64_t silent_ns; /* since the last sign of life */
-  int32_t why_code;   /* LOST: why */
+  int32_t why_code;   /* LOST, LEFT, MASKED: why */
   int32_t why_errno;
   char why[256];
+  uint32_t membership;   /* MASKED: under which epoch of the membership */
+  uint32_t links_ended;  /* how often a link to this rank has ended; what was made for an ended one is stale */
+  uint64_t heartbeat_ns; /* UP: what it promised; 0: no heartbeats, so its silence says nothing (EPT_PROGRESS_INLINE) */
+  uint64_t set_aside;    /* bytes of memory here that it may still write, its process not being known dead */
 } ept_peer_info;
 int32_t ept_engine_peer(ept_engine *engine, uint32_t rank, ept_peer_info *info, ept_error *error);
 
@@ -123,11 +129,62 @@ typedef struct ept_engine_info {
   uint64_t unknown_chans;       /* immediates for a chan that nobody holds: counted, dropped */
   uint64_t timeout_ns, dead_ns; /* as configured, defaults filled in */
   uint32_t rank, world, epoch;
-  uint32_t reserved;
+  uint32_t membership;   /* the highest epoch of the membership that was told or heard */
+  uint64_t heartbeat_ns; /* as configured, the default filled in */
+  uint64_t stale;        /* immediates and messages of links that have ended: counted, dropped */
 } ept_engine_info;
 int32_t ept_engine_info_get(ept_engine *engine, ept_engine_info *info, ept_error *error);
 int32_t ept_engine_rail(ept_engine *engine, uint32_t index, ept_rail *rail, ept_rail_counters *counters,
                         ept_error *error);
+
+/* ---- membership ---------------------------------------------------------------------------------------------------
+ * Who takes part is agreed above the engine (through the store, under an epoch of the membership); the engine carries
+ * it out. Two kinds of epoch, not to be mixed up:
+ *   the epoch of a rank        counts its lives: the processes that were this rank, and ept_engine_rejoin. A link is
+ *                              between two lives, and between two lives there is never more than one. Whatever a rank
+ *                              gave out for a link (regions, signals, keys, credits) ends with it.
+ *   the epoch of a membership  counts the agreements on who takes part. The engine only carries and shows it.
+ *
+ * A restarted process comes back:    it makes an engine with a higher epoch; ept_engine_readmit here, and there for
+ *                                    every rank (ept_engine_mask for those that are masked).
+ * A rank that was falsely masked:    hears of it (its peers are LOST, ept_engine_membership moves), calls
+ *                                    ept_engine_rejoin with a higher epoch, ships its new address, and goes on as a
+ *                                    restarted process does.
+ * Afterwards both sides export, import and exchange regions and signals anew. native/engine/membership.cc has the
+ * invariants and why they hold. */
+
+/* Stops all traffic with `rank`, at once and here alone: whatever it sends after this call returns changes nothing
+ * here. Its keys are revoked first; then its queued and posted transfers fail with PEER_LOST ("rank 3 was masked under
+ * epoch 7: WHY"), and so do all waits that look at it. Messages of it that were not read are dropped. Memory that a
+ * failed transfer read from can't be deregistered until the backend has let go of it, which is soon.
+ * For a rank in any state; of one that is masked already only `membership` and `why` are kept. Never waits.
+ * `why` may be NULL. Where the backend can't revoke keys (caps.can_revoke 0), the memory that was exported to it is set
+ * aside: ept_memory_deregister answers STUCK until ept_engine_known_dead. INVALID: `rank` is this rank, or none. */
+int32_t ept_engine_mask(ept_engine *engine, uint32_t rank, uint32_t membership, const char *why, ept_error *error);
+/* The process that was `rank` in its lives up to `epoch` has ended, or has closed its engine or rejoined: it writes no
+ * more. Gives back the memory set aside for it. What makes the caller sure is the caller's business. */
+int32_t ept_engine_known_dead(ept_engine *engine, uint32_t rank, uint32_t epoch, ept_error *error);
+/* Opens `rank` again, in its life `epoch`, at the address that ept_engine_address gave there. For a rank that is NEW,
+ * LEFT, LOST or MASKED; returns at once, the rank is CONNECTING and then UP, or LOST. The old link is fenced first.
+ * INVALID: its state is another, or a link to this or a later life of it has been there before. */
+int32_t ept_engine_readmit(ept_engine *engine, uint32_t rank, uint32_t epoch, const void *address, size_t length,
+                           ept_error *error);
+/* Until `rank` is UP. PEER_LOST with its reason if it is or gets LOST, LEFT or MASKED instead; TIMEOUT. */
+int32_t ept_engine_wait_peer(ept_engine *engine, uint32_t rank, uint64_t timeout_ns, ept_error *error);
+/* Begins another life of this rank in the same process: all links end, as by a mask, and all ranks are NEW. Memory,
+ * signals (their ids and counts) and settings stay; every region, remote signal and export is stale. The address is
+ * another one from here on. INVALID: `epoch` is not higher than the present one. UNSUPPORTED: the backend connects a
+ * whole group. If the backend can't start again, its error is returned and the engine is closed. May wait for the
+ * backend's threads to end, for nothing else. */
+int32_t ept_engine_rejoin(ept_engine *engine, uint32_t epoch, ept_error *error);
+
+/* "The membership has moved to `epoch`": to all that are UP, in a message that needs no credit; ranks pass it on with
+ * their heartbeats. Says nothing of what has changed: who hears it looks into the store. Never waits. */
+int32_t ept_engine_tell_membership(ept_engine *engine, uint32_t epoch, ept_error *error);
+/* The highest epoch that was told here or heard; 0: none. When it rises, what waits for `notify` is woken. */
+int32_t ept_engine_membership(ept_engine *engine, uint32_t *epoch, ept_error *error);
+
+/* ---- progress, log, notification ----------------------------------------------------------------------------------*/
 
 /* Moves the network on once without waiting; returns the number of events, or an error. For EPT_PROGRESS_INLINE. */
 int32_t ept_engine_progress(ept_engine *engine, ept_error *error);
