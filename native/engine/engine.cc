@@ -226,7 +226,7 @@ int32_t ept_engine::step(ept_error *error) {
         break;
       case EPT_EVENT_IMM:
         bulk = event.length >= 64 << 10;
-        on_immediate(event.immediate);
+        on_immediate(event.immediate, event.peer);
         break;
       case EPT_EVENT_RECV:
         on_message(event);

@@ -203,9 +203,10 @@ struct Peer {
   bool goodbye = false;
   uint64_t last_sign = 0;
 
-  uint32_t credits = 0, send_credits = 0;         /* that we may spend */
-  uint32_t credit_chan = 0, send_credit_chan = 0; /* at the peer: where our grants go */
-  ept_region *anchor = nullptr;                   /* the peer's region that zero-length signals name */
+  uint32_t credits = 0, send_credits = 0;           /* that we may spend */
+  uint32_t most_credits = 0, most_send_credits = 0; /* that it announced */
+  uint32_t credit_chan = 0, send_credit_chan = 0;   /* at the peer: where our grants go */
+  ept_region *anchor = nullptr;                     /* the peer's region that zero-length signals name */
   std::deque<Work> queue;
   uint64_t queued = 0; /* operations of `queue` */
   std::deque<Message> messages;
@@ -332,6 +333,7 @@ struct ept_engine {
   /* memory.cc */
   void revoke_exports(ept::Memory &memory, uint32_t rank);
   void release_regions_of(uint32_t peer);
+  void on_quiesce(ept::Peer &peer, const ept_quiesce_message &asked);
   void answer_quiesces();
   void on_quiesced(const ept_event &event);
 
@@ -359,7 +361,7 @@ struct ept_engine {
   /* signals.cc */
   uint32_t new_chan(ept::ChanKind kind, uint32_t source, uint64_t signal);
   void free_chans_of(uint32_t source);
-  void on_immediate(uint32_t immediate);
+  void on_immediate(uint32_t immediate, uint32_t from);
   void on_descriptor(uint32_t source, const ept_descriptor &descriptor);
   void on_void(uint32_t source, const ept_void &voided);
   void piece(ept::Chan &chan, uint32_t seq, uint32_t code, bool is_void, uint64_t need);

@@ -39,6 +39,19 @@ void ept_engine::release_regions_of(uint32_t peer) {
 
 /* Peers asked whether this rank is through with a region of theirs: yes, when none of its operations names it and the
  * plugin says that they can change nothing there any more. */
+/* Answers wait for operations of ours and for send credits of the peer's, so it could make us keep any number. */
+void ept_engine::on_quiesce(Peer &peer, const ept_quiesce_message &asked) {
+  constexpr size_t most = 1024; /* one a thread over there that waits for quiescence, many times over */
+  size_t kept = peer.messages.size();
+  for (const QuiesceAnswer &answer : answers) kept += answer.peer == peer.rank;
+  for (const auto &[cookie, answer] : answering) kept += answer.peer == peer.rank;
+  if (kept >= most) {
+    lose(peer, EPT_PEER_LOST, EPT_E_LIMIT, 0, "it asks for quiescence and does not take the answers");
+    return;
+  }
+  answers.push_back({peer.rank, asked.region, asked.nonce});
+}
+
 void ept_engine::answer_quiesces() {
   for (QuiesceAnswer &answer : answers) {
     if (answer.asked) continue;

@@ -162,8 +162,9 @@ void ept_engine::on_hello(Peer &peer, const uint8_t *body, size_t length) {
   if (peer.heard || length < sizeof hello) return;
   std::memcpy(&hello, body, sizeof hello);
   if (hello.rank != peer.rank || hello.anchor_length != length - sizeof hello || hello.credits > EPT_IMM_WINDOW ||
-      hello.credits < 2 * EPT_GRANT_QUANTUM || hello.credit_chan >= EPT_IMM_CHANS ||
-      hello.send_credit_chan >= EPT_IMM_CHANS || hello.plain_chan >= EPT_IMM_CHANS) {
+      hello.credits < 2 * EPT_GRANT_QUANTUM || hello.send_credits > EPT_IMM_CHANS ||
+      hello.credit_chan >= EPT_IMM_CHANS || hello.send_credit_chan >= EPT_IMM_CHANS ||
+      hello.plain_chan >= EPT_IMM_CHANS) {
     lose(peer, EPT_PEER_LOST, EPT_E_VERSION, 0, "its HELLO makes no sense to this version");
     return;
   }
@@ -173,8 +174,8 @@ void ept_engine::on_hello(Peer &peer, const uint8_t *body, size_t length) {
     lose(peer, EPT_PEER_LOST, code, 0, "its anchor region could not be imported");
     return;
   }
-  peer.credits = hello.credits;
-  peer.send_credits = hello.send_credits;
+  peer.credits = peer.most_credits = hello.credits;
+  peer.send_credits = peer.most_send_credits = hello.send_credits;
   peer.credit_chan = hello.credit_chan;
   peer.send_credit_chan = hello.send_credit_chan;
   peer.plain_chan = hello.plain_chan;
@@ -265,6 +266,7 @@ void ept_engine::stage_messages(Peer &peer) {
 void ept_engine::on_message(const ept_event &event) {
   if (event.peer >= world || event.peer == rank) return;
   Peer &peer = peers[event.peer];
+  if (peer.status != EPT_PEER_CONNECTING && peer.status != EPT_PEER_UP) return; /* lost for what it said before */
   ept_message head;
   if (event.length < sizeof head) return;
   std::memcpy(&head, event.data, sizeof head);
@@ -300,9 +302,7 @@ void ept_engine::on_message(const ept_event &event) {
   if (peer.consumed_sends >= EPT_SEND_QUANTUM) mark_dirty(peer);
   if (ept_descriptor in; head.type == EPT_MESSAGE_DESCRIPTOR && as(in)) on_descriptor(event.peer, in);
   if (ept_void in; head.type == EPT_MESSAGE_VOID && as(in)) on_void(event.peer, in);
-  if (ept_quiesce_message in; head.type == EPT_MESSAGE_QUIESCE && as(in)) {
-    answers.push_back({event.peer, in.region, in.nonce});
-  }
+  if (ept_quiesce_message in; head.type == EPT_MESSAGE_QUIESCE && as(in)) on_quiesce(peer, in);
   if (ept_quiesce_message in; head.type == EPT_MESSAGE_QUIESCED && as(in)) {
     if (auto found = quiescing.find(in.nonce); found != quiescing.end()) std::erase(found->second.asked, event.peer);
   }

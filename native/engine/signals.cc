@@ -54,10 +54,12 @@ void ept_engine::free_chans_of(uint32_t source) {
   });
 }
 
-void ept_engine::on_immediate(uint32_t immediate) {
+/* `from`: UINT32_MAX where the network does not say. Where it does, a peer raises its own chans and no other's. */
+void ept_engine::on_immediate(uint32_t immediate, uint32_t from) {
   const uint32_t number = ept_imm_chan(immediate);
   const uint32_t code = ept_imm_code(immediate);
-  if (number >= chans.size() || chans[number].kind == ChanKind::free || code == 0) {
+  if (number >= chans.size() || chans[number].kind == ChanKind::free || code == 0 ||
+      (from != nobody && chans[number].source != from)) {
     unknown_chans++;
     return;
   }
@@ -66,11 +68,12 @@ void ept_engine::on_immediate(uint32_t immediate) {
   peer.consumed_total++;
   switch (chan.kind) {
     case ChanKind::credits:
-      peer.credits += EPT_GRANT_QUANTUM;
+      /* Never more than the window: it would only overrun its own, but a count may not wrap. */
+      peer.credits = std::min(peer.credits + EPT_GRANT_QUANTUM, peer.most_credits);
       mark_dirty(peer);
       return;
     case ChanKind::send_credits:
-      peer.send_credits += EPT_SEND_QUANTUM;
+      peer.send_credits = std::min(peer.send_credits + EPT_SEND_QUANTUM, peer.most_send_credits);
       mark_dirty(peer);
       return;
     default:

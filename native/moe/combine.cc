@@ -247,7 +247,7 @@ class CombineRecv {
 
   void show(uint32_t rank, uint32_t which) {
     const Chunk &chunk = landed_[rank].chunks[which];
-    sums_.show(rank, chunk.first, chunk.rows, chunk.header->row_bytes, chunk.header->flags & EPT_MOE_ROW_WEIGHTS,
+    sums_.show(rank, chunk.first, chunk.rows, chunk.header.row_bytes, chunk.header.flags & EPT_MOE_ROW_WEIGHTS,
                which == 1);
   }
 

@@ -15,6 +15,10 @@ const char *Bytes::take(size_t length) {
 
 namespace {
 
+// A set-up message is some bytes a lane, slot and expert: kilobytes. Memory for its pieces is taken when the first
+// comes, for as many as it says; so what it may say is bounded.
+constexpr size_t kMostBytes = 64u << 20;
+
 struct Piece {  // before each piece of a message
   uint32_t index, count;
 };
@@ -24,6 +28,7 @@ struct Talk {
   std::string out;
   uint32_t pieces_out = 0, sent = 0;
   std::vector<std::string> in;
+  std::vector<bool> here;  // which of them
   uint32_t got = 0;
   bool begun = false;
 
@@ -80,12 +85,17 @@ class Talks {
     memcpy(&piece, buffer_.data(), sizeof piece);
     Talk &talk = talks_[from];
     if (!talk.begun) {
+      if (piece.count == 0 || piece.count > kMostBytes / room_)
+        fail(EPT_E_VERSION, int32_t(from), "a set-up message of %u pieces; at most %zu are sent", piece.count,
+             kMostBytes / room_);
       talk.in.resize(piece.count);
+      talk.here.resize(piece.count);
       talk.begun = true;
     }
-    if (piece.index >= talk.in.size() || piece.count != talk.in.size())
+    if (piece.index >= talk.in.size() || piece.count != talk.in.size() || talk.here[piece.index])
       fail(EPT_E_VERSION, int32_t(from), "piece %u of %u of a set-up message of %zu", piece.index, piece.count,
            talk.in.size());
+    talk.here[piece.index] = true;
     talk.in[piece.index].assign(buffer_.data() + sizeof piece, length - sizeof piece);
     talk.got++;
     return true;

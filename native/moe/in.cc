@@ -28,21 +28,17 @@ bool Lane::look(Exchange &exchange, uint32_t source, uint32_t ahead, Chunk *chun
   if (value <= link.taken[exchange.phase][exchange.slot][where]) return false;
 
   const Region region = region_of(exchange, source);
-  chunk->first = in.got;
-  if (ahead) {
-    const char *before = base + position(region, in.chunk % 2).offset;
-    chunk->first += reinterpret_cast<const ept_moe_header *>(before)->rows;
-  }
+  chunk->first = in.got + (ahead ? in.shown[in.chunk % 2] : 0);
   const char *at = base + (number == 0 ? region.offset : position(region, where).offset);
-  chunk->header = reinterpret_cast<const ept_moe_header *>(at);
-  check_header(exchange, source, *chunk->header, number);
+  memcpy(&chunk->header, at, sizeof chunk->header);
+  check_header(exchange, source, chunk->header, number);
   chunk->rows = at + exchange.header_bytes(arena.rank);
-  chunk->count = chunk->header->rows;
-  chunk->last = chunk->header->flags & EPT_MOE_LAST;
+  chunk->count = chunk->header.rows;
+  chunk->last = chunk->header.flags & EPT_MOE_LAST;
   if (!in.begun) {
     in.begun = true;
-    in.first = *chunk->header;
-    in.rows = chunk->header->total_rows;
+    in.first = chunk->header;
+    in.rows = chunk->header.total_rows;
     if (exchange.kind == Kind::dispatch) {
       const uint32_t local = exchange.object->local();
       exchange.counts.resize(size_t(arena.world) * local);
@@ -50,9 +46,11 @@ bool Lane::look(Exchange &exchange, uint32_t source, uint32_t ahead, Chunk *chun
     }
   }
   check_extent(exchange, source, *chunk, number);
+  check_counts(exchange, source);
+  in.shown[number % 2] = chunk->count;
   in.cut_short = chunk->last && chunk->first + chunk->count < in.rows;
   for (uint32_t p = 0; p < EPT_PHASES; p++)
-    links[source].consumed[p] = std::max(links[source].consumed[p], chunk->header->consumed[p]);
+    links[source].consumed[p] = std::max(links[source].consumed[p], chunk->header.consumed[p]);
   return true;
 }
 
@@ -130,11 +128,33 @@ void Lane::check_header(const Exchange &exchange, uint32_t source, const ept_moe
     fail(EPT_E_MISMATCH, int32_t(source),
          "rank %u sent rows of %u bytes (%u of scales, top_k %u); rank %u expects %llu (top_k %u)", source, h.row_bytes,
          h.scale_bytes, h.top_k, arena.rank, ull(row), object.config.top_k);
+  // What reads the rows goes by the first header alone.
+  const Incoming &in = exchange.in[source];
+  if (in.begun && (h.row_bytes != in.first.row_bytes || h.scale_bytes != in.first.scale_bytes ||
+                   ((h.flags ^ in.first.flags) & ~uint32_t(EPT_MOE_LAST)) != 0))
+    fail(EPT_E_MISMATCH, int32_t(source),
+         "chunk %u of rank %u has rows of %u bytes (%u of scales, flags %x); its message began with %u (%u, %x)", chunk,
+         source, h.row_bytes, h.scale_bytes, h.flags, in.first.row_bytes, in.first.scale_bytes, in.first.flags);
+}
+
+// Places in the outputs are sums of counts, so no source may claim more than its rows can name.
+void Lane::check_counts(const Exchange &exchange, uint32_t source) const {
+  if (exchange.kind != Kind::dispatch) return;
+  const uint32_t local = exchange.object->local();
+  const uint64_t most = exchange.in[source].rows * exchange.object->config.top_k;
+  uint64_t sum = 0;
+  for (uint32_t e = 0; e < local; e++) sum += exchange.counts[size_t(source) * local + e];
+  if (sum > most)
+    fail(EPT_E_MISMATCH, int32_t(source),
+         "rank %u counts %llu rows for the experts of rank %u; its %llu rows name at "
+         "most %llu",
+         source, (unsigned long long)sum, arena.rank, (unsigned long long)exchange.in[source].rows,
+         (unsigned long long)most);
 }
 
 void Lane::check_extent(const Exchange &exchange, uint32_t source, const Chunk &chunk, uint32_t number) const {
   const Incoming &in = exchange.in[source];
-  const ept_moe_header &h = *chunk.header;
+  const ept_moe_header &h = chunk.header;
   const Region region = region_of(exchange, source);
   const bool single = number == 0 && chunk.last;
   const uint64_t room = single ? region.bytes : position(region, 0).bytes;

@@ -220,6 +220,11 @@ void Lane::take_acks() {
     Error error;
     const int32_t code = ept_engine_recv(arena.engine, UINT32_MAX, kTagAck + index, &ack, &length, &from, 0, &error);
     if (code == EPT_E_TIMEOUT || code == EPT_LATER) return;
+    if (code == EPT_E_LIMIT) {  // longer than an ack: taken out, else it would stand before all others
+      std::vector<char> junk(length);
+      check(ept_engine_recv(arena.engine, from, kTagAck + index, junk.data(), &length, &from, 0, &error), error);
+      continue;
+    }
     check(code, error);
     if (length != sizeof ack || from >= arena.world) continue;
     for (uint32_t p = 0; p < EPT_PHASES; p++)

@@ -82,11 +82,12 @@ struct Incoming {  // one message from one rank
   bool begun = false, cut_short = false, finished = false;
   uint64_t rows = 0, got = 0;  // of the whole message; taken
   uint32_t chunk = 0;          // next
+  uint64_t shown[2] = {};      // rows of the chunk that `look` saw last in each position
   ept_moe_header first = {};   // header of chunk 0
 };
 
 struct Chunk {
-  const ept_moe_header *header;
+  ept_moe_header header;  // a copy: its source holds a key to where it lies, so what was checked may not be read again
   const char *rows;
   uint64_t first;  // row of the message
   uint64_t count;
@@ -205,6 +206,7 @@ class Lane {
   void peek();
   Region region_of(const Exchange &exchange, uint32_t source) const;
   void check_header(const Exchange &exchange, uint32_t source, const ept_moe_header &header, uint32_t chunk) const;
+  void check_counts(const Exchange &exchange, uint32_t source) const;
   void check_extent(const Exchange &exchange, uint32_t source, const Chunk &chunk, uint32_t number) const;
   bool lacks_ack(const Exchange &exchange, uint32_t peer) const;
   uint64_t grants(uint32_t peer, uint32_t phase);

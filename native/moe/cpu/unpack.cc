@@ -114,15 +114,14 @@ void UnpackRows::index(const Segment &segment) {
       if (e < -1 || e >= int32_t(local_))
         fail(EPT_E_MISMATCH, int32_t(s), "row %llu from rank %u is for local expert %d; this rank holds %u",
              (unsigned long long)(segment.first + j), s, e, local_);
-      if (!per_expert_) continue;
-      int64_t &place = routing_.place[at * top_k_ + k];
-      place = -1;
+      if (per_expert_) routing_.place[at * top_k_ + k] = -1;
       if (e < 0) continue;
       uint64_t &cursor = cursor_[size_t(s) * local_ + uint32_t(e)];
       if (cursor >= limit_[size_t(s) * local_ + uint32_t(e)])
         fail(EPT_E_MISMATCH, int32_t(s), "rank %u sent more rows for local expert %d than the %u of its header", s, e,
              counts_[size_t(s) * local_ + uint32_t(e)]);
-      place = int64_t(cursor++);
+      if (per_expert_) routing_.place[at * top_k_ + k] = int64_t(cursor);
+      cursor++;
     }
   }
 }
@@ -188,6 +187,12 @@ void UnpackRows::blank(uint64_t begin, uint64_t end) const {
 
 void UnpackRows::finish() {
   const uint32_t world = object_.shape.world;
+  for (size_t i = 0; i < cursor_.size(); i++)
+    if (cursor_[i] != limit_[i])
+      fail(EPT_E_MISMATCH, int32_t(i / local_),
+           "rank %zu sent %llu rows fewer for local expert %zu than the %u of its "
+           "header",
+           i / local_, (unsigned long long)(limit_[i] - cursor_[i]), i % local_, counts_[i]);
   std::vector<uint64_t> filled(local_, 0);
   for (uint32_t e = 0; e < local_; e++) {
     for (uint32_t s = 0; s < world; s++) filled[e] += counts_[size_t(s) * local_ + e];
