@@ -159,11 +159,11 @@ def test_processes_take_tcp_and_may_make_groups_again(spawn: Spawn, tmp_path: Pa
 
 
 def by_process_group(rank: int, world: int, folder: Path, way: str) -> Any:
-    from eptransport import group as group_module
+    from eptransport import _place as place_module
 
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
     if way == "gathered":
-        group_module._store_of = lambda group: None  # type: ignore[assignment]
+        place_module._store_of = lambda group: None  # type: ignore[assignment]
     pg = None if way == "default" else dist.new_group([1, 2]) if way == "subgroup" else dist.group.WORLD
     if way == "subgroup" and rank == 0:
         dist.barrier()

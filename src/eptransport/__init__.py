@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from eptransport._threads import loopback_groups, loopback_run
     from eptransport.all_to_all import AllToAll, Dispatched, Plan, Routing
     from eptransport.backends import choose, include_dir, registry
     from eptransport.engine import Engine, Memory, Peer, Region, RemoteSignal, Signal, Transfer, Write
@@ -40,12 +41,13 @@ if TYPE_CHECKING:
         UnsupportedError,
         VersionError,
     )
-    from eptransport.group import Group, Store, loopback_groups, loopback_run
+    from eptransport.group import Group, Store
     from eptransport.settings import Settings
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "_threads": ("loopback_groups", "loopback_run"),
     "all_to_all": ("AllToAll", "Dispatched", "Plan", "Routing"),
     "backends": ("choose", "include_dir", "registry"),
     "engine": ("Engine", "Memory", "Peer", "Region", "RemoteSignal", "Signal", "Transfer", "Write"),
@@ -71,7 +73,7 @@ _HOMES = {
         "UnsupportedError",
         "VersionError",
     ),
-    "group": ("Group", "Store", "loopback_groups", "loopback_run"),
+    "group": ("Group", "Store"),
     "settings": ("Settings",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
