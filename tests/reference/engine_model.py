@@ -38,9 +38,26 @@ class Memory:
     seen: Callable[[], Bytes]
     settled: Bytes = field(init=False)
     writes: list[Write] = field(default_factory=list)
+    bringers: np.ndarray[tuple[int], np.dtype[np.int32]] = field(init=False)
+    """Of each byte: how many of `writes` bring one there. Kept, since a paged write has thousands of writes and each
+    is asked after every step what the others cover."""
 
     def __post_init__(self) -> None:
         self.settled = self.seen().copy()
+        self.bringers = np.zeros(len(self.settled), dtype=np.int32)
+
+    def add(self, writes: Sequence[Write]) -> None:
+        self.writes += writes
+        for write in writes:
+            self.bringers[write.at] += 1
+
+    def cut(self, rank: int | None) -> list[Write]:
+        """Forgets the writes of `rank` (None: all), and says which those were."""
+        cut = [write for write in self.writes if rank is None or write.region.writer == rank]
+        self.writes = [write for write in self.writes if rank is not None and write.region.writer != rank]
+        for write in cut:
+            self.bringers[write.at] -= 1
+        return cut
 
     def look(self, quiet: bool) -> None:
         """While transfers are under way a byte is the old one or one that is brought; when all is quiet it is
@@ -68,6 +85,7 @@ class Memory:
         """From now on only what is posted later may change it."""
         self.settled = self.seen().copy()
         self.writes.clear()
+        self.bringers[:] = 0
 
 
 @dataclass(eq=False)
@@ -99,12 +117,7 @@ class Write:
 
     def visible(self) -> bool:
         """All of it can be read, but where another write under way has the same bytes to bring."""
-        others = np.zeros(len(self.data), dtype=bool)
-        for other in self.region.memory.writes:
-            if other is not self:
-                low, high = max(self.at.start, other.at.start), min(self.at.stop, other.at.stop)
-                if low < high:
-                    others[low - self.at.start : high - self.at.start] = True
+        others = self.region.memory.bringers[self.at] > 1  # it is one of them itself
         return bool((others | (self.region.memory.seen()[self.at] == self.data)).all())
 
 
@@ -217,7 +230,7 @@ class Model:
             if region.revoked:
                 transfer.fate = Fate.REFUSED
             else:
-                region.memory.writes += writes
+                region.memory.add(writes)
                 transfer.fate = Fate.DOUBTFUL if self.flaky else Fate.DUE
         if signal is not None:
             signal.transfers.append(transfer)
@@ -227,8 +240,7 @@ class Model:
         """From its return on nothing that `rank` (None: all) has in flight changes the memory, half landed or not.
         `under_way`: all transfers whose end was not told before."""
         memory.look(quiet=False)
-        cut = [write for write in memory.writes if rank is None or write.region.writer == rank]
-        memory.writes = [write for write in memory.writes if write not in cut]
+        cut = memory.cut(rank)
         seen = memory.seen()
         for write in cut:  # what others bring there is still to come
             memory.settled[write.at] = seen[write.at]
