@@ -336,11 +336,9 @@ def test_p2p_over_loopback_has_a_rate_too() -> None:
     check_p2p(p2p.run(job), ["latency", "bandwidth", "rate"])
 
 
-def test_p2p_beside_gloo(tmp_path: Path) -> None:
-    job = p2p.P2pJob(latency_bytes=(8,), iterations=50, stream_bytes=4 << 20, rounds=1, against="gloo")
-    result = p2p.run(job)
-    assert all(measure.other is not None and measure.other.p50 > 0 for measure in result.measures)
-    report.p2p_picture(tmp_path / "p2p.png", result)
+def test_p2p_has_a_picture(tmp_path: Path) -> None:
+    job = p2p.P2pJob(latency_bytes=(8,), iterations=50, stream_bytes=4 << 20, rounds=1)
+    report.p2p_picture(tmp_path / "p2p.png", p2p.run(job))
     assert (tmp_path / "p2p.png").read_bytes().startswith(b"\x89PNG")
 
 

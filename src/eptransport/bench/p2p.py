@@ -7,7 +7,6 @@ runs the floor and then us, and each measure is the median of its rounds.
     bandwidth   at most RING writes in flight                        floor: a blocking TCP stream of as many bytes
     rate        loopback: two engines of one process on one core     floor: copies with an atomic count
 
-`against="gloo"` does the same by torch.distributed's send and recv, in the same rounds.
 On loopback ranks are threads, and the floors are shared memory and copies.
 """
 
@@ -50,8 +49,6 @@ class P2pJob:
     """Of a bandwidth run, a round."""
     rate_writes: int = 2_000_000
     rounds: int = 5
-    against: str | None = None
-    """`gloo`, or None."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings, beside those of the environment."""
 
@@ -85,8 +82,6 @@ class Measure:
     wire_bytes: float
     cores: float
     """CPU time of all ranks to wall time, our side."""
-    other: Spread | None = None
-    """Of the library we were compared with."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,6 @@ def run(job: P2pJob, progress: Callable[[int], None] | None = None) -> P2pResult
         raise InvalidArgument(f"ranks go in pairs: {job.ranks} is odd or less than 2")
     if min(job.iterations, job.rounds, *job.latency_bytes, *job.bandwidth_bytes) < 1:
         raise InvalidArgument("iterations, rounds and sizes must be at least 1")
-    if job.against and job.threads:
-        raise InvalidArgument("gloo needs a process a rank, and loopback's ranks are threads; bench another backend")
     results = run_job(job, job.ranks, threads=job.threads, progress=progress)
     initiators = [result for result in results if result.side == 0]
     measures = []
@@ -130,7 +123,6 @@ class _Run:
     floor_name: str
     ours: _Side = field(default_factory=_Side)
     floor: _Side = field(default_factory=_Side)
-    other: _Side = field(default_factory=_Side)
     messages: float = 0.0
     wire_bytes: float = 0.0
 
@@ -161,7 +153,6 @@ def _measure(job: P2pJob, rank: Rank) -> _RankResult:
                 rank.progress(done)
             regime.append(pair.probe())
         rank.barrier()
-        pair.close()
     return _RankResult(pair.side, group.backend, regime, runs)
 
 
@@ -176,13 +167,6 @@ class _Pair:
         self.latency_floor = "shared memory" if mesh is None else "bare TCP ping-pong"
         self.bandwidth_floor = "copies" if mesh is None else "bare TCP stream"
         self.tag = 0
-        self.gloo = _Gloo(rank, self.side, self.peer) if job.against else None
-
-    def close(self) -> None:
-        if self.gloo is not None:
-            from torch import distributed
-
-            distributed.destroy_process_group()
 
     def probe(self) -> float:
         """The speed of the cores, by ranks 0 and 1 while the others wait."""
@@ -199,8 +183,6 @@ class _Pair:
         warm = max(1, count // 10)
         floor, ours = (self._latency(run), self._our_latency(run)) if run.kind == "latency" else self._streams(run)
         sides = [(run.floor, floor), (run.ours, ours)]
-        if self.gloo is not None:
-            sides.append((run.other, self.gloo.latency(run) if run.kind == "latency" else self.gloo.stream(run)))
         for side, timed in sides:
             self.rank.barrier()
             timed(warm)
@@ -256,50 +238,6 @@ class _Pair:
         return sent(self.group)
 
 
-class _Gloo:
-    """send and recv of torch.distributed between the two ranks of a pair."""
-
-    def __init__(self, rank: Rank, side: int, peer: int) -> None:
-        from torch import distributed
-
-        self.side, self.peer = side, peer
-        distributed.init_process_group("gloo", store=rank.store(), rank=rank.rank, world_size=rank.world)
-
-    def latency(self, run: _Run) -> Callable[[int], list[float]]:
-        import torch
-        from torch import distributed
-
-        def timed(count: int) -> list[float]:
-            out, back = torch.full((run.bytes,), 90, dtype=torch.uint8), torch.empty(run.bytes, dtype=torch.uint8)
-            samples = []
-            for _ in range(count):
-                start = time.perf_counter_ns()
-                if self.side == 0:
-                    distributed.send(out, self.peer)
-                distributed.recv(back, self.peer)
-                if self.side == 1:
-                    distributed.send(out, self.peer)
-                samples.append((time.perf_counter_ns() - start) / 2e3)
-            return samples
-
-        return timed
-
-    def stream(self, run: _Run) -> Callable[[int], list[float]]:
-        import torch
-        from torch import distributed
-
-        def timed(count: int) -> list[float]:
-            buffers = torch.full((RING, run.bytes), 90, dtype=torch.uint8)
-            answer = torch.ones(1, dtype=torch.uint8)
-            start = time.perf_counter()
-            for index in range(count):
-                (distributed.send if self.side == 0 else distributed.recv)(buffers[index % RING], self.peer)
-            (distributed.recv if self.side == 0 else distributed.send)(answer, self.peer)
-            return [run.bytes * count / (time.perf_counter() - start) / 1e9]
-
-        return timed
-
-
 def sent(group: Group) -> tuple[int, int]:
     """Messages and bytes that this rank has sent, over all rails."""
     counters = [counters for _, counters in group.engine.rails()]
@@ -336,7 +274,6 @@ def _combine(first: _Run, initiators: list[_Run], results: list[_RankResult], in
         messages=first.messages,
         wire_bytes=first.wire_bytes,
         cores=sum(run.ours.cpu for run in runs) / max(run.ours.wall for run in runs),
-        other=spread(rounds(lambda run: run.other)) if first.other.rounds else None,
     )
 
 

@@ -10,32 +10,33 @@ from __future__ import annotations
 import abc
 import contextlib
 import mmap
-import multiprocessing
 import os
 import socket
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from eptransport._bootstrap import LocalStore
 from eptransport._process import cores
 from eptransport.bench import native
-from eptransport.errors import ClosedError, EptError, InternalError, PeerLost, Timeout, UnsupportedError
+from eptransport.errors import ClosedError, PeerLost, Timeout, UnsupportedError
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
     from eptransport import Group, Settings
 
-__all__ = ["Job", "Mesh", "Rank", "StoreRank", "run_job"]
+__all__ = ["HOST", "Job", "Mesh", "Rank", "StoreRank", "memory_folder", "run_job"]
 
 HOST = "127.0.0.1"
 MEET_TIMEOUT_S = 300.0
+
+
+def memory_folder() -> str | None:
+    """Where a file that ranks share is memory."""
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
 class Job(Protocol):
@@ -128,163 +129,13 @@ class Mesh:
 
 def run_job(job: Job, world: int, *, threads: bool = False, progress: Callable[[int], None] | None = None) -> list[Any]:
     """What `job.run` returned on each rank, in rank order. A rank's error is raised, and the other ranks are ended."""
-    return (_run_threads if threads else _run_processes)(job, world, progress or (lambda done: None))
+    progress = progress or (lambda done: None)
+    if threads:
+        return _run_threads(job, world, progress)
+    from eptransport.bench.processes import Processes  # which builds on this module
 
-
-# ---- processes: each talks to this one through a pipe ----------------------------------------------------------------
-
-
-def _run_processes(job: Job, world: int, progress: Callable[[int], None]) -> list[Any]:
-    context = multiprocessing.get_context("spawn")
-    with tempfile.NamedTemporaryFile(prefix="eptransport-bench-", dir=_memory_folder()) as file:
-        file.truncate(native.Shared.BYTES)
-        ranks: list[_Child] = []
-        try:
-            for rank in range(world):
-                here, there = context.Pipe()
-                process = context.Process(target=_child, args=(there, file.name, rank, world, job), daemon=True)
-                process.start()
-                there.close()
-                ranks.append(_Child(rank, process, here))
-            results = _serve(ranks, progress)
-            for child in ranks:
-                child.pipe.close()
-            for child in ranks:
-                child.process.join(5)
-            return results
-        finally:
-            # What is still there waits for a rank that failed, or for nobody: its result is known or not wanted.
-            for child in ranks:
-                child.process.kill()
-            for child in ranks:
-                child.process.join()
-                child.pipe.close()
-
-
-@dataclass
-class _Child:
-    rank: int
-    process: Any
-    pipe: Connection
-    gathered: list[Any] = field(default_factory=list)
-    results: list[Any] = field(default_factory=list)
-
-
-def _serve(ranks: Sequence[_Child], progress: Callable[[int], None]) -> list[Any]:
-    """Answers gathers and serves the store until every rank has brought its result."""
-    store = LocalStore()
-    by_pipe = {child.pipe: child for child in ranks}
-    waiting = dict(by_pipe)
-    while waiting:
-        for ready in wait(list(waiting)):
-            child = by_pipe[ready]  # type: ignore[index]
-            try:
-                kind, value = child.pipe.recv()
-            except (EOFError, ConnectionResetError):
-                child.process.join(5)
-                raise PeerLost(
-                    f"rank {child.rank} of the bench ended with exit code {child.process.exitcode} before its result",
-                    operation="bench",
-                    peer=child.rank,
-                ) from None
-            if kind == "error":
-                raise value
-            if kind == "progress":
-                progress(value)
-            elif kind == "gather":
-                child.gathered.append(value)
-            elif kind == "store":
-                operation, arguments = value
-                child.pipe.send(getattr(store, operation)(*arguments))
-            else:
-                child.results.append(value)
-                del waiting[child.pipe]
-        if all(child.gathered for child in ranks):
-            values = [child.gathered.pop(0) for child in ranks]
-            for child in ranks:
-                child.pipe.send(values)
-    return [child.results[0] for child in ranks]
-
-
-class _PipeStore:
-    """The store of the process that started the ranks, seen from one of them. For a group's set-up: needs no torch."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-
-    def set(self, key: str, value: str, /) -> None:
-        self._ask("set", key, value)
-
-    def get(self, key: str, /) -> bytes:
-        value: bytes = self._ask("get", key)
-        return value
-
-    def add(self, key: str, amount: int, /) -> int:
-        total: int = self._ask("add", key, amount)
-        return total
-
-    def check(self, keys: list[str], /) -> bool:
-        here: bool = self._ask("check", keys)
-        return here
-
-    def _ask(self, operation: str, *arguments: Any) -> Any:
-        self._pipe.send(("store", (operation, arguments)))
-        return self._pipe.recv()
-
-
-class _ProcessRank(Rank):
-    def __init__(self, rank: int, world: int, shared: native.Shared, pipe: Connection) -> None:
-        super().__init__(rank, world, shared)
-        self._pipe = pipe
-        self._store: Store | None = None
-
-    def gather(self, value: Any) -> list[Any]:
-        self._pipe.send(("gather", value))
-        values: list[Any] = self._pipe.recv()
-        return values
-
-    def progress(self, done: int) -> None:
-        if self.rank == 0:
-            self._pipe.send(("progress", done))
-
-    def store(self) -> Store:
-        if self._store is None:
-            from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-            if self.rank == 0:
-                self._store = TCPStore(HOST, 0, self.world, is_master=True, wait_for_workers=False)
-            port = self.gather(self._store.port if self._store is not None else 0)[0]
-            if self._store is None:
-                self._store = TCPStore(HOST, port, self.world, is_master=False)
-        return self._store
-
-    def group(self, settings: Settings) -> Group:
-        from eptransport import Group
-
-        return Group(settings, store=_PipeStore(self._pipe), rank=self.rank, world_size=self.world)
-
-
-def _child(pipe: Connection, shared_file: str, rank: int, world: int, job: Job) -> None:
-    try:
-        with open(shared_file, "r+b") as file:
-            shared = native.Shared(mmap.mmap(file.fileno(), native.Shared.BYTES))
-        pipe.send(("result", job.run(_ProcessRank(rank, world, shared, pipe))))
-    except BaseException as error:
-        pipe.send(("error", _portable(error, rank)))
-    # Whoever serves the store leaves last: the pipe is closed by the other side when it has every result.
-    with contextlib.suppress(EOFError, OSError):
-        pipe.recv()
-
-
-def _portable(error: BaseException, rank: int) -> EptError:
-    """An error that can travel: ours as it is, any other with its traceback."""
-    if isinstance(error, EptError):
-        return error
-    return InternalError(f"rank {rank} of the bench failed:\n{''.join(traceback.format_exception(error))}")
-
-
-def _memory_folder() -> str | None:
-    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with Processes(job.run, world, progress) as processes:
+        return processes.results()
 
 
 # ---- threads: loopback's ranks ---------------------------------------------------------------------------------------
@@ -364,7 +215,7 @@ class StoreRank(Rank):
         self._group = group
         self._round = 0
         if rank == 0:
-            with tempfile.NamedTemporaryFile(prefix="eptransport-demo-", dir=_memory_folder(), delete=False) as file:
+            with tempfile.NamedTemporaryFile(prefix="eptransport-demo-", dir=memory_folder(), delete=False) as file:
                 file.truncate(native.Shared.BYTES)
             store.set("eptransport/bench/shared", file.name)
         self._path = store.get("eptransport/bench/shared").decode()

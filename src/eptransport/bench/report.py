@@ -17,6 +17,7 @@ from rich.text import Text
 
 from eptransport import __version__
 from eptransport._process import cores
+from eptransport.bench.against.compare import AgainstResult
 from eptransport.bench.moe import MoeResult, SideResult
 from eptransport.bench.p2p import Measure, P2pResult
 from eptransport.errors import InvalidArgument, UnsupportedError
@@ -26,14 +27,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "as_json",
+    "conditions",
+    "counted",
     "machine",
     "moe_picture",
     "moe_table",
     "need_matplotlib",
+    "new_table",
     "p2p_picture",
     "p2p_table",
+    "save",
+    "size_name",
     "write_json",
 ]
+
+Result = P2pResult | MoeResult | AgainstResult
 
 # One colour a side, in every picture; told apart also in grey and by the colour-blind.
 COLOURS = {"eptransport": "#0b6e99", "gloo": "#d9822b"}
@@ -52,11 +60,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def as_json(result: P2pResult | MoeResult) -> dict[str, Any]:
+def as_json(result: Result) -> dict[str, Any]:
     return {"machine": machine(), **dataclasses.asdict(result)}
 
 
-def write_json(file: Path, result: P2pResult | MoeResult) -> None:
+def write_json(file: Path, result: Result) -> None:
     try:
         file.write_text(json.dumps(as_json(result), indent=2) + "\n")
     except OSError as problem:
@@ -68,13 +76,13 @@ def write_json(file: Path, result: P2pResult | MoeResult) -> None:
 
 def p2p_table(result: P2pResult) -> RenderableType:
     job = result.job
-    table = _table(f"point to point over {result.backend}, {job.ranks} ranks: a write with a signal")
-    names = ["", "", "p50", "p99", "floor", "ratio", "msgs", "bytes", "cores", *([job.against] if job.against else [])]
+    table = new_table(f"point to point over {result.backend}, {job.ranks} ranks: a write with a signal")
+    names = ["", "", "p50", "p99", "floor", "ratio", "msgs", "bytes", "cores"]
     for index, name in enumerate(names):
         table.add_column(name, justify="left" if index < 2 else "right")
     for measure in result.measures:
         table.add_row(
-            f"{_size(measure.bytes)} {_KINDS[measure.kind]}",
+            f"{size_name(measure.bytes)} {_KINDS[measure.kind]}",
             measure.unit,
             f"{measure.ours.p50:.2f}",
             f"{_worst(measure):.2f}",
@@ -83,13 +91,12 @@ def p2p_table(result: P2pResult) -> RenderableType:
             f"{measure.messages:.2f}",
             f"{measure.wire_bytes:,.0f}",
             f"{measure.cores:.1f}",
-            *([f"{measure.other.p50:.2f}"] if measure.other else ["-"] if job.against else []),
         )
     floors = dict.fromkeys(f"{_KINDS[measure.kind]}: {measure.floor_name}" for measure in result.measures)
     lines = [
-        f"median of {_count(job.rounds, 'round')}, ours and the floor in turn; p99 of a bandwidth or rate: its worst",
+        f"median of {counted(job.rounds, 'round')}, ours and the floor in turn; p99 of a bandwidth or rate: its worst",
         f"floor: {', '.join(floors)}; ratio: to it; messages and bytes: of one write",
-        _conditions(result.regime_ns),
+        conditions(result.regime_ns),
     ]
     return Lines(table, Text("\n".join(lines)))
 
@@ -97,7 +104,7 @@ def p2p_table(result: P2pResult) -> RenderableType:
 def moe_table(result: MoeResult) -> RenderableType:
     job, shape = result.job, result.job.shape
     routing = f"skewed (Zipf {job.skew:g})" if job.skew else "random"
-    table = _table(
+    table = new_table(
         f"dispatch and combine over {result.backend}: {shape.ranks} ranks x {shape.tokens} tokens, hidden "
         f"{shape.hidden}, top-{shape.top_k} of {shape.experts}, {shape.dispatch_dtype} there and "
         f"{shape.combine_dtype} back, {job.layout}, {routing} routing"
@@ -119,20 +126,20 @@ def moe_table(result: MoeResult) -> RenderableType:
             style="bold" if side.name == "eptransport" else None,
         )
     lines = [
-        f"ms: the slowest rank of each iteration, median of {_count(job.rounds, 'round')} of {job.iterations}, sides "
+        f"ms: the slowest rank of each iteration, median of {counted(job.rounds, 'round')} of {job.iterations}, sides "
         "in turn; ratio: to the floor",
         "MB and messages: of a rank, an iteration, as its rails count them (a write longer than EPT_STRIPE_BYTES is "
         "several); CPU: of all ranks",
         *(f"{side.name} {side.note}" for side in result.sides if side.note),
         *([_WEIGHED_BY_CALLER] if job.layout in ("rows", "by_rank") and job.against else []),
-        _conditions(result.regime_ns),
+        conditions(result.regime_ns),
         f"checked before: {result.checked}",
         f"registered memory: {result.registered_bytes / 2**20:.1f} MiB a rank",
     ]
     return Lines(table, Text("\n".join(lines)))
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
     """Narrow enough for a terminal of 80 columns."""
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
@@ -147,17 +154,17 @@ def _worst(measure: Measure) -> float:
     return measure.ours.p99 if measure.kind == "latency" else min(measure.ours.rounds)
 
 
-def _conditions(regime_ns: tuple[float, ...]) -> str:
+def conditions(regime_ns: tuple[float, ...]) -> str:
     probe = f"{min(regime_ns):.0f} to {max(regime_ns):.0f} ns" if any(regime_ns) else "one rank, not measured"
     about = machine()
     return f"{about['cpu']}, {about['cores']} cores; shared memory between two cores: {probe} one way"
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _size(size: int) -> str:
+def size_name(size: int) -> str:
     for unit, scale in (("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= scale and size % scale == 0:
             return f"{size // scale} {unit}"
@@ -224,7 +231,7 @@ def moe_picture(file: Path, result: MoeResult) -> None:
         f"{shape.ranks} ranks x {shape.tokens} tokens, hidden {shape.hidden}, top-{shape.top_k} of {shape.experts}, "
         f"{shape.dispatch_dtype} there, {shape.combine_dtype} back, over {result.backend}"
     )
-    _save(plt, figure, file)
+    save(plt, figure, file)
 
 
 def p2p_picture(file: Path, result: P2pResult) -> None:
@@ -236,22 +243,20 @@ def p2p_picture(file: Path, result: P2pResult) -> None:
         rounds = range(1, len(measure.ours.rounds) + 1)
         panel.plot(rounds, measure.ours.rounds, "o-", color=COLOURS["eptransport"], label="eptransport")
         panel.plot(rounds, measure.floor.rounds, "s--", color=FLOOR_COLOUR, label=measure.floor_name)
-        if measure.other is not None and result.job.against:
-            panel.plot(rounds, measure.other.rounds, "^:", color=COLOURS["gloo"], label=result.job.against)
-        panel.set_title(f"{_size(measure.bytes)} {_KINDS[measure.kind]}")
+        panel.set_title(f"{size_name(measure.bytes)} {_KINDS[measure.kind]}")
         panel.set_ylabel(measure.unit)
         panel.set_xlabel("round")
         panel.set_ylim(bottom=0)
         panel.legend()
     figure.suptitle(f"write with signal over {result.backend}")
-    _save(plt, figure, file)
+    save(plt, figure, file)
 
 
 def _colour(side: SideResult) -> str:
     return COLOURS.get(side.name, FLOOR_COLOUR)
 
 
-def _save(plt: Any, figure: Any, file: Path) -> None:
+def save(plt: Any, figure: Any, file: Path) -> None:
     try:
         figure.savefig(file, dpi=130)
     except (OSError, ValueError) as problem:  # no such folder; a suffix that names no format

@@ -16,8 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from eptransport.errors import InvalidArgument, UnsupportedError
 
 if TYPE_CHECKING:
-    from eptransport.bench.moe import MoeResult
-    from eptransport.bench.p2p import P2pResult
+    from eptransport.bench.report import Result as AnyResult
 
 __all__ = ["bench", "check_outputs", "need_torch"]
 
@@ -80,10 +79,20 @@ def p2p(
     bandwidth_size: Annotated[
         list[int] | None, typer.Option(help="Bytes of a write for bandwidth; may be repeated.")
     ] = None,
-    iterations: Annotated[int, typer.Option(min=1, help="Turns of a ping-pong, a round.")] = 5000,
+    iterations: Annotated[
+        int | None,
+        typer.Option(min=1, help="Turns of a ping-pong, a round [5000; 2000 with --against].", show_default=False),
+    ] = None,
     stream_mib: Annotated[int, typer.Option(min=1, help="MiB of a bandwidth run, a round.")] = 256,
     rounds: Rounds = 5,
-    against: AgainstOption = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Side by side with what one would take instead: gloo, ucx, libfabric, mooncake, nixl. One that is not "
+            "there is skipped, with the reason.",
+        ),
+    ] = None,
     json_file: JsonFile = None,
     picture: PictureFile = None,
 ) -> None:
@@ -91,23 +100,60 @@ def p2p(
     from eptransport.bench import report
     from eptransport.bench.p2p import P2pJob, run
 
-    if against:
-        need_torch("--against gloo")
+    if against is not None:
+        _p2p_against(against, ranks, backend, size, bandwidth_size, iterations, stream_mib, rounds, json_file, picture)
+        return
     job = P2pJob(
         ranks=ranks,
         backend=_backend(backend, ranks),
         latency_bytes=tuple(size or P2pJob.latency_bytes),
         bandwidth_bytes=tuple(bandwidth_size or P2pJob.bandwidth_bytes),
-        iterations=iterations,
+        iterations=iterations or P2pJob.iterations,
         stream_bytes=stream_mib << 20,
         rounds=rounds,
-        against=against.value if against else None,
     )
     check_outputs(picture, json_file)
     result = _with_progress("point to point", job.units, lambda progress: run(job, progress))
     _show(result, report.p2p_table(result), json_file)
     if picture:
         report.p2p_picture(picture, result)
+
+
+def _p2p_against(
+    against: str,
+    ranks: int,
+    backend: str | None,
+    size: list[int] | None,
+    bandwidth_size: list[int] | None,
+    iterations: int | None,
+    stream_mib: int,
+    rounds: int,
+    json_file: Path | None,
+    picture: Path | None,
+) -> None:
+    from eptransport.bench.against import names
+    from eptransport.bench.against.compare import AgainstJob, run
+    from eptransport.bench.against.table import against_picture, against_table
+
+    wanted = names(against)
+    if ranks != 2:
+        raise InvalidArgument(f"--against measures one pair: --ranks {ranks} must be 2")
+    if bandwidth_size and len(bandwidth_size) > 1:
+        raise InvalidArgument("--against takes one --bandwidth-size")
+    job = AgainstJob(
+        wanted,
+        backend=_backend(backend, ranks),
+        latency_bytes=tuple(size or AgainstJob.latency_bytes),
+        bandwidth_bytes=bandwidth_size[0] if bandwidth_size else AgainstJob.bandwidth_bytes,
+        iterations=iterations or AgainstJob.iterations,
+        stream_bytes=stream_mib << 20,
+        rounds=rounds,
+    )
+    check_outputs(picture, json_file)
+    result = _with_progress("side by side", job.units, lambda progress: run(job, progress))
+    _show(result, against_table(result), json_file)
+    if picture:
+        against_picture(picture, result)
 
 
 @bench.command()
@@ -206,7 +252,7 @@ def _with_progress(what: str, units: int, work: Callable[[Callable[[int], None]]
         return work(lambda done: progress.update(task, completed=done))
 
 
-def _show(result: P2pResult | MoeResult, table: RenderableType, json_file: Path | None) -> None:
+def _show(result: AnyResult, table: RenderableType, json_file: Path | None) -> None:
     from eptransport.bench import report
 
     to_stdout = str(json_file) == "-"
