@@ -289,6 +289,7 @@ struct ept_engine {
   std::vector<uint32_t> free_chans;
   std::unordered_map<uint64_t, std::deque<ept::Received>> inbox; /* by tag */
   std::deque<ept_error> failures;
+  uint64_t news = 1; /* counts what may make a wait of the layer above vain; see news.h */
   std::unordered_map<uint64_t, ept::PendingQuiesce> quiescing; /* by nonce, which is also the plugin's cookie */
   std::vector<ept::QuiesceAnswer> answers;
   std::unordered_map<uint64_t, ept::QuiesceAnswer> answering; /* by the plugin's cookie */

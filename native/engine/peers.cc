@@ -223,6 +223,7 @@ void ept_engine::lose(Peer &peer, int32_t status, int32_t code, int32_t provider
     }
   }
   std::erase_if(answers, [&](const QuiesceAnswer &answer) { return answer.peer == peer.rank; });
+  news++;
   notify_owner();
   moved.notify_all();
 }
@@ -291,6 +292,7 @@ void ept_engine::on_message(const ept_event &event) {
         return;
       }
       peer.unread++;
+      if (head.tag & EPT_TAG_OURS) news++;
       inbox[head.tag].push_back({event.peer, std::vector<uint8_t>(body, body + length)});
       if (moved_waiters) moved.notify_all();
       return;

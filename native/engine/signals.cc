@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "engine/engine.h"
+#include "engine/news.h"
 #include "engine/wait.h"
 
 using namespace ept;
@@ -165,6 +166,61 @@ void ept_engine::raise_signal(Signal &signal) {
   }
 }
 
+int32_t ept::wait_signal_or_news(ept_engine *engine, ept_signal_id id, uint64_t target, uint64_t timeout,
+                                 uint64_t *news, ept_error *error) {
+  return guarded(error, "signal_wait", [&]() -> int32_t {
+    Hold hold(engine->lock);
+    Signal *signal = engine->signals.find(id);
+    if (!signal) return fail(error, EPT_E_INVALID, "signal_wait", -1, "no such signal (destroyed already?)");
+    const Peer &peer = engine->peers[signal->source];
+    const uint64_t begin = now_ns();
+    uint64_t seen = 0;
+    bool warned = false, told = false;
+    signal->waiters++;
+    int32_t code = engine->wait(
+        hold, timeout,
+        [&]() -> int32_t {
+          seen = std::atomic_ref<uint64_t>(*signal->word).load(std::memory_order_acquire);
+          if (seen >= target) return EPT_OK;
+          if (engine->closed) return EPT_E_CLOSED;
+          if (peer.status == EPT_PEER_LOST || peer.status == EPT_PEER_LEFT) return EPT_E_PEER_LOST;
+          if (news && *news != engine->news) {
+            *news = engine->news;
+            told = true;
+            return EPT_E_TIMEOUT;
+          }
+          if (!warned && now_ns() - begin > engine->warn_ns) {
+            warned = true;
+            char line[512];
+            std::snprintf(line, sizeof line,
+                          "rank %u has waited %.1f s for rank %u in '%s': count %llu expected, %llu seen, %s",
+                          engine->rank, static_cast<double>(now_ns() - begin) * 1e-9, signal->source,
+                          signal->label.c_str(), static_cast<unsigned long long>(target),
+                          static_cast<unsigned long long>(seen), engine->describe(peer).c_str());
+            engine->say(EPT_LOG_WARNING, line);
+          }
+          return EPT_LATER;
+        },
+        error);
+    signal->waiters--;
+    if (told) return EPT_LATER;
+    if (code != EPT_E_TIMEOUT && code != EPT_E_PEER_LOST && code != EPT_E_CLOSED) return code;
+    const uint64_t silent = now_ns() - peer.last_sign;
+    fail(error, code, "signal_wait", static_cast<int32_t>(signal->source),
+         "rank %u waited %.3f s for rank %u in '%s': count %llu expected, %llu seen; %s", engine->rank,
+         static_cast<double>(now_ns() - begin) * 1e-9, signal->source, signal->label.c_str(),
+         static_cast<unsigned long long>(target), static_cast<unsigned long long>(seen),
+         code == EPT_E_CLOSED ? "the engine was closed meanwhile" : engine->describe(peer).c_str());
+    if (error) {
+      error->expected = target;
+      error->seen = seen;
+      error->silent_ns = silent;
+      error->provider_errno = peer.why_errno;
+    }
+    return code;
+  });
+}
+
 extern "C" {
 
 int32_t ept_signal_create(ept_engine *engine, uint32_t source, const char *label, const ept_memory *home,
@@ -311,51 +367,7 @@ int32_t ept_signal_raise(ept_engine *engine, ept_signal_id id, ept_error *error)
 }
 
 int32_t ept_signal_wait(ept_engine *engine, ept_signal_id id, uint64_t target, uint64_t timeout, ept_error *error) {
-  return guarded(error, "signal_wait", [&]() -> int32_t {
-    Hold hold(engine->lock);
-    Signal *signal = engine->signals.find(id);
-    if (!signal) return fail(error, EPT_E_INVALID, "signal_wait", -1, "no such signal (destroyed already?)");
-    const Peer &peer = engine->peers[signal->source];
-    const uint64_t begin = now_ns();
-    uint64_t seen = 0;
-    bool warned = false;
-    signal->waiters++;
-    int32_t code = engine->wait(
-        hold, timeout,
-        [&]() -> int32_t {
-          seen = std::atomic_ref<uint64_t>(*signal->word).load(std::memory_order_acquire);
-          if (seen >= target) return EPT_OK;
-          if (engine->closed) return EPT_E_CLOSED;
-          if (peer.status == EPT_PEER_LOST || peer.status == EPT_PEER_LEFT) return EPT_E_PEER_LOST;
-          if (!warned && now_ns() - begin > engine->warn_ns) {
-            warned = true;
-            char line[512];
-            std::snprintf(line, sizeof line,
-                          "rank %u has waited %.1f s for rank %u in '%s': count %llu expected, %llu seen, %s",
-                          engine->rank, static_cast<double>(now_ns() - begin) * 1e-9, signal->source,
-                          signal->label.c_str(), static_cast<unsigned long long>(target),
-                          static_cast<unsigned long long>(seen), engine->describe(peer).c_str());
-            engine->say(EPT_LOG_WARNING, line);
-          }
-          return EPT_LATER;
-        },
-        error);
-    signal->waiters--;
-    if (code != EPT_E_TIMEOUT && code != EPT_E_PEER_LOST && code != EPT_E_CLOSED) return code;
-    const uint64_t silent = now_ns() - peer.last_sign;
-    fail(error, code, "signal_wait", static_cast<int32_t>(signal->source),
-         "rank %u waited %.3f s for rank %u in '%s': count %llu expected, %llu seen; %s", engine->rank,
-         static_cast<double>(now_ns() - begin) * 1e-9, signal->source, signal->label.c_str(),
-         static_cast<unsigned long long>(target), static_cast<unsigned long long>(seen),
-         code == EPT_E_CLOSED ? "the engine was closed meanwhile" : engine->describe(peer).c_str());
-    if (error) {
-      error->expected = target;
-      error->seen = seen;
-      error->silent_ns = silent;
-      error->provider_errno = peer.why_errno;
-    }
-    return code;
-  });
+  return wait_signal_or_news(engine, id, target, timeout, nullptr, error);
 }
 
 int32_t ept_signal_notify(ept_engine *engine, ept_signal_id id, uint64_t target, ept_error *error) {

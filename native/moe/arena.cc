@@ -9,6 +9,8 @@
 
 #include <algorithm>
 
+#include "moe/links.h"
+
 namespace ept::moe {
 
 LaneMemory::LaneMemory(ept_engine *engine, uint64_t bytes) : engine_(engine), bytes_(bytes) {
@@ -49,7 +51,11 @@ Arena::Arena(ept_engine *of) : engine(of) {
   world = info.world;
   epoch = info.epoch;
   timeout_ns = info.timeout_ns;
-  reset_seen_.assign(world, 0);
+  reports_.begin(world);
+  auto all = std::make_shared<Members>();
+  all->active.assign(world, 1);
+  members_ = std::move(all);
+  returned_.assign(world, 0);
 }
 
 Arena::~Arena() = default;
@@ -58,15 +64,23 @@ std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<
   std::lock_guard<std::mutex> lock(collective_);
   if (closed_) fail(EPT_E_CLOSED, -1, "the arena was closed");
   const Deadline deadline(timeout_ns);
+  Members with;
+  if (expected_) {  // the others have it already
+    with.active.assign(world, 0);
+    with.active[rank] = 1;
+  } else {
+    with = *members_of_step();
+  }
   attempts_++;
-  std::shared_ptr<Object> object = agree(config, deadline);
+  std::shared_ptr<Object> object = agree(config, with, deadline);
   const LaneMap needs = lane_map(object->shape);
   const LaneMap larger = {
       at_least(map.dispatch_recv, needs.dispatch_recv), at_least(map.combine_recv, needs.combine_recv),
       at_least(map.dispatch_send, needs.dispatch_send), at_least(map.combine_send, needs.combine_send)};
   const auto count = uint32_t(std::max<size_t>(lanes.size(), object->config.lanes));
-  if (count > lanes.size() || larger.bytes(1) != map.bytes(1)) grow(larger, count, deadline);
+  if (count > lanes.size() || larger.bytes(1) != map.bytes(1)) grow(larger, count, with, deadline);
   object->number = ++objects_;
+  if (expected_) expected_--;
   pool.grow(object->threads);
   for (uint32_t i = 0; i < object->config.lanes; i++) its_lanes.push_back(lanes[i].get());
   return object;
@@ -153,7 +167,7 @@ void compare(const Object &mine, uint32_t rank, uint32_t peer, Bytes &theirs) {
 }  // namespace
 
 // Every rank tells every other its config, or why it refuses the one it was given, so that all fail alike.
-std::shared_ptr<Object> Arena::agree(const ept_moe_config &config, const Deadline &deadline) {
+std::shared_ptr<Object> Arena::agree(const ept_moe_config &config, const Members &with, const Deadline &deadline) {
   std::shared_ptr<Object> object;
   Failure refused{Error()};
   try {
@@ -173,12 +187,12 @@ std::shared_ptr<Object> Arena::agree(const ept_moe_config &config, const Deadlin
     mine.put_text(described.all().data(), described.all().size());
   }
   const auto said = exchange(
-      engine, rank, world, kTagConfig | attempts_ << 16, [&](uint32_t) { return mine.all(); }, deadline,
+      engine, rank, with, kTagConfig | attempts_ << 16, [&](uint32_t) { return mine.all(); }, deadline,
       "to create an AllToAll");
   if (!object) throw refused;
   unsigned sharing = 1;
   for (uint32_t r = 0; r < world; r++) {
-    if (r == rank) continue;
+    if (r == rank || !with.has(r)) continue;
     Bytes theirs(said[r]);
     const auto code = theirs.get<int32_t>();
     const std::string text = theirs.get_text();
@@ -205,16 +219,7 @@ void Arena::close(uint64_t timeout) {
         for (auto &places : slots)
           for (ept_transfer_id &transfer : places)
             if (transfer) ept_transfer_wait(engine, transfer, deadline.remaining(), &error);
-      if (link.region) ept_region_drop(engine, link.region, &error);
-      for (uint32_t p = 0; p < EPT_PHASES; p++) {
-        if (link.grant[p]) ept_signal_drop(engine, link.grant[p], &error);
-        if (link.granted[p]) ept_signal_destroy(engine, link.granted[p], &error);
-        for (uint32_t i = 0; i < 4; i++) {
-          if (link.raise[p][i / 2][i % 2]) ept_signal_drop(engine, link.raise[p][i / 2][i % 2], &error);
-          if (link.arrived[p][i / 2][i % 2]) ept_signal_destroy(engine, link.arrived[p][i / 2][i % 2], &error);
-        }
-      }
-      link = Link();
+      release(engine, link);
     }
   memories_.clear();
 }

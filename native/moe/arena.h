@@ -11,6 +11,8 @@
 #include "moe/control.h"
 #include "moe/cpu/pool.h"
 #include "moe/lane.h"
+#include "moe/members.h"
+#include "moe/reports.h"
 
 namespace ept::moe {
 
@@ -38,7 +40,7 @@ struct Arena {
 
   ept_engine *const engine;
   uint32_t rank = 0, world = 0;
-  uint32_t epoch = 0;
+  std::atomic<uint32_t> epoch{0};  // the life of this rank
   uint64_t timeout_ns = 0;
   LaneMap map = {0, 0, 0, 0};
   Pool pool;
@@ -47,23 +49,46 @@ struct Arena {
   // Collective calls: one at a time.
   // `its_lanes`: the lanes of the new object, which live as long as the arena.
   std::shared_ptr<Object> create(const ept_moe_config &config, std::vector<Lane *> &its_lanes);
-  void reset(uint64_t timeout_ns);
+  // LATER: the membership moves; learn of it and call again.
+  int32_t reset(uint64_t timeout_ns);
   void close(uint64_t timeout_ns);
   bool closed() const { return closed_; }
 
+  // ---- who takes part (mask.cc) ----
+  // As agreed above, in the order of epochs; an older one than the last is ignored. `step`: the lanes go on with a
+  // generation not below it after the next reset.
+  void set_members(uint32_t epoch, const uint8_t *active, uint64_t step);
+  std::shared_ptr<const Members> members() const;
+  // The same for a step or a set-up that begins: FAULT where a rank has come back and no reset has taken it in.
+  std::shared_ptr<const Members> members_of_step() const;
+  // This process is a later life of its rank: the others have so many AllToAlls already. The first ones made here are
+  // made by this rank alone, and the first reset joins them to the others'.
+  void expect(uint32_t objects);
+  // The highest generation that has begun here.
+  uint64_t step();
+  // Takes the messages of resets that have come, for a call that isn't one: FAULT where a rank that it needs has gone
+  // on to a reset.
+  void hear_resets() { reports_.hear(engine, epoch); }
+  void refuse_reset(uint32_t rank) const;
+
  private:
   using Holds = std::vector<std::unique_ptr<Lane::Held>>;
+  friend struct Resetting;
   struct Growth;
-  struct Reset;
-  std::shared_ptr<Object> agree(const ept_moe_config &config, const Deadline &deadline);
-  Holds until_idle(const Deadline &deadline);
-  void grow(const LaneMap &larger, uint32_t lanes, const Deadline &deadline);
+  std::shared_ptr<Object> agree(const ept_moe_config &config, const Members &with, const Deadline &deadline);
+  Holds until_idle(const Members &with, const Deadline &deadline);
+  void grow(const LaneMap &larger, uint32_t lanes, const Members &with, const Deadline &deadline);
 
   std::mutex collective_;
   std::vector<std::unique_ptr<LaneMemory>> memories_;  // [lanes]
   uint64_t attempts_ = 0;                              // collective calls so far
   uint64_t resets_ = 0;
-  std::vector<uint64_t> reset_seen_;  // [world] the peer's reset that was the last to end well
+  Reports reports_;
+  uint32_t expected_ = 0;  // AllToAlls still to be made by this rank alone
+  mutable std::mutex members_mutex_;
+  std::shared_ptr<const Members> members_;
+  uint64_t step_ = 0;
+  std::vector<uint8_t> returned_;  // [world] is back, and not taken in by a reset yet
   uint32_t objects_ = 0;
   std::atomic<bool> closed_{false};
 };

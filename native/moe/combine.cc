@@ -71,7 +71,7 @@ class LateWeights {
 
   std::vector<float> run() {
     weights_.resize(routing_.begin.back() * top_k_);
-    Exchange &exchange = lane_.begin(Kind::late_weights, moe_.object, wait_);
+    Exchange &exchange = lane_.begin(Kind::late_weights, moe_.object, source_.members, wait_);
     exchange.whole = true;
     exchange.source = routing_.source;
     exchange.head.flags = EPT_MOE_LATE_WEIGHTS;
@@ -170,10 +170,11 @@ void combine_send(Moe &moe, Lane &lane, const ept_combine_args &args, Wait &wait
   check_args(moe, args);
   const ept_routing &routing = *args.routing;
   lane.drop(EPT_PHASE_COMBINE);
+  lane.refuse_old(*routing.source->members);
   std::vector<float> late;
   if (present(args.topk_weights)) late = LateWeights(moe, lane, args, wait).run();
 
-  Exchange &exchange = lane.begin(Kind::combine, moe.object, wait);
+  Exchange &exchange = lane.begin(Kind::combine, moe.object, routing.source->members, wait);
   exchange.whole = args.whole;
   exchange.source = routing.source;
   auto pack = plan_pack(moe, args, std::move(late));

@@ -37,15 +37,18 @@ struct Talk {
 
 class Talks {
  public:
-  Talks(ept_engine *engine, uint32_t rank, uint32_t world, uint64_t tag) : engine_(engine), rank_(rank), tag_(tag) {
+  Talks(ept_engine *engine, uint32_t rank, const Members &members, uint64_t tag)
+      : engine_(engine), rank_(rank), members_(members), tag_(tag) {
     Error error;
     size_t most = 0;
     check(ept_engine_max_message(engine, &most), error);
     if (most <= sizeof(Piece)) fail(EPT_E_LIMIT, -1, "the backend carries messages of %zu bytes only", most);
     room_ = most - sizeof(Piece);
-    talks_.resize(world);
+    talks_.resize(members.active.size());
     buffer_.resize(most);
   }
+
+  bool with(uint32_t rank) const { return rank != rank_ && members_.has(rank); }
 
   void say(uint32_t to, std::string what) {
     Talk &talk = talks_[to];
@@ -58,7 +61,7 @@ class Talks {
     bool moved = false;
     for (uint32_t r = 0; r < talks_.size(); r++) {
       Talk &talk = talks_[r];
-      if (r == rank_ || talk.sent == talk.pieces_out) continue;
+      if (!with(r) || talk.sent == talk.pieces_out) continue;
       const size_t begin = talk.sent * room_, length = std::min(room_, talk.out.size() - begin);
       const Piece piece = {talk.sent, talk.pieces_out};
       memcpy(buffer_.data(), &piece, sizeof piece);
@@ -104,22 +107,22 @@ class Talks {
   // A rank that has not said all, or UINT32_MAX.
   uint32_t silent() const {
     for (uint32_t r = 0; r < talks_.size(); r++)
-      if (r != rank_ && !talks_[r].done()) return r;
+      if (with(r) && !talks_[r].done()) return r;
     return UINT32_MAX;
   }
   bool all_sent() const {
     for (uint32_t r = 0; r < talks_.size(); r++)
-      if (r != rank_ && talks_[r].sent < talks_[r].pieces_out) return false;
+      if (with(r) && talks_[r].sent < talks_[r].pieces_out) return false;
     return true;
   }
   void find_lost(const char *what) const {
     for (uint32_t r = 0; r < talks_.size(); r++) {
-      if (r == rank_ || talks_[r].done()) continue;
+      if (!with(r) || talks_[r].done()) continue;
       ept_peer_info info{};
       info.size = sizeof info;
       Error error;
       check(ept_engine_peer(engine_, r, &info, &error), error);
-      if (info.status == EPT_PEER_LOST || info.status == EPT_PEER_LEFT)
+      if (ended(info.status))
         fail(EPT_E_PEER_LOST, int32_t(r), "rank %u waits for rank %u, %s: it is gone (%s)", rank_, r, what, info.why);
     }
   }
@@ -134,6 +137,7 @@ class Talks {
  private:
   ept_engine *engine_;
   uint32_t rank_;
+  const Members members_;
   uint64_t tag_;
   size_t room_ = 0;
   std::vector<Talk> talks_;
@@ -142,12 +146,12 @@ class Talks {
 
 }  // namespace
 
-std::vector<std::string> exchange(ept_engine *engine, uint32_t rank, uint32_t world, uint64_t tag,
+std::vector<std::string> exchange(ept_engine *engine, uint32_t rank, const Members &members, uint64_t tag,
                                   const std::function<std::string(uint32_t)> &to, const Deadline &deadline,
                                   const char *what) {
-  Talks talks(engine, rank, world, tag);
-  for (uint32_t r = 0; r < world; r++)
-    if (r != rank) talks.say(r, to(r));
+  Talks talks(engine, rank, members, tag);
+  for (uint32_t r = 0; r < members.active.size(); r++)
+    if (talks.with(r)) talks.say(r, to(r));
   // Sending and receiving take turns: if all only sent first, all could wait for room in all inboxes.
   while (talks.silent() != UINT32_MAX || !talks.all_sent()) {
     const bool sent = talks.send_some();

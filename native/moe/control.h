@@ -12,6 +12,7 @@
 
 #include "eptransport/wire.h"
 #include "moe/fail.h"
+#include "moe/members.h"
 
 namespace ept::moe {
 
@@ -21,6 +22,7 @@ constexpr uint64_t kTagMemory = EPT_TAG_OURS | 3ull << 48;
 constexpr uint64_t kTagReady = EPT_TAG_OURS | 4ull << 48;
 constexpr uint64_t kTagReset = EPT_TAG_OURS | 5ull << 48;
 constexpr uint64_t kTagClean = EPT_TAG_OURS | 6ull << 48;
+constexpr uint64_t kTagOffer = EPT_TAG_OURS | 8ull << 48;
 
 // Bytes of a message, appended and read in the same order.
 class Bytes {
@@ -58,9 +60,9 @@ class Bytes {
   size_t at_ = 0;
 };
 
-// Sends `to(rank)` to every other rank under `tag` and returns what every other rank sent to this one. Messages of any
+// Sends `to(rank)` to every other member under `tag` and returns what every other one sent to this one. Messages of any
 // length: they are cut up. Throws TIMEOUT or PEER_LOST, naming a rank that said nothing and `what` this is about.
-std::vector<std::string> exchange(ept_engine *engine, uint32_t rank, uint32_t world, uint64_t tag,
+std::vector<std::string> exchange(ept_engine *engine, uint32_t rank, const Members &members, uint64_t tag,
                                   const std::function<std::string(uint32_t)> &to, const Deadline &deadline,
                                   const char *what);
 

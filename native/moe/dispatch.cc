@@ -13,7 +13,8 @@ namespace {
 
 // What the arguments mean; nothing is changed until all of them are right.
 struct DispatchPlan {
-  std::shared_ptr<SourceSide> fresh;  // where the ids are new
+  std::shared_ptr<const Members> members;  // the mask of the step, taken here and nowhere else
+  std::shared_ptr<SourceSide> fresh;       // where the ids are new
   std::shared_ptr<const SourceSide> source;
   std::shared_ptr<PackRows> pack;
   int32_t scale_format = EPT_DTYPE_NONE;
@@ -44,6 +45,20 @@ std::vector<float> read_weights(const ept_tensor &weights) {
   return values;
 }
 
+// A routing that is kept knows all its ids; under another membership other ranks get rows of it.
+std::shared_ptr<SourceSide> scan_again(const Object &object, const SourceSide &old,
+                                       std::shared_ptr<const Members> members) {
+  ept_tensor ids{};
+  ids.data = const_cast<int32_t *>(old.ids.data());
+  ids.dtype = EPT_DTYPE_I32;
+  ids.ndim = 2;
+  ids.shape[0] = old.tokens, ids.shape[1] = old.top_k;
+  ids.strides[0] = old.top_k, ids.strides[1] = 1;
+  std::shared_ptr<SourceSide> source = scan(object.placement, std::move(members), ids);
+  source->weights = old.weights;
+  return source;
+}
+
 void plan_source(const Moe &moe, const ept_dispatch_args &args, DispatchPlan &plan) {
   const Object &object = *moe.object;
   const int64_t tokens = args.x.shape[0], top_k = object.config.top_k;
@@ -61,7 +76,10 @@ void plan_source(const Moe &moe, const ept_dispatch_args &args, DispatchPlan &pl
   const bool weights = present(args.topk_weights);
   if (weights) want("topk_weights", args.topk_weights, {EPT_DTYPE_F32}, {tokens, top_k});
   if (!args.routing) {
-    plan.fresh = scan(object.placement, object.shape.world, args.topk_ids);
+    plan.fresh = scan(object.placement, plan.members, args.topk_ids);
+    place_combine(*plan.fresh, object.shape, object.shape.combine_recv());
+  } else if (plan.source->members->epoch != plan.members->epoch) {
+    plan.fresh = scan_again(object, *plan.source, plan.members);
     place_combine(*plan.fresh, object.shape, object.shape.combine_recv());
   } else if (weights) {
     plan.fresh = std::make_shared<SourceSide>(*plan.source);
@@ -76,6 +94,7 @@ DispatchPlan plan_dispatch(const Moe &moe, const ept_dispatch_args &args) {
   const Object &object = *moe.object;
   const ept_moe_config &config = object.config;
   DispatchPlan plan;
+  plan.members = moe.arena->members_of_step();
   const bool quantise = object.quantises() && args.x.dtype == config.dtype;
   const int32_t sent = quantise ? config.dtype : config.dispatch_dtype;
   if (object.quantises())
@@ -158,7 +177,7 @@ Exchange &open_exchange(Moe &moe, Lane &lane, uint32_t phase, const char *operat
 void dispatch_send(Moe &moe, Lane &lane, const ept_dispatch_args &args, Wait &wait) {
   DispatchPlan plan = plan_dispatch(moe, args);
   lane.drop(EPT_PHASE_DISPATCH);
-  Exchange &exchange = lane.begin(Kind::dispatch, moe.object, wait);
+  Exchange &exchange = lane.begin(Kind::dispatch, moe.object, plan.members, wait);
   exchange.whole = args.whole;
   exchange.source = plan.source;
   ept_moe_header &head = exchange.head;
@@ -299,10 +318,13 @@ RoutingRef new_routing(const Exchange &exchange, int32_t layout, uint64_t leadin
   RoutingRef routing(new ept_routing);
   routing->object = object.number;
   routing->source = exchange.source;
+  routing->made_by = exchange.object;
   routing->begin.assign(world + 1, 0);
   routing->combine.resize(world);
   for (uint32_t s = 0; s < world; s++) {
     const Incoming &in = exchange.in[s];
+    routing->begin[s + 1] = routing->begin[s] + in.rows;
+    if (!exchange.members->has(s)) continue;
     const Region combine = {in.first.combine_offset, in.first.combine_capacity};
     if (combine.offset % kAlign || combine.bytes < EPT_MOE_HEADER_BYTES ||
         combine.offset > object.shape.combine_recv() || combine.bytes > object.shape.combine_recv() - combine.offset)
@@ -310,7 +332,6 @@ RoutingRef new_routing(const Exchange &exchange, int32_t layout, uint64_t leadin
            (unsigned long long)combine.offset, (unsigned long long)combine.bytes,
            (unsigned long long)object.shape.combine_recv());
     routing->combine[s] = combine;
-    routing->begin[s + 1] = routing->begin[s] + in.rows;
   }
   const size_t rows = routing->begin[world];
   routing->token.resize(rows);

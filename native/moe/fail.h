@@ -23,6 +23,11 @@ struct Failure {
 // Throws what an engine call answered, where it is an error.
 void check(int32_t code, const ept_error &error);
 
+// Of an ept_peer_status: nothing more will come over this link.
+inline bool ended(int32_t status) {
+  return status == EPT_PEER_LOST || status == EPT_PEER_LEFT || status == EPT_PEER_MASKED;
+}
+
 inline uint64_t now_ns() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);

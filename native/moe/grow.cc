@@ -7,18 +7,20 @@
 #include <algorithm>
 
 #include "moe/arena.h"
+#include "moe/links.h"
 
 namespace ept::moe {
 
 // What a growth has made so far; undone unless `kept`.
 struct Arena::Growth {
   Arena &arena;
+  const Members &members;
   bool kept = false;
   std::vector<std::unique_ptr<LaneMemory>> memories;  // [lanes]; NULL: the lane keeps its own
   std::vector<std::unique_ptr<Lane>> fresh;           // lanes that are new
   std::vector<std::vector<ept_region_id>> regions;    // [lanes][world]
 
-  explicit Growth(Arena &of) : arena(of) {}
+  Growth(Arena &of, const Members &with) : arena(of), members(with) {}
   ~Growth();
 
   Lane &lane(uint32_t index) {
@@ -34,39 +36,19 @@ namespace {
 
 enum Vote : uint8_t { kBusy, kIdle, kFaulted };
 
-void make_signals(ept_engine *engine, Lane &lane, uint32_t source) {
-  Link &link = lane.links[source];
+uint32_t life_of(ept_engine *engine, uint32_t rank) {
+  ept_peer_info info{};
+  info.size = sizeof info;
   Error error;
-  for (uint32_t p = 0; p < EPT_PHASES; p++) {
-    const std::string phase = p == EPT_PHASE_DISPATCH ? "dispatch" : "combine";
-    const std::string data = phase + " of lane " + std::to_string(lane.index);
-    const std::string grants = "grants of " + data;
-    for (uint32_t i = 0; i < 4; i++)
-      check(ept_signal_create(engine, source, data.c_str(), nullptr, &link.arrived[p][i / 2][i % 2], &error), error);
-    check(ept_signal_create(engine, source, grants.c_str(), nullptr, &link.granted[p], &error), error);
-  }
+  check(ept_engine_peer(engine, rank, &info, &error), error);
+  return info.epoch;
 }
 
-void put_signal(ept_engine *engine, ept_signal_id id, Bytes &bytes) {
-  char blob[4096];
-  size_t length = sizeof blob;
-  Error error;
-  check(ept_signal_export(engine, id, blob, &length, &error), error);
-  bytes.put_text(blob, length);
-}
-
-ept_remote_signal_id get_signal(ept_engine *engine, uint32_t rank, Bytes &bytes) {
-  const std::string blob = bytes.get_text();
-  ept_remote_signal_id id = 0;
-  Error error;
-  check(ept_signal_import(engine, rank, blob.data(), blob.size(), &id, &error), error);
-  return id;
-}
-
-void throw_theirs(const std::vector<std::string> &said, uint32_t rank, std::vector<Bytes> &bytes) {
+void throw_theirs(const std::vector<std::string> &said, uint32_t rank, const Members &members,
+                  std::vector<Bytes> &bytes) {
   for (uint32_t r = 0; r < said.size(); r++) {
     bytes.emplace_back(said[r]);
-    if (r == rank) continue;
+    if (r == rank || !members.has(r)) continue;
     const auto code = bytes[r].get<int32_t>();
     const std::string text = bytes[r].get_text();
     if (code != EPT_OK) fail(code, int32_t(r), "rank %u could not take part: %s", r, text.c_str());
@@ -88,15 +70,7 @@ Arena::Growth::~Growth() {
     for (ept_region_id region : of_lane)
       if (region) ept_region_drop(arena.engine, region, &error);
   for (auto &lane : fresh)
-    for (Link &link : lane->links)
-      for (uint32_t p = 0; p < EPT_PHASES; p++) {
-        if (link.grant[p]) ept_signal_drop(arena.engine, link.grant[p], &error);
-        if (link.granted[p]) ept_signal_destroy(arena.engine, link.granted[p], &error);
-        for (uint32_t i = 0; i < 4; i++) {
-          if (link.raise[p][i / 2][i % 2]) ept_signal_drop(arena.engine, link.raise[p][i / 2][i % 2], &error);
-          if (link.arrived[p][i / 2][i % 2]) ept_signal_destroy(arena.engine, link.arrived[p][i / 2][i % 2], &error);
-        }
-      }
+    for (Link &link : lane->links) release(arena.engine, link);
 }
 
 void Arena::Growth::make(const LaneMap &map, uint32_t lanes) {
@@ -108,7 +82,13 @@ void Arena::Growth::make(const LaneMap &map, uint32_t lanes) {
                                         : nullptr);
     if (!is_new) continue;
     fresh.push_back(std::make_unique<Lane>(arena, i));
-    for (uint32_t r = 0; r < arena.world; r++) make_signals(arena.engine, *fresh.back(), r);
+    for (uint32_t r = 0; r < arena.world; r++) {
+      if (!members.has(r)) continue;  // a reset makes its links when it is back
+      make_signals(arena.engine, *fresh.back(), r);
+      Link &link = fresh.back()->links[r];
+      link.mine = arena.epoch;
+      link.theirs = r == arena.rank ? link.mine : life_of(arena.engine, r);
+    }
   }
 }
 
@@ -116,36 +96,18 @@ void Arena::Growth::make(const LaneMap &map, uint32_t lanes) {
 std::string Arena::Growth::offer(uint32_t to, const LaneMap &map) {
   Bytes bytes;
   for (uint32_t i = 0; i < memories.size(); i++) {
-    if (memories[i]) {
-      char blob[4096];
-      size_t length = sizeof blob;
-      Error error;
-      check(ept_region_export(arena.engine, memories[i]->id(), to, 0, map.exported(), blob, &length, &error), error);
-      bytes.put_text(blob, length);
-    }
+    if (memories[i]) give_region(arena.engine, memories[i]->id(), to, map.exported(), bytes);
     if (i < arena.lanes.size()) continue;
-    const Link &link = lane(i).links[to];
-    for (uint32_t p = 0; p < EPT_PHASES; p++) {
-      for (uint32_t at = 0; at < 4; at++) put_signal(arena.engine, link.arrived[p][at / 2][at % 2], bytes);
-      put_signal(arena.engine, link.granted[p], bytes);
-    }
+    give_signals(arena.engine, lane(i).links[to], bytes);
   }
   return bytes.all();
 }
 
 void Arena::Growth::accept(uint32_t from, Bytes &bytes) {
   for (uint32_t i = 0; i < memories.size(); i++) {
-    if (memories[i]) {
-      const std::string blob = bytes.get_text();
-      Error error;
-      check(ept_region_import(arena.engine, from, blob.data(), blob.size(), &regions[i][from], &error), error);
-    }
+    if (memories[i]) regions[i][from] = take_region(arena.engine, from, bytes);
     if (i < arena.lanes.size()) continue;
-    Link &link = lane(i).links[from];
-    for (uint32_t p = 0; p < EPT_PHASES; p++) {
-      for (uint32_t at = 0; at < 4; at++) link.raise[p][at / 2][at % 2] = get_signal(arena.engine, from, bytes);
-      link.grant[p] = get_signal(arena.engine, from, bytes);
-    }
+    take_signals(arena.engine, from, lane(i).links[from], bytes);
   }
 }
 
@@ -164,7 +126,7 @@ bool abandoned(const Exchange &exchange) {
 // Holds every lane when no rank has a step under way in any. Nobody waits for a lane, since its holder may wait for a
 // rank whose lanes are held for the vote: the ranks vote on what they could get, and if the vote is against it, let go
 // and try again.
-Arena::Holds Arena::until_idle(const Deadline &deadline) {
+Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline) {
   for (uint64_t round = 0;; round++) {
     Holds holds;
     bool idle = true, faulted = false;
@@ -175,7 +137,7 @@ Arena::Holds Arena::until_idle(const Deadline &deadline) {
         idle = false;
         continue;
       }
-      for (uint64_t generation : lane->next) vote.put(generation);
+      for (const auto &generation : lane->next) vote.put(uint64_t(generation));
       faulted = faulted || lane->faulted;
       if (faulted) continue;
       for (uint32_t phase = 0; phase < EPT_PHASES; phase++)
@@ -187,10 +149,10 @@ Arena::Holds Arena::until_idle(const Deadline &deadline) {
     Bytes mine;
     mine.put(uint8_t(faulted ? kFaulted : idle ? kIdle : kBusy)).put_text(vote.all().data(), vote.all().size());
     const auto said = exchange(
-        engine, rank, world, kTagIdle | attempts_ << 16 | (round & 0xffff), [&](uint32_t) { return mine.all(); },
+        engine, rank, with, kTagIdle | attempts_ << 16 | (round & 0xffff), [&](uint32_t) { return mine.all(); },
         deadline, "to enlarge the arena");
     for (uint32_t r = 0; r < world; r++) {
-      if (r == rank) continue;
+      if (r == rank || !with.has(r)) continue;
       Bytes theirs(said[r]);
       const auto state = theirs.get<uint8_t>();
       if (state == kFaulted) fail(EPT_E_FAULT, int32_t(r), "a lane of rank %u is faulted: reset first", r);
@@ -207,36 +169,36 @@ Arena::Holds Arena::until_idle(const Deadline &deadline) {
   }
 }
 
-void Arena::grow(const LaneMap &larger, uint32_t count, const Deadline &deadline) {
-  const Holds holds = until_idle(deadline);
-  Growth growth(*this);
+void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, const Deadline &deadline) {
+  const Holds holds = until_idle(with, deadline);
+  Growth growth(*this, with);
   Failure failed{Error()};
   std::vector<std::string> offers(world);
   try {
     growth.make(larger, count);
     for (uint32_t r = 0; r < world; r++)
-      if (r != rank) offers[r] = growth.offer(r, larger);
+      if (r != rank && with.has(r)) offers[r] = growth.offer(r, larger);
   } catch (const Failure &failure) {
     failed = failure;
   }
   const auto offered = exchange(
-      engine, rank, world, kTagMemory | attempts_ << 16, [&](uint32_t to) { return status(failed).all() + offers[to]; },
+      engine, rank, with, kTagMemory | attempts_ << 16, [&](uint32_t to) { return status(failed).all() + offers[to]; },
       deadline, "to enlarge the arena");
   if (failed.error.code) throw failed;
   std::vector<Bytes> bytes;
-  throw_theirs(offered, rank, bytes);
+  throw_theirs(offered, rank, with, bytes);
   try {
     for (uint32_t r = 0; r < world; r++)
-      if (r != rank) growth.accept(r, bytes[r]);
+      if (r != rank && with.has(r)) growth.accept(r, bytes[r]);
   } catch (const Failure &failure) {
     failed = failure;
   }
   const auto ready = exchange(
-      engine, rank, world, kTagReady | attempts_ << 16, [&](uint32_t) { return status(failed).all(); }, deadline,
+      engine, rank, with, kTagReady | attempts_ << 16, [&](uint32_t) { return status(failed).all(); }, deadline,
       "to enlarge the arena");
   if (failed.error.code) throw failed;
   bytes.clear();
-  throw_theirs(ready, rank, bytes);
+  throw_theirs(ready, rank, with, bytes);
 
   growth.kept = true;
   for (auto &lane : growth.fresh) lanes.push_back(std::move(lane));

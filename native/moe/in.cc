@@ -41,7 +41,6 @@ bool Lane::look(Exchange &exchange, uint32_t source, uint32_t ahead, Chunk *chun
     in.rows = chunk->header.total_rows;
     if (exchange.kind == Kind::dispatch) {
       const uint32_t local = exchange.object->local();
-      exchange.counts.resize(size_t(arena.world) * local);
       memcpy(exchange.counts.data() + size_t(source) * local, at + sizeof(ept_moe_header), 4ull * local);
     }
   }
@@ -102,6 +101,11 @@ void Lane::check_header(const Exchange &exchange, uint32_t source, const ept_moe
     fail(EPT_E_VERSION, int32_t(source), "rank %u sent no header of version %d (magic %08x, version %u)", source,
          EPT_WIRE_VERSION, h.magic, h.version);
   const bool late = h.flags & EPT_MOE_LATE_WEIGHTS;
+  if (h.membership != exchange.members->epoch)
+    fail(EPT_E_FAULT, int32_t(source),
+         "rank %u takes its step under membership %u, rank %u under %u: a rank was masked or readmitted between them. "
+         "Reset on every rank",
+         source, h.membership, arena.rank, exchange.members->epoch);
   if (h.phase != exchange.phase || h.source != source || h.lane != index || h.generation != exchange.generation ||
       h.object != exchange.object->number || late != (exchange.kind == Kind::late_weights) || h.chunk != chunk)
     fail(EPT_E_MISMATCH, int32_t(source),

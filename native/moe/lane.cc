@@ -39,7 +39,8 @@ Lane::Held::~Held() {
 
 // ---- generations ----
 
-Exchange &Lane::begin(Kind kind, const std::shared_ptr<Object> &object, Wait &wait) {
+Exchange &Lane::begin(Kind kind, const std::shared_ptr<Object> &object, const std::shared_ptr<const Members> &members,
+                      Wait &wait) {
   const uint32_t phase = kind == Kind::combine ? EPT_PHASE_COMBINE : EPT_PHASE_DISPATCH;
   const uint64_t generation = next[phase];
   const auto slot = uint32_t(generation % 2);
@@ -60,11 +61,15 @@ Exchange &Lane::begin(Kind kind, const std::shared_ptr<Object> &object, Wait &wa
   exchange.owner = std::this_thread::get_id();
   exchange.since = now_ns();
   exchange.object = object;
+  exchange.members = members;
   exchange.source.reset();
   exchange.pack = nullptr;
   exchange.out.assign(arena.world, Outgoing());
   exchange.in.assign(arena.world, Incoming());
-  exchange.unsent = exchange.unread = arena.world;
+  exchange.counts.assign(kind == Kind::dispatch ? size_t(arena.world) * object->local() : 0, 0);
+  exchange.unsent = exchange.unread = members->count();
+  for (uint32_t r = 0; r < arena.world; r++)
+    if (!members->has(r)) exchange.out[r].finished = exchange.in[r].begun = exchange.in[r].finished = true;
   exchange.head = ept_moe_header{};
   exchange.head.magic = EPT_MOE_MAGIC;
   exchange.head.version = EPT_WIRE_VERSION;
@@ -75,12 +80,13 @@ Exchange &Lane::begin(Kind kind, const std::shared_ptr<Object> &object, Wait &wa
   exchange.head.top_k = object->config.top_k;
   exchange.head.epoch = arena.epoch;
   exchange.head.object = object->number;
+  exchange.head.membership = members->epoch;
   next[phase] = generation + 1;
   object->counters.generations[phase].fetch_add(1, std::memory_order_relaxed);
 
   tell(exchange, wait);
   for (uint32_t r = 0; r < arena.world; r++)
-    for (uint32_t where = 0; where < 2; where++)
+    for (uint32_t where = 0; where < 2 && members->has(r); where++)
       while (!settle(links[r], phase, slot, where, 0)) wait.for_transfer(r, phase, slot, where);
   return exchange;
 }
@@ -106,14 +112,16 @@ uint64_t Lane::consumed(uint32_t phase) const {
 }
 
 bool Lane::quiet() {
-  for (uint32_t phase = 0; phase < EPT_PHASES; phase++)
-    for (uint32_t slot = 0; slot < EPT_MOE_SLOTS; slot++) {
-      if (exchanges[phase][slot].state != Exchange::idle) return false;
-      for (Link &link : links)
-        if (!settle(link, phase, slot, 0, 0) || !settle(link, phase, slot, 1, 0)) return false;
-    }
-  for (const Link &link : links)
-    if (link.grants_owed[0] || link.grants_owed[1]) return false;
+  const std::shared_ptr<const Members> members = arena.members();
+  for (uint32_t r = 0; r < arena.world; r++) {
+    if (!members->has(r)) continue;
+    for (uint32_t i = 0; i < 8; i++)
+      if (!settle(links[r], i / 4, i / 2 % 2, i % 2, 0)) return false;
+    if (links[r].grants_owed[0] || links[r].grants_owed[1]) return false;
+  }
+  for (const auto &phase : exchanges)
+    for (const Exchange &exchange : phase)
+      if (exchange.state != Exchange::idle) return false;
   return true;
 }
 
@@ -203,7 +211,7 @@ void Lane::tell(Exchange &exchange, Wait &wait) {
   const uint64_t generation = exchange.generation;
   for (uint32_t r = 0; r < arena.world; r++) {
     Link &link = links[r];
-    if (r == arena.rank || link.told[phase] + 1 >= generation) continue;
+    if (r == arena.rank || !exchange.members->has(r) || link.told[phase] + 1 >= generation) continue;
     ept_lane_ack ack{index, 0, {consumed(0), consumed(1)}};
     Error error;
     check(ept_engine_send(arena.engine, r, kTagAck + index, &ack, sizeof ack, wait.remaining(), &error), error);

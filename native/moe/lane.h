@@ -28,6 +28,7 @@
 // that are granted already, since every earlier row of each rank has been consumed.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -37,6 +38,7 @@
 
 #include "eptransport/eptransport.h"
 #include "moe/fail.h"
+#include "moe/members.h"
 #include "moe/object.h"
 
 namespace ept::moe {
@@ -51,6 +53,7 @@ constexpr uint64_t kTagAck = EPT_TAG_OURS | 1ull << 48;  // + lane
 
 // One peer as one lane sees it. Index order: [phase][slot][position].
 struct Link {
+  uint32_t mine = 0, theirs = 0;             // the lives that it is between; see engine.h
   ept_region_id region = 0;                  // the receive half of the peer's lane memory
   ept_remote_signal_id raise[2][2][2] = {};  // at the peer: our chunks
   ept_remote_signal_id grant[2] = {};        // at the peer: its chunks of this phase that we have consumed
@@ -106,6 +109,7 @@ struct Exchange {
   std::thread::id owner;
   uint64_t since = 0;  // now_ns() when it began
   std::shared_ptr<Object> object;
+  std::shared_ptr<const Members> members;    // of the step: nothing goes to another rank or is awaited from it
   std::shared_ptr<const SourceSide> source;  // dispatch: counts and combine regions for the headers
   ept_moe_header head = {};                  // what all its headers share
   Pack pack;
@@ -141,7 +145,10 @@ class Lane {
 
   // ---- generations ----
   // Begins the next generation of the kind's phase: steps 1 and 2 above. The caller fills `out` and then sends.
-  Exchange &begin(Kind kind, const std::shared_ptr<Object> &object, Wait &wait);
+  Exchange &begin(Kind kind, const std::shared_ptr<Object> &object, const std::shared_ptr<const Members> &members,
+                  Wait &wait);
+  // Throws, and faults the lane, where a step was begun under `members` and the membership has moved since.
+  void refuse_old(const Members &members);
   // The open exchange whose receiving half is still to come, or NULL.
   Exchange *pending(uint32_t phase);
   // Before a send: what is open in the phase will not be received any more, nor what a whole call, whose halves have no
@@ -187,11 +194,12 @@ class Lane {
   std::vector<Link> links;  // [world]; that of this rank has the local signals
   ept_memory_id memory_id = 0;
   char *base = nullptr;
-  uint64_t next[2] = {0, 0};  // generation
-  Exchange exchanges[2][2];   // [phase][slot]
-  bool committed = false;     // a call is past the point where its failure leaves the lane as it was
+  std::atomic<uint64_t> next[2]{};  // generation; read without the lane by Arena::step
+  Exchange exchanges[2][2];         // [phase][slot]
+  bool committed = false;           // a call is past the point where its failure leaves the lane as it was
   bool faulted = false;
   ept_error fault;
+  uint64_t news = 0, looked_at = 0;  // of the engine: seen by this lane's waits; and looked into
 
  private:
   friend class Wait;
@@ -240,7 +248,9 @@ class Wait {
   uint64_t slice();
   void signal(uint32_t peer, ept_signal_id id, uint64_t target, uint64_t length, const std::string &what);
   [[noreturn]] void expired(uint32_t peer, const std::string &what, uint64_t expected, uint64_t seen);
+  void look_around(Exchange &exchange, uint64_t slept);
   void find_lost(Exchange &exchange);
+  bool needs(Exchange &exchange, uint32_t rank) const;
 
   Lane &lane_;
   const char *operation_;

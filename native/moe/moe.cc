@@ -113,6 +113,18 @@ int32_t ept_arena_close(ept_arena *arena, uint64_t timeout_ns, ept_error *error)
   });
 }
 
+int32_t ept_arena_members(ept_arena *arena, uint32_t epoch, const uint8_t *active, uint64_t step, ept_error *error) {
+  return guarded("arena_members", error, [&] { arena->arena->set_members(epoch, active, step); });
+}
+
+int32_t ept_arena_expect(ept_arena *arena, uint32_t objects, ept_error *error) {
+  return guarded("arena_expect", error, [&] { arena->arena->expect(objects); });
+}
+
+int32_t ept_arena_step(ept_arena *arena, uint64_t *step, ept_error *error) {
+  return guarded("arena_step", error, [&] { *step = arena->arena->step(); });
+}
+
 int32_t ept_moe_create(ept_arena *arena, const ept_moe_config *config, ept_moe **moe, ept_error *error) {
   return guarded("moe_create", error, [&] {
     if (!config) fail(EPT_E_INVALID, -1, "ept_moe_config is NULL");
@@ -176,7 +188,9 @@ int32_t ept_moe_check(ept_moe *moe, uint32_t lane, ept_error *error) {
 }
 
 int32_t ept_moe_reset(ept_moe *moe, uint64_t timeout_ns, ept_error *error) {
-  return guarded("moe_reset", error, [&] { moe->moe.arena->reset(timeout_ns); });
+  int32_t code = EPT_OK;
+  const int32_t failed = guarded("moe_reset", error, [&] { code = moe->moe.arena->reset(timeout_ns); });
+  return failed ? failed : code;
 }
 
 int32_t ept_moe_stats_get(ept_moe *moe, ept_moe_stats *stats) {

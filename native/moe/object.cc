@@ -46,8 +46,6 @@ uint64_t page_bytes() {
 
 namespace {
 
-constexpr uint32_t kMaxLanes = 64;  // a lane is a micro-batch under way; two are usual
-
 void check_sizes(const ept_moe_config &c) {
   if (c.size != sizeof(ept_moe_config))
     fail(EPT_E_INVALID, -1, "ept_moe_config.size is %u; this library's is %zu", c.size, sizeof(ept_moe_config));

@@ -20,6 +20,8 @@ inline bool is_float(int32_t dtype) {
 
 uint64_t page_bytes();
 
+constexpr uint32_t kMaxLanes = 64;  // a lane is a micro-batch under way; two are usual
+
 struct Counters {
   std::atomic<uint64_t> generations[2]{}, messages[2]{}, bytes[2]{}, rows[2]{};
   std::atomic<uint64_t> grants{0}, acks{0}, ack_waits{0};

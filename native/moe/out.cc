@@ -11,6 +11,7 @@
 namespace ept::moe {
 
 void Lane::plan(Exchange &exchange, uint32_t peer, uint64_t rows, Region staging, Region target) {
+  if (!exchange.members->has(peer)) return;
   Outgoing &out = exchange.out[peer];
   const uint64_t header = exchange.header_bytes(peer), row = exchange.head.row_bytes;
   out.rows = out.total = rows;

@@ -40,12 +40,14 @@ void copy_ids(std::vector<int32_t> &to, const ept_tensor &ids, size_t experts) {
   }
 }
 
-// The ranks of one token, ascending, each once. At most top_k, so insertion is quickest.
-uint32_t ranks_of(const Placement &placement, const int32_t *ids, uint32_t top_k, uint32_t ranks[EPT_MOE_MAX_TOP_K]) {
+// The ranks of one token that take part, ascending, each once. At most top_k, so insertion is quickest.
+uint32_t ranks_of(const Placement &placement, const Members &members, const int32_t *ids, uint32_t top_k,
+                  uint32_t ranks[EPT_MOE_MAX_TOP_K]) {
   uint32_t n = 0;
   for (uint32_t k = 0; k < top_k; k++) {
     if (ids[k] < 0) continue;
     const uint32_t rank = placement.rank[size_t(ids[k])];
+    if (!members.has(rank)) continue;
     uint32_t at = n;
     while (at > 0 && ranks[at - 1] > rank) at--;
     if (at > 0 && ranks[at - 1] == rank) continue;
@@ -58,8 +60,11 @@ uint32_t ranks_of(const Placement &placement, const int32_t *ids, uint32_t top_k
 
 }  // namespace
 
-std::shared_ptr<SourceSide> scan(const Placement &placement, uint32_t world, const ept_tensor &ids) {
+std::shared_ptr<SourceSide> scan(const Placement &placement, std::shared_ptr<const Members> members,
+                                 const ept_tensor &ids) {
+  const auto world = uint32_t(members->active.size());
   auto source = std::make_shared<SourceSide>();
+  source->members = members;
   source->tokens = uint32_t(ids.shape[0]);
   source->top_k = uint32_t(ids.shape[1]);
   if (ids.dtype == EPT_DTYPE_I64)
@@ -76,10 +81,11 @@ std::shared_ptr<SourceSide> scan(const Placement &placement, uint32_t world, con
     for (uint32_t k = 0; k < source->top_k; k++)
       if (of_token[k] >= 0) {
         const size_t id = size_t(of_token[k]);
+        if (!members->has(placement.rank[id])) continue;
         source->counts[placement.first[placement.rank[id]] + placement.local[id]]++;
       }
     uint32_t ranks[EPT_MOE_MAX_TOP_K];
-    const uint32_t n = ranks_of(placement, of_token, source->top_k, ranks);
+    const uint32_t n = ranks_of(placement, *members, of_token, source->top_k, ranks);
     for (uint32_t i = 0; i < n; i++) source->parts.push_back({ranks[i], rows[ranks[i]]++});
     source->part_begin[t + 1] = uint32_t(source->parts.size());
   }

@@ -13,6 +13,7 @@
 
 #include "eptransport/eptransport.h"
 #include "moe/layout.h"
+#include "moe/members.h"
 
 namespace ept::moe {
 
@@ -26,28 +27,32 @@ struct Placement {
   uint32_t local_experts(uint32_t of) const { return uint32_t(held[of].size()); }
 };
 
+struct Object;
+
 struct Part {
   uint32_t rank, row;
 };
 
 struct SourceSide {
   uint32_t tokens = 0, top_k = 0;
-  std::vector<int32_t> ids;          // [tokens, top_k]
-  std::vector<float> weights;        // [tokens, top_k], or empty
-  std::vector<uint64_t> begin;       // [world + 1] into `sent`
-  std::vector<uint32_t> sent;        // tokens that go to a rank, ascending
-  std::vector<uint32_t> part_begin;  // [tokens + 1] into `parts`
-  std::vector<Part> parts;           // of a token, by rank ascending
-  std::vector<uint32_t> counts;      // [experts], placed as Placement.first says
-  std::vector<Region> combine;       // [world] where in this rank's combine slot each rank's sums go
-  bool shares = false;               // `combine` are even shares, since packed they don't fit
+  std::shared_ptr<const Members> members;  // who took part when it was scanned: none else has a row
+  std::vector<int32_t> ids;                // [tokens, top_k] as given, those of ranks that are masked too
+  std::vector<float> weights;              // [tokens, top_k], or empty
+  std::vector<uint64_t> begin;             // [world + 1] into `sent`
+  std::vector<uint32_t> sent;              // tokens that go to a rank, ascending
+  std::vector<uint32_t> part_begin;        // [tokens + 1] into `parts`
+  std::vector<Part> parts;                 // of a token, by rank ascending
+  std::vector<uint32_t> counts;            // [experts], placed as Placement.first says
+  std::vector<Region> combine;             // [world] where in this rank's combine slot each rank's sums go
+  bool shares = false;                     // `combine` are even shares, since packed they don't fit
 
   uint64_t rows(uint32_t rank) const { return begin[rank + 1] - begin[rank]; }
 };
 
 // Reads the ids (I32 or I64; strides as they are) and sorts out who gets what. Throws INVALID for an id out of range,
-// before anything is changed.
-std::shared_ptr<SourceSide> scan(const Placement &placement, uint32_t world, const ept_tensor &ids);
+// before anything is changed. A rank that is not a member gets nothing: its experts are left out.
+std::shared_ptr<SourceSide> scan(const Placement &placement, std::shared_ptr<const Members> members,
+                                 const ept_tensor &ids);
 // Places the combine messages in a slot of `slot_bytes`.
 void place_combine(SourceSide &source, const Shape &shape, uint64_t slot_bytes);
 
@@ -57,6 +62,7 @@ struct ept_routing {
   std::atomic<uint32_t> references{1};
   uint64_t object = 0;  // number of the AllToAll
   std::shared_ptr<const ept::moe::SourceSide> source;
+  std::shared_ptr<const ept::moe::Object> made_by;
 
   // Rows that came, by source rank and then row.
   std::vector<uint64_t> begin;            // [world + 1]

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "engine/news.h"
 #include "moe/arena.h"
 #include "moe/lane.h"
 
@@ -71,7 +72,7 @@ void Wait::for_chunk(Exchange &exchange) {
   if (alone) looks_++;
   signal(chosen, link.arrived[exchange.phase][exchange.slot][where],
          link.taken[exchange.phase][exchange.slot][where] + 1, length, name_of(exchange, lane.index, in.chunk));
-  if (length > kLastSlice / 2) find_lost(exchange);
+  look_around(exchange, length);
 }
 
 void Wait::for_room(Exchange &exchange) {
@@ -104,7 +105,7 @@ void Wait::for_room(Exchange &exchange) {
       for (uint32_t p = 0; p < EPT_PHASES; p++)
         lane.links[from].consumed[p] = std::max(lane.links[from].consumed[p], ack.consumed[p]);
   }
-  if (length > kLastSlice / 2) find_lost(exchange);
+  look_around(exchange, length);
 }
 
 void Wait::for_transfer(uint32_t peer, uint32_t phase, uint32_t slot, uint32_t where) {
@@ -113,9 +114,11 @@ void Wait::for_transfer(uint32_t peer, uint32_t phase, uint32_t slot, uint32_t w
     expired(peer, "our earlier write to it to be done", 0, 0);
 }
 
+// Ends early, too, when the engine has news: a rank that is lost or masked, or a message of a reset.
 void Wait::signal(uint32_t peer, ept_signal_id id, uint64_t target, uint64_t length, const std::string &what) {
   Error error;
-  const int32_t code = ept_signal_wait(lane_.arena.engine, id, target, std::max<uint64_t>(length, 1), &error);
+  const int32_t code =
+      wait_signal_or_news(lane_.arena.engine, id, target, std::max<uint64_t>(length, 1), &lane_.news, &error);
   if (code == EPT_OK) return;
   if (code == EPT_E_PEER_LOST) {
     Failure failure{error};
@@ -146,16 +149,27 @@ void Wait::expired(uint32_t peer, const std::string &what, uint64_t expected, ui
   throw failure;
 }
 
+void Wait::look_around(Exchange &exchange, uint64_t slept) {
+  if (slept <= kLastSlice / 2 && lane_.news == lane_.looked_at) return;
+  lane_.looked_at = lane_.news;
+  find_lost(exchange);
+  lane_.arena.hear_resets();
+  for (uint32_t r = 0; r < lane_.arena.world; r++)
+    if (r != lane_.arena.rank && needs(exchange, r)) lane_.arena.refuse_reset(r);
+}
+
+bool Wait::needs(Exchange &exchange, uint32_t rank) const {
+  Chunk chunk;
+  return !exchange.out[rank].finished || (!exchange.in[rank].finished && !lane_.look(exchange, rank, 0, &chunk));
+}
+
 // While we wait for one peer, another one that we need as well may have died; the one waited for may be alive and stuck
 // because of it. One that left in good order may have left its last message on its way: that is the engine's to judge.
 void Wait::find_lost(Exchange &exchange) {
-  Chunk chunk;
   for (uint32_t s = 0; s < lane_.arena.world; s++) {
-    if (s == lane_.arena.rank) continue;
-    const bool needed = !exchange.out[s].finished || (!exchange.in[s].finished && !lane_.look(exchange, s, 0, &chunk));
-    if (!needed) continue;
+    if (s == lane_.arena.rank || !needs(exchange, s)) continue;
     const ept_peer_info info = info_of(lane_.arena.engine, s);
-    if (info.status != EPT_PEER_LOST) continue;
+    if (info.status != EPT_PEER_LOST && info.status != EPT_PEER_MASKED) continue;
     Failure failure{Error()};
     failure.error.code = EPT_E_PEER_LOST;
     failure.error.peer = int32_t(s);

@@ -366,6 +366,19 @@ typedef struct ept_arena ept_arena;
 int32_t ept_arena_create(ept_engine *engine, ept_arena **arena, ept_error *error);
 int32_t ept_arena_close(ept_arena *arena, uint64_t timeout_ns, ept_error *error);
 
+/* Who takes part: the epoch of the membership that is agreed, and the ranks it names, by rank 1 or 0. Told after the
+ * engine has carried it out (ept_engine_mask, ept_engine_readmit). From the next dispatch_send on nothing goes to a
+ * rank that is masked or is awaited from it, and its experts' share of a token is left out (ept_routing_lost). A rank
+ * that is back takes part from the next reset on, which all ranks go on from with a generation not below `step`; until
+ * then steps are refused with FAULT. Epochs only rise; an older one changes nothing. Never waits. */
+int32_t ept_arena_members(ept_arena *arena, uint32_t epoch, const uint8_t *active /* [world] */, uint64_t step,
+                          ept_error *error);
+/* This process is a later life of its rank, and the other ranks have made so many AllToAlls: the first ones are made
+ * here without them, and ept_moe_reset, which all ranks call, joins these to theirs. */
+int32_t ept_arena_expect(ept_arena *arena, uint32_t objects, ept_error *error);
+/* The highest generation of any lane that has begun. */
+int32_t ept_arena_step(ept_arena *arena, uint64_t *step, ept_error *error);
+
 typedef struct ept_moe ept_moe;
 /* Collective: every rank calls it, in the same order, with the same config (MISMATCH names the field and both values).
  * May grow the arena, which waits until no step is under way. */
@@ -377,6 +390,9 @@ int32_t ept_moe_local_experts(ept_moe *moe, int32_t *ids /* [plan.local_experts]
 typedef struct ept_routing ept_routing;
 void ept_routing_retain(ept_routing *routing);
 void ept_routing_release(ept_routing *routing);
+/* Under which membership the dispatch was; `ranks` [world]: 1 for each that was masked; `lost` [tokens, top_k]: 1 where
+ * the expert of this rank's token was at one of those, so that its share is missing. Either array may be NULL. */
+int32_t ept_routing_lost(const ept_routing *routing, uint32_t *membership, uint8_t *ranks, uint8_t *lost);
 
 typedef struct ept_dispatch_args {
   uint32_t size;
@@ -442,7 +458,8 @@ int32_t ept_moe_combine_recv(ept_moe *moe, uint32_t lane, const ept_tensor *y, c
 /* A lane that met an expired deadline, a lost peer or a capacity is faulted: its calls return FAULT at once, with the
  * first cause, until reset. */
 int32_t ept_moe_check(ept_moe *moe, uint32_t lane, ept_error *error);
-/* Collective over the ranks that are up: brings every lane of the arena to a common generation, empty. */
+/* Collective over the ranks that are up: brings every lane of the arena to a common generation, empty, and takes in the
+ * ranks that are back. LATER: the membership has moved; tell it (ept_arena_members) and call again. */
 int32_t ept_moe_reset(ept_moe *moe, uint64_t timeout_ns, ept_error *error);
 
 typedef struct ept_moe_stats {

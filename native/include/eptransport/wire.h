@@ -222,7 +222,8 @@ typedef struct ept_moe_header {
   uint32_t payload_format;   /* ept_dtype of the payload; opaque to the wire */
   uint32_t scale_format;     /* ept_dtype of the scales; 0: none */
   uint32_t object;           /* number of the AllToAll; ranks that call out of step are told so */
-  uint32_t reserved[6];
+  uint32_t membership; /* epoch of the membership that the step was begun under; the same at its reader, or reset */
+  uint32_t reserved[5];
 } ept_moe_header;
 
 EPT_HD static inline uint64_t ept_align(uint64_t bytes, uint64_t to) { return (bytes + to - 1) / to * to; }
