@@ -455,6 +455,36 @@ std::vector<Endpoint> dial_order(const Address &peer, const Address &own) {
   return near;
 }
 
+Paths find_paths(const Address &peer, const Address &own, bool interfaces_named) {
+  Paths paths;
+  std::vector<Endpoint> order = dial_order(peer, own);
+  std::vector<Path> others;
+  if (interfaces_named) {
+    std::vector<size_t> uses(order.size(), 0);
+    for (const Endpoint &from : own.endpoints) {
+      // The peer's address that fewest ways lead to: of the same subnet if there is one.
+      size_t best = order.size();
+      auto worth = [&](size_t i) { return std::pair(from.same_subnet(order[i]) ? 0 : 1, uses[i]); };
+      for (size_t i = 0; i < order.size(); ++i)
+        if (from.family == order[i].family && from.loopback() == order[i].loopback() &&
+            (best == order.size() || worth(i) < worth(best)))
+          best = i;
+      if (best == order.size()) continue;
+      ++uses[best];
+      paths.list.push_back(Path{order[best], from});
+      for (size_t i = 0; i < order.size(); ++i)
+        if (i != best && from.family == order[i].family && from.loopback() == order[i].loopback())
+          others.push_back(Path{order[i], from});
+    }
+  }
+  paths.stripe = std::max<size_t>(1, paths.list.size());
+  paths.list.insert(paths.list.end(), others.begin(), others.end());
+  if (paths.list.empty())
+    for (const Endpoint &to : order) paths.list.push_back(Path{to, {}});
+  for (Path &path : paths.list) path.from.port = 0;
+  return paths;
+}
+
 Device device_of(const std::string &interface) {
   Device device;
   std::string base = "/sys/class/net/" + interface;

@@ -76,6 +76,19 @@ std::array<uint8_t, 16> this_host(const ept_host &host);
 // What to try, best first; empty: nothing that can be reached from here.
 std::vector<Endpoint> dial_order(const Address &peer, const Address &own);
 
+// The ways to a peer. STRIPING: where the user has named interfaces, each of them is a way of its own, to the peer's
+// address in its subnet if there is one, and stream n is at home on way n modulo `stripe`; when that is lost it takes
+// the others in turn. Else the routing table chooses how to leave, and all streams take the best address.
+struct Path {
+  Endpoint to;
+  Endpoint from;  // family 0: any
+};
+struct Paths {
+  std::vector<Path> list;
+  size_t stripe = 1;  // the first so many are homes
+};
+Paths find_paths(const Address &peer, const Address &own, bool interfaces_named);
+
 // Of the interface's device, from sysfs; zeros and "" where it has none.
 struct Device {
   std::string pci;

@@ -23,18 +23,26 @@ bool well_formed(const Message &message) {
 
 using Mac = std::array<uint8_t, 32>;
 
-// Over label, Hello, Challenge and, from an acceptor, the part of the Answer in front of its macs.
+// What one connection's handshake has said so far.
+struct Said {
+  const Hello &hello;
+  const Challenge &challenge;
+  const ResumePoint &resume;  // of the Proof
+};
+
+// Over label, Hello, Challenge, the Proof's resume and, from an acceptor, the part of the Answer in front of its macs.
 Mac mac_of(const Credentials &credentials, const void *key, size_t key_length, const char (&label)[16],
-           const Hello &hello, const Challenge &challenge, const Answer *answer) {
-  uint8_t said[sizeof label + sizeof(Hello) + sizeof(Challenge) + sizeof(Answer)];
+           const Said &before, const Answer *answer) {
+  uint8_t said[sizeof label + sizeof(Hello) + sizeof(Challenge) + sizeof(ResumePoint) + sizeof(Answer)];
   size_t length = 0;
   auto add = [&](const void *bytes, size_t count) {
     memcpy(said + length, bytes, count);
     length += count;
   };
   add(label, sizeof label);
-  add(&hello, sizeof hello);
-  add(&challenge, sizeof challenge);
+  add(&before.hello, sizeof before.hello);
+  add(&before.challenge, sizeof before.challenge);
+  add(&before.resume, sizeof before.resume);
   if (answer != nullptr) add(answer, offsetof(Answer, mac));
   Mac mac;
   credentials.host->hmac_sha256(credentials.host->context, key, key_length, said, length, mac.data());
@@ -42,10 +50,9 @@ Mac mac_of(const Credentials &credentials, const void *key, size_t key_length, c
 }
 
 Trust judge(const Credentials &credentials, const std::array<uint8_t, kNonceBytes> &nonce, const char (&label)[16],
-            const Hello &hello, const Challenge &challenge, const Answer *answer, const uint8_t *mac,
-            const uint8_t *witness) {
-  Mac secret = mac_of(credentials, credentials.secret, credentials.secret_length, label, hello, challenge, answer);
-  Mac member = mac_of(credentials, nonce.data(), nonce.size(), label, hello, challenge, answer);
+            const Said &before, const Answer *answer, const uint8_t *mac, const uint8_t *witness) {
+  Mac secret = mac_of(credentials, credentials.secret, credentials.secret_length, label, before, answer);
+  Mac member = mac_of(credentials, nonce.data(), nonce.size(), label, before, answer);
   bool holds_secret = same_bytes(secret.data(), mac, secret.size());
   bool holds_blob = same_bytes(member.data(), witness, member.size());
   // The secret alone is not enough: the dialer of a stale address would be taken for one of this instance's peers.
@@ -72,14 +79,16 @@ Dialer::Dialer(const Credentials &credentials, const std::array<uint8_t, kNonceB
   credentials.host->random(credentials.host->context, hello_.nonce, sizeof hello_.nonce);
 }
 
-bool Dialer::challenge(const Challenge &challenge, Proof *proof) {
+bool Dialer::challenge(const Challenge &challenge, const ResumePoint &resume, Proof *proof) {
   if (!well_formed(challenge)) return false;
   challenge_ = challenge;
+  resume_ = resume;
   *proof = {};
   begin(proof);
-  Mac mac = mac_of(*credentials_, credentials_->secret, credentials_->secret_length, kDialerLabel, hello_, challenge_,
-                   nullptr);
-  Mac witness = mac_of(*credentials_, nonce_.data(), nonce_.size(), kDialerLabel, hello_, challenge_, nullptr);
+  proof->resume = resume;
+  const Said said{hello_, challenge_, resume_};
+  Mac mac = mac_of(*credentials_, credentials_->secret, credentials_->secret_length, kDialerLabel, said, nullptr);
+  Mac witness = mac_of(*credentials_, nonce_.data(), nonce_.size(), kDialerLabel, said, nullptr);
   memcpy(proof->mac, mac.data(), mac.size());
   memcpy(proof->witness, witness.data(), witness.size());
   return true;
@@ -89,7 +98,8 @@ Trust Dialer::answer(const Answer &answer) {
   if (!well_formed(answer) || answer.sequence != answers_ || answer.rank != hello_.peer_rank) return Trust::kStranger;
   if (memchr(answer.text, 0, sizeof answer.text) == nullptr) return Trust::kStranger;
   ++answers_;
-  return judge(*credentials_, nonce_, kAcceptorLabel, hello_, challenge_, &answer, answer.mac, answer.witness);
+  return judge(*credentials_, nonce_, kAcceptorLabel, {hello_, challenge_, resume_}, &answer, answer.mac,
+               answer.witness);
 }
 
 bool Acceptor::hello(const Hello &hello, Challenge *challenge) {
@@ -102,17 +112,18 @@ bool Acceptor::hello(const Hello &hello, Challenge *challenge) {
   return true;
 }
 
-Trust Acceptor::proof(const Proof &proof) const {
+Trust Acceptor::proof(const Proof &proof) {
   if (!well_formed(proof)) return Trust::kStranger;
-  return judge(*credentials_, nonce_, kDialerLabel, hello_, challenge_, nullptr, proof.mac, proof.witness);
+  resume_ = proof.resume;
+  return judge(*credentials_, nonce_, kDialerLabel, {hello_, challenge_, resume_}, nullptr, proof.mac, proof.witness);
 }
 
 void Acceptor::seal(Answer *answer) {
   begin(answer);
   answer->sequence = answers_++;
-  Mac mac = mac_of(*credentials_, credentials_->secret, credentials_->secret_length, kAcceptorLabel, hello_, challenge_,
-                   answer);
-  Mac witness = mac_of(*credentials_, nonce_.data(), nonce_.size(), kAcceptorLabel, hello_, challenge_, answer);
+  const Said said{hello_, challenge_, resume_};
+  Mac mac = mac_of(*credentials_, credentials_->secret, credentials_->secret_length, kAcceptorLabel, said, answer);
+  Mac witness = mac_of(*credentials_, nonce_.data(), nonce_.size(), kAcceptorLabel, said, answer);
   memcpy(answer->mac, mac.data(), mac.size());
   memcpy(answer->witness, witness.data(), witness.size());
 }

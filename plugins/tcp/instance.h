@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // One opened backend of one rank: what it holds, and which file moves what.
 //
-//   connect.cc   listening, accepting, dialling, the handshake's clockwork: from peer_open to streams that are up
+//   connect.cc   what accepting and dialling share, and the clock
+//   accept.cc    connections that come in: strangers, members, their streams and knocks
+//   dial.cc      connections that go out: which address, the handshake, the next try
+//   reconnect.cc streams that broke, stall, or are not on the way they should be: when to dial again, when to give up
 //   peers.cc     what a peer goes through: opened, up, lost, closed, fenced
 //   worker.cc    post, poll, arm, quiesce
 //   tcp.cc       settings, limits, memory, and the table that wires all of it
@@ -70,16 +73,30 @@ struct Accepted : Source {
   uint8_t bytes[sizeof(Hello)];
 };
 
-// One stream on its way to a peer of a higher rank.
+// One stream's way to its peer: to a higher rank its connection is dialled, to a lower one there is a knock now and
+// then while the stream is broken here, so that it dials.
 struct Dial : Source {
   Dial() : Source(Kind::kDial) {}
   Peer *peer = nullptr;
   uint32_t stream = 0;
   Fd fd;
-  enum class Step { kPause, kConnect, kChallenge, kAnswer, kDone } step = Step::kPause;
-  uint64_t due_ns = 0;  // kPause: next try; else the deadline of this one, 0: none
-  uint32_t attempts = 0;
-  size_t endpoint = 0;  // of the peer's order
+  enum class Step { kIdle, kPause, kConnect, kChallenge, kAnswer } step = Step::kIdle;
+  enum class Why {
+    kFirst,  // the peer is not up yet; who opened it has the deadline
+    kBroken,
+    kStalled,  // the old connection is still there, in doubt
+    kHome      // it is well, but not on the way it should take
+  } why = Why::kFirst;
+  uint64_t due_ns = 0;       // kPause: next try; else the deadline of this one, 0: none
+  uint64_t deadline_ns = 0;  // the peer is lost if the stream is not well by then, 0: none
+  uint64_t up_ns = 0;        // since when the stream has its connection
+  uint64_t pause_ns = 0;     // the last one between two rounds of the peer's paths
+  uint32_t attempts = 0;     // so far: numbers the connections of the stream
+  uint32_t tries = 0;        // since `why`
+  uint32_t refused_in_round = 0, refused_rounds = 0;
+  size_t path = 0;     // the next one, of the peer's
+  std::string reason;  // why it is dialled again
+  int number = 0;      // and the system's number for that
   std::unique_ptr<Dialer> dialer;
   size_t have = 0;
   uint8_t bytes[kLargestMessage];
@@ -100,11 +117,13 @@ struct Peer : Link {
   bool self = false;    // this rank itself: memory only
   uint32_t agreed_streams = 0;
   Address address;
-  std::vector<Endpoint> order;  // to dial, best first
-  std::vector<std::unique_ptr<Dial>> dials;
+  Paths paths;                               // to dial
+  std::vector<std::unique_ptr<Dial>> dials;  // a stream
   std::vector<std::unique_ptr<Stream>> streams;
-  uint32_t streams_up = 0;
-  std::string last_try;  // why it is not up yet
+  std::vector<uint32_t> generations;  // of a stream's connection, as its dialer counts; kept by who accepts
+  uint32_t streams_up = 0;            // that have had a connection
+  bool suspect = false;               // a PEER event has said LATER since the last that said OK
+  std::string last_try;               // why it is not up yet
 
   int32_t code = EPT_OK;  // why it ended
   int number_of_system = 0;
@@ -135,6 +154,8 @@ struct Quiesce {
   std::vector<Until> untils;
 };
 
+constexpr uint64_t kFirstPause = 10000000;  // between two rounds of a peer's paths; doubled each time, with jitter
+constexpr uint64_t kLongestPause = 500000000;
 constexpr uint32_t kHot = 2;
 constexpr uint32_t kEpollEvery = 16;
 constexpr uint32_t kMaxStreams = 16;
@@ -179,7 +200,6 @@ struct ept_instance {
   };
   std::unordered_map<uint32_t, Refused> refused_members;  // members that were told no before they were opened here
   uint64_t peers_opened = 0;
-  uint32_t dialing = 0;  // Dials that are not done
 
   std::list<std::unique_ptr<tcp::Accepted>> accepted;  // oldest first; at most settings.half_open that are not parked
   std::atomic<uint32_t> half_open = 0;                 // atomic for `query` alone, which any thread may call
@@ -208,16 +228,33 @@ struct ept_instance {
   // connect.cc
   int32_t start_listening();
   void watch(int fd, tcp::Source *source, uint32_t epoll_events, bool known);
-  void on_listener(tcp::Listener *listener);
-  void on_accepted(tcp::Accepted *accepted);
-  void on_dial(tcp::Dial *dial);
-  void on_lingering(tcp::Lingering *lingering);
-  void start_dials(tcp::Peer *peer);
-  void adopt_parked(tcp::Peer *peer);
-  void stop_dials(tcp::Peer *peer);
+  bool tune(int fd, bool same_host);
   void on_time(uint64_t now_ns);
   uint64_t next_deadline(uint64_t now_ns);
   void linger(tcp::Fd fd);
+  void on_lingering(tcp::Lingering *lingering);
+
+  // accept.cc
+  void on_listener(tcp::Listener *listener);
+  void on_accepted(tcp::Accepted *accepted);
+  void adopt_parked(tcp::Peer *peer);
+
+  // dial.cc
+  void start_dials(tcp::Peer *peer);
+  void stop_dials(tcp::Peer *peer);
+  void dial_now(tcp::Dial *dial);
+  void on_dial(tcp::Dial *dial);
+  void dial_failed(tcp::Dial *dial, const std::string &why, bool refused = false);
+
+  // reconnect.cc
+  void stream_broke(tcp::Peer *peer, uint32_t stream, uint64_t since_ns);
+  void retire(tcp::Peer *peer, uint32_t stream);
+  void stream_is_well(tcp::Peer *peer, uint32_t stream);
+  void knocked(tcp::Peer *peer, uint32_t stream);
+  bool all_paths_refuse(tcp::Dial *dial);
+  bool still_in_doubt(tcp::Dial *dial);
+  void check_liveness(uint64_t now_ns);
+  void check_deadlines(uint64_t now_ns);
 
   // peers.cc
   int32_t peer_open(uint32_t rank, uint32_t epoch, const void *address, size_t length);
@@ -225,10 +262,10 @@ struct ept_instance {
   int32_t peer_close(uint32_t rank);
   int32_t peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie);
   void exports_removed();
-  void stream_up(tcp::Peer *peer, uint32_t stream, tcp::Fd fd, const tcp::Limits &limits);
+  void stream_up(tcp::Peer *peer, uint32_t stream, tcp::Fd fd, const tcp::Limits &limits,
+                 const tcp::ResumePoint &theirs);
   void end_peer(tcp::Peer *peer, int32_t code, int number, std::string text, bool announce);
   void streams_may_have_ended(tcp::Peer *peer);
-  void check_liveness(uint64_t now_ns);
   void give_ended(tcp::Output *out);
   void add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie, int32_t code,
                    std::string text);
@@ -243,18 +280,20 @@ struct ept_instance {
   void forget(tcp::Stream *stream);  // in all lists
 
  private:
-  // connect.cc
+  // accept.cc
   void hello_arrived(tcp::Accepted *accepted);
   void proof_arrived(tcp::Accepted *accepted);
   void settle(tcp::Accepted *accepted);
+  void settle_stream(tcp::Accepted *accepted, tcp::Peer *peer);
   void drop(tcp::Accepted *accepted);
   void stranger(const std::string &where, const char *what);
-  bool answer(tcp::Accepted *accepted, int32_t code, const std::string &text);
-  void dial_now(tcp::Dial *dial);
+  bool answer(tcp::Accepted *accepted, int32_t code, const std::string &text, const tcp::ResumePoint &resume = {});
+  // dial.cc
   void dial_connected(tcp::Dial *dial);
-  void dial_failed(tcp::Dial *dial, const std::string &why);
+  void challenge_arrived(tcp::Dial *dial);
   void answer_arrived(tcp::Dial *dial);
-  bool tune(int fd, bool same_host);
+  // reconnect.cc
+  void dial_again(tcp::Dial *dial, tcp::Dial::Why why, uint64_t due_ns);
   // worker.cc
   int32_t check(const ept_op &op, tcp::Peer **peer);
   int32_t post_to_self(tcp::Peer *peer, const ept_op &op);

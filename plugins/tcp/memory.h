@@ -14,7 +14,7 @@ struct ept_mem {
   uint8_t *address;
   uint64_t length;
   uint32_t access;
-  uint64_t unsent;  // operations that have still to read from it
+  uint64_t in_flight;  // operations that read from it, or would again if their stream broke
 };
 
 struct ept_region {

@@ -15,11 +15,8 @@ using namespace tcp;
 
 namespace {
 
-// Nothing that the kernel still holds may go out, and the other side shall notice.
-void abort_connection(Fd fd) {
-  struct linger at_once = {1, 0};
-  setsockopt(fd.get(), SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
-}
+// Of dead_ns, what a connection that ended by keepalive had been silent for (tune).
+constexpr uint64_t kKeepaliveShare = 2;
 
 }  // namespace
 
@@ -65,13 +62,14 @@ int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *addre
   peer->where = to_text(parsed.endpoints.front());
   peer->last_try = "nothing was heard of it yet";
   if (!peer->self) {
-    peer->order = dial_order(parsed, own);
-    if (rank > params.rank && peer->order.empty())
+    peer->paths = find_paths(parsed, own, !settings.interface.empty());
+    if (rank > params.rank && peer->paths.list.empty())
       return fail(EPT_E_UNAVAILABLE, "peer_open", rank, 0,
                   "tcp: rank %u is on another machine and advertises only loopback addresses (%s); give it "
                   "EPT_TCP_INTERFACE",
                   rank, peer->where.c_str());
     peer->streams.resize(peer->agreed_streams);
+    peer->generations.resize(peer->agreed_streams);
   }
   if (epoch > 0) exports.remove_all_of(rank, epoch - 1);
   exports.bind(rank, epoch);
@@ -94,10 +92,8 @@ int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *addre
       return EPT_OK;
     }
   }
-  if (rank > params.rank)
-    start_dials(opened);
-  else
-    adopt_parked(opened);
+  start_dials(opened);
+  if (rank < params.rank) adopt_parked(opened);
   return EPT_OK;
 }
 
@@ -116,12 +112,27 @@ int32_t ept_instance::peer_state(uint32_t rank) {
               peer.streams_up, peer.agreed_streams, peer.last_try.c_str());
 }
 
-void ept_instance::stream_up(Peer *peer, uint32_t stream, Fd fd, const Limits &agreed) {
+void ept_instance::stream_up(Peer *peer, uint32_t number, Fd fd, const Limits &agreed, const ResumePoint &theirs) {
   int raw = fd.get();
-  peer->limits = agreed;
-  peer->streams[stream] = std::make_unique<Stream>(peer, stream, std::move(fd));
-  watch(raw, peer->streams[stream].get(), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, true);
-  if (++peer->streams_up < peer->agreed_streams) return;
+  std::unique_ptr<Stream> &stream = peer->streams[number];
+  const bool first = stream == nullptr;
+  if (first) {
+    peer->limits = agreed;
+    stream = std::make_unique<Stream>(peer, number, std::move(fd));
+    ++peer->streams_up;
+  } else {
+    stream->attach(std::move(fd), theirs);
+  }
+  watch(raw, stream.get(), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, true);
+  stream_is_well(peer, number);
+  if (peer->state == Peer::State::kUp) {
+    make_ready(stream.get());
+    log(EPT_LOG_DEBUG,
+        format("tcp: rank %u: stream %u to rank %u goes on over %s from operation %llu", params.rank, number,
+               peer->rank, peer->where.c_str(), static_cast<unsigned long long>(theirs.consumed)));
+    return;
+  }
+  if (peer->streams_up < peer->agreed_streams) return;
   peer->state = Peer::State::kUp;
   add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_OK, "");
   log(EPT_LOG_DEBUG, format("tcp: rank %u: rank %u at %s is up, %u streams", params.rank, peer->rank,
@@ -147,29 +158,34 @@ void ept_instance::end_peer(Peer *peer, int32_t code, int number, std::string te
     if (stream == nullptr) continue;
     peer->unclear = peer->unclear || stream->in_flight();
     forget(stream.get());
-    stream->end(0, "");
-    stream->drop_unsent_memory();
-    abort_connection(stream->take_fd());
+    stream->retire();
+    stream->drop_sources();
   }
   ended.push_back(peer);
 }
 
-// A stream of `peer` has ended. Whether the peer left or died is known when all have said goodbye, or one has not.
+// A connection of `peer` has ended. With FINISH on one of its streams the peer is leaving: it left when all have said
+// so, and is lost where one can't any more. Without, the stream goes on over another connection.
 void ept_instance::streams_may_have_ended(Peer *peer) {
   if (peer->state != Peer::State::kUp) return;
-  bool all = true;
+  bool all = true, leaving_now = false;
   for (auto &stream : peer->streams) {
-    if (!stream->ended()) {
-      all = false;
-      continue;
-    }
-    if (stream->orderly()) continue;
-    return end_peer(peer, EPT_E_PEER_LOST, stream->end_errno(),
-                    format("rank %u at %s is lost (stream %u): %s", peer->rank, peer->where.c_str(), stream->rail(),
-                           stream->end_text().c_str()),
-                    true);
+    leaving_now = leaving_now || stream->orderly();
+    all = all && stream->ended() && stream->orderly();
   }
-  if (all) end_peer(peer, EPT_E_CLOSED, 0, format("rank %u at %s left", peer->rank, peer->where.c_str()), true);
+  if (all) return end_peer(peer, EPT_E_CLOSED, 0, format("rank %u at %s left", peer->rank, peer->where.c_str()), true);
+  for (auto &stream : peer->streams) {
+    if (!stream->ended() || stream->orderly()) continue;
+    if (stream->broke_protocol() || leaving_now)
+      return end_peer(peer, EPT_E_PEER_LOST, stream->end_errno(),
+                      format("rank %u at %s is lost (stream %u): %s", peer->rank, peer->where.c_str(), stream->rail(),
+                             stream->end_text().c_str()),
+                      true);
+    if (stream->down()) continue;
+    const uint64_t time = now();
+    const uint64_t silent = stream->end_errno() == ETIMEDOUT ? params.dead_ns / kKeepaliveShare : 0;
+    stream_broke(peer, stream->rail(), time - silent);
+  }
 }
 
 int32_t ept_instance::peer_close(uint32_t rank) {
@@ -191,10 +207,14 @@ int32_t ept_instance::peer_close(uint32_t rank) {
       if (stream == nullptr) continue;
       peer->unclear = peer->unclear || stream->in_flight();
       forget(stream.get());
-      if (was_up) stream->finish();
-      stream->end(0, "");
-      stream->drop_unsent_memory();
-      linger(stream->take_fd());
+      if (was_up && !stream->down()) {
+        stream->finish();
+        stream->end(0, "");
+        linger(stream->take_fd());
+      } else {
+        stream->retire();
+      }
+      stream->drop_sources();
     }
     ended.push_back(peer.get());
   }
@@ -241,22 +261,6 @@ void ept_instance::note_consumed(const Peer &peer) {
   entry.immediates.assign(peer.streams.size(), 0);
   for (size_t i = 0; i < peer.streams.size(); ++i)
     if (peer.streams[i] != nullptr) entry.immediates[i] = peer.streams[i]->immediates();
-}
-
-void ept_instance::check_liveness(uint64_t time) {
-  for (auto &entry : peers) {
-    Peer *peer = entry.second.get();
-    if (peer->state != Peer::State::kUp) continue;
-    for (auto &stream : peer->streams) {
-      std::string text;
-      if (!stream->in_flight() || !stream->unanswered(time, params.dead_ns, &text)) continue;
-      end_peer(peer, EPT_E_PEER_LOST, ETIMEDOUT,
-               format("rank %u at %s is lost (stream %u): %s", peer->rank, peer->where.c_str(), stream->rail(),
-                      text.c_str()),
-               true);
-      break;
-    }
-  }
 }
 
 void ept_instance::give_ended(Output *out) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One authenticated connection to a peer, which is one rail to it: operations go in, frames go out; frames come in,
-// bytes land where they belong and events come out. See frame.h for what is on the wire.
+// One rail to a peer: operations go in, frames go out; frames come in, bytes land where they belong and events come
+// out. See frame.h for what is on the wire. It goes over one authenticated connection at a time; when that breaks the
+// stream is `down` until it gets another, and goes on where it was (resume.h).
 //
 // SENDING. A ring of `depth` operations with four counters that only go up:
 //
@@ -26,6 +27,7 @@
 #include "frame.h"
 #include "handshake.h"
 #include "memory.h"
+#include "resume.h"
 
 namespace tcp {
 
@@ -70,6 +72,13 @@ constexpr size_t kBufferBytes = 32768;
 constexpr uint32_t kMaxMessage = 64u << 20;  // 16 ms of a fast loopback: what a short message may have to wait behind
 constexpr uint32_t kMaxSend = 16384;         // with its header well inside kBufferBytes
 
+// What the kernel says of a connection, and for how long (0: not so).
+struct Pulse {
+  uint64_t silent_ns = 0;   // it has sent and sent again, and the other kernel has not answered
+  uint64_t stalled_ns = 0;  // operations are in flight, and not a byte moves either way
+  std::string text;         // of the worse
+};
+
 class Stream : public Source {
  public:
   Stream(const Link *link, uint32_t rail, Fd fd);
@@ -81,7 +90,7 @@ class Stream : public Source {
   void queue(const ept_op &op);  // checked by the caller; not full
   void flush();                  // sends what the socket takes, a bounded amount
   void acknowledge();            // sends an ACK if one is owed
-  bool owes() const { return consumed_ != stamped_; }
+  bool owes() const { return consumed_ != stamped_ && !down_; }
   void finish();  // says FINISH if that can be said, and that no more will come
 
   // ---- receiving ----
@@ -97,7 +106,15 @@ class Stream : public Source {
   uint64_t completed() const { return completed_; }
   bool unsent() const { return !finishing_ && sent_ != queued_; }
   bool in_flight() const { return acked_ != queued_; }
-  void drop_unsent_memory();  // forgets sources: nothing is sent any more
+  void drop_sources();  // nothing is sent any more, nor again
+
+  // ---- resuming: stream_resume.cc ----
+  bool down() const { return down_; }  // without a connection
+  void retire();                       // gives its connection up for good
+  ResumePoint resume_point() const { return {consumed_, acked_}; }
+  // Whether the other side can be where it says it is. What is wrong stands in `why`.
+  bool plausible(const ResumePoint &theirs, std::string *why) const;
+  void attach(Fd fd, const ResumePoint &theirs);  // goes on over a new connection
 
   // ---- state ----
   const Link *link() const { return link_; }
@@ -106,18 +123,17 @@ class Stream : public Source {
   bool has_work() const {
     return more_ || readable_ || completing() || (!blocked_ && !dead_ && (unsent() || control_waits()));
   }
-  void expect_input() { readable_ = true; }  // look at the socket though epoll has not said so
+  void expect_input() { readable_ = !down_; }  // look at the socket though epoll has not said so
   bool in_bulk() const { return in_payload_ && left_ >= kBulk; }
   // Much is under way: who spins on this stream only slows it down.
-  bool bulk() const { return in_bulk() || (blocked_ && unsent()); }
-  bool ended() const { return ended_; }  // nothing more will be read
+  bool bulk() const { return !down_ && (in_bulk() || (blocked_ && unsent())); }
+  bool ended() const { return ended_; }  // nothing more will be read from this connection
+  bool broke_protocol() const { return violated_; }
   bool orderly() const { return finished_; }
   int end_errno() const { return end_errno_; }
   const std::string &end_text() const { return end_text_; }
   void end(int number, std::string text);
-  // The kernel has sent and sent again, and the other kernel has not answered for nearly `dead_ns`. Asked every eighth
-  // of it.
-  bool unanswered(uint64_t now_ns, uint64_t dead_ns, std::string *text);
+  Pulse pulse(uint64_t now_ns);  // since when is known as well as it is asked often
   int fd() const { return fd_.get(); }
   Fd take_fd() { return std::move(fd_); }
   uint64_t immediates() const { return immediates_; }
@@ -138,7 +154,7 @@ class Stream : public Source {
     FrameHeader header;
     const uint8_t *payload;
     uint64_t cookie;
-    ept_mem *mem;                     // until it is sent
+    ept_mem *mem;                     // until it is complete: it may have to be sent again
     std::unique_ptr<uint8_t[]> copy;  // of a SEND
     int32_t refused;                  // ept_code, OK: not
   };
@@ -146,14 +162,16 @@ class Stream : public Source {
     uint64_t number;
     int32_t code;
   };
+  bool untold() const { return told_ < refusals_.size(); }
+  void forget_refusals(uint64_t below);
 
   Operation &operation(uint64_t number) { return ring_[number & (ring_.size() - 1)]; }
-  bool control_waits() const { return control_begin_ != control_end_ || !refusals_.empty() || ack_due_ || finish_due_; }
+  bool control_waits() const { return control_begin_ != control_end_ || untold() || ack_due_ || finish_due_; }
   bool send_short();
   void fill_control();
   void put_control(FrameType type, uint64_t number, int32_t code);
   void advance(size_t bytes, bool control_follows);
-  void sent_whole(Operation &done);
+  void drop_source(Operation &entry);
   void complete_one(Operation &done, ept_event *event);
 
   void parse(Output *out);
@@ -178,7 +196,8 @@ class Stream : public Source {
   bool dead_ = false;       // the socket takes nothing any more
   int dead_errno_ = 0;
 
-  std::deque<Refusal> refusals_;  // bounded by the peer's depth
+  std::deque<Refusal> refusals_;  // that the peer may not have heard of; bounded by its depth
+  size_t told_ = 0;               // of them, sent on this connection
   bool ack_due_ = false, finish_due_ = false;
   FrameHeader control_[kControlFrames];
   size_t control_begin_ = 0, control_end_ = 0;  // bytes
@@ -196,10 +215,11 @@ class Stream : public Source {
   uint64_t owed_bytes_ = 0;
 
   bool readable_ = true, hangup_ = false, more_ = false;
-  bool finished_ = false, ended_ = false;
+  bool finished_ = false, ended_ = false, violated_ = false, down_ = false;
   int end_errno_ = 0;
   std::string end_text_;
-  uint64_t unanswered_since_ns_ = 0;
+  uint64_t unanswered_since_ns_ = 0, moved_ns_ = 0;
+  uint64_t position_[6] = {};  // of both directions when pulse() looked last
   uint64_t immediates_ = 0;
   ept_rail_counters &counters_;  // of the rail, over all peers
 };

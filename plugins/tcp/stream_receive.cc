@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stream, the receiving half: from recv to the events IMM and RECV.
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
@@ -33,9 +35,10 @@ Stream::Stream(const Link *link, uint32_t rail, Fd fd)
   max_sends_ = std::max(4u, link->limits.send_credits + 4u);
 }
 
-Stream::~Stream() { drop_unsent_memory(); }
+Stream::~Stream() { drop_sources(); }
 
 void Stream::on_epoll(uint32_t epoll_events) {
+  if (down_) return;  // said of a connection that has been retired since
   if (epoll_events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) readable_ = true;
   if (epoll_events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) hangup_ = true;
   if (epoll_events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) blocked_ = false;
@@ -51,7 +54,7 @@ void Stream::receive(Output *out) {
     if (static_cast<size_t>(got) < asked) readable_ = hangup_;
     parse(out);
   }
-  if (!refusals_.empty()) flush();
+  if (untold()) flush();
 }
 
 // Bytes read, 0: none. Sets readable_ and the end.
@@ -256,6 +259,8 @@ bool Stream::plausible(const FrameHeader &header) {
 void Stream::end_frame(Output *out) {
   in_payload_ = false;
   if (refusal_ != EPT_OK) {
+    // The peer has at most `depth` in flight, so it has heard of those further back.
+    if (current_.number >= link_->limits.depth) forget_refusals(current_.number - link_->limits.depth + 1);
     refusals_.push_back(Refusal{current_.number, refusal_});
   } else {
     ept_event &event = out->add(EPT_EVENT_IMM, link_->rank, link_->epoch, rail_);
@@ -289,6 +294,7 @@ void Stream::revalidate() {
 void Stream::violation(const char *what, uint64_t seen, uint64_t allowed) {
   end(0, format("it broke the protocol: it %s %llu where %llu was due or the limit", what,
                 static_cast<unsigned long long>(seen), static_cast<unsigned long long>(allowed)));
+  violated_ = true;
 }
 
 void Stream::end(int number, std::string text) {
@@ -299,23 +305,33 @@ void Stream::end(int number, std::string text) {
   end_text_ = std::move(text);
 }
 
-bool Stream::unanswered(uint64_t now_ns, uint64_t dead_ns, std::string *text) {
+Pulse Stream::pulse(uint64_t now_ns) {
+  Pulse pulse;
   tcp_info info{};
   socklen_t length = sizeof info;
-  if (getsockopt(fd_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return false;
+  if (down_ || getsockopt(fd_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return pulse;
+  int queued_bytes = 0;
+  ioctl(fd_.get(), SIOCOUTQ, &queued_bytes);
+  const uint64_t position[6] = {acked_, sent_, sent_offset_, consumed_, left_, static_cast<uint64_t>(queued_bytes)};
+  if (!in_flight() || memcmp(position, position_, sizeof position) != 0) moved_ns_ = now_ns;
+  memcpy(position_, position, sizeof position);
+  pulse.stalled_ns = now_ns - moved_ns_;
+  if (pulse.stalled_ns > 0)
+    pulse.text = format("nothing has moved on it for %llu ms with operations in flight",
+                        static_cast<unsigned long long>(pulse.stalled_ns / 1000000));
   // A peer that is alive but does not read answers the probes of its closed window, which clears `probes` (one in a row
   // may be passed over: Linux answers twice a second); one that reads acknowledges, which clears `retransmits`.
   // TCP_USER_TIMEOUT can't tell the first from a dead one.
   if (info.tcpi_retransmits == 0 && info.tcpi_probes < 2) {
     unanswered_since_ns_ = 0;
-    return false;
+    return pulse;
   }
   if (unanswered_since_ns_ == 0) unanswered_since_ns_ = now_ns;
-  const uint64_t limit = dead_ns / 8 * 5;  // with the time to a retransmission and to the next look: dead_ns
-  if (now_ns - unanswered_since_ns_ < limit || info.tcpi_last_ack_recv * uint64_t{1000000} < limit) return false;
-  *text = format("its machine has acknowledged nothing for %u ms (%u retransmissions, %u probes without an answer)",
-                 info.tcpi_last_ack_recv, info.tcpi_retransmits, info.tcpi_probes);
-  return true;
+  pulse.silent_ns = std::min<uint64_t>(now_ns - unanswered_since_ns_, info.tcpi_last_ack_recv * uint64_t{1000000});
+  pulse.text =
+      format("its machine has acknowledged nothing for %u ms (%u retransmissions, %u probes without an answer)",
+             info.tcpi_last_ack_recv, info.tcpi_retransmits, info.tcpi_probes);
+  return pulse;
 }
 
 }  // namespace tcp

@@ -55,7 +55,7 @@ void Stream::queue(const ept_op &op) {
       if (op.length > 0) {
         entry.payload = static_cast<const uint8_t *>(op.source);
         entry.mem = op.source_mem;
-        ++entry.mem->unsent;
+        ++entry.mem->in_flight;
       }
       counters_.tx_bytes += op.length;
     } else {
@@ -67,7 +67,7 @@ void Stream::queue(const ept_op &op) {
 }
 
 void Stream::flush() {
-  if (blocked_ || dead_) return;
+  if (blocked_ || dead_ || down_) return;
   if (send_short()) return;
   size_t budget = kFlushBytes;
   while (budget > 0 && (unsent() || control_waits())) {
@@ -91,7 +91,7 @@ void Stream::flush() {
       add(reinterpret_cast<const uint8_t *>(control_) + control_begin_, control_end_ - control_begin_);
     // An operation's `consumed` may not overtake a refusal that found no room in control_.
     size_t frames = 0;
-    while (!finishing_ && refusals_.empty() && next != queued_ && frames < kBatchFrames && bytes < kBatchBytes) {
+    while (!finishing_ && !untold() && next != queued_ && frames < kBatchFrames && bytes < kBatchBytes) {
       Operation &entry = operation(next++);
       entry.header.consumed = consumed_;
       add_frame(entry, 0);
@@ -127,7 +127,7 @@ void Stream::flush() {
 // The common case of a small operation on an idle stream. False: not that case, or not done.
 bool Stream::send_short() {
   if (finishing_ || queued_ - sent_ != 1 || sent_offset_ != 0) return false;
-  if (control_begin_ != control_end_ || !refusals_.empty() || finish_due_) return false;
+  if (control_begin_ != control_end_ || untold() || finish_due_) return false;
   Operation &entry = operation(sent_);
   if (entry.header.length > kShort) return false;
   entry.header.consumed = consumed_;
@@ -146,11 +146,11 @@ bool Stream::send_short() {
 void Stream::fill_control() {
   if (control_begin_ == control_end_) control_begin_ = control_end_ = 0;
   auto room = [&] { return control_end_ / sizeof(FrameHeader) < kControlFrames; };
-  while (!refusals_.empty() && room()) {
-    put_control(FrameType::kRefused, refusals_.front().number, refusals_.front().code);
-    refusals_.pop_front();
+  while (untold() && room()) {
+    const Refusal &refusal = refusals_[told_++];
+    put_control(FrameType::kRefused, refusal.number, refusal.code);
   }
-  if (!refusals_.empty() || !room()) return;
+  if (untold() || !room()) return;
   uint64_t unbegun = finishing_ ? 0 : queued_ - sent_ - (sent_offset_ > 0 ? 1 : 0);
   if (finish_due_ && unbegun == 0) {
     put_control(FrameType::kFinish, 0, EPT_OK);
@@ -188,21 +188,13 @@ void Stream::advance(size_t bytes, bool control_follows) {
   auto take_frame = [&] {
     Operation &entry = operation(sent_);
     if (!take(&sent_offset_, sizeof(FrameHeader) + entry.header.length)) return false;
-    sent_whole(entry);
+    sent_offset_ = 0;
+    ++sent_;
     return true;
   };
   if (sent_offset_ > 0 && !take_frame()) return;
   if (control_follows && !take(&control_begin_, control_end_)) return;
   while (bytes > 0 && take_frame()) {}
-}
-
-void Stream::sent_whole(Operation &done) {
-  if (done.mem != nullptr) {
-    --done.mem->unsent;
-    done.mem = nullptr;
-  }
-  sent_offset_ = 0;
-  ++sent_;
 }
 
 void Stream::acknowledge() {
@@ -212,7 +204,7 @@ void Stream::acknowledge() {
 }
 
 void Stream::finish() {
-  drop_unsent_memory();
+  drop_sources();
   // Inside a frame nothing else can be said: the peer then sees the connection end there.
   if (sent_offset_ == 0 && !dead_) {
     finishing_ = finish_due_ = true;
@@ -222,12 +214,13 @@ void Stream::finish() {
   shutdown(fd_.get(), SHUT_WR);
 }
 
-void Stream::drop_unsent_memory() {
-  for (uint64_t number = sent_; number != queued_; ++number) {
-    Operation &entry = operation(number);
-    if (entry.mem != nullptr) --entry.mem->unsent;
-    entry.mem = nullptr;
-  }
+void Stream::drop_sources() {
+  for (uint64_t number = completed_; number != queued_; ++number) drop_source(operation(number));
+}
+
+void Stream::drop_source(Operation &entry) {
+  if (entry.mem != nullptr) --entry.mem->in_flight;
+  entry.mem = nullptr;
 }
 
 void Stream::complete(Output *out) {
@@ -259,6 +252,7 @@ void Stream::abandon(Output *out, int32_t code, int number, const char *text) {
 void Stream::complete_one(Operation &done, ept_event *event) {
   event->cookie = done.cookie;
   event->length = done.header.length;
+  drop_source(done);
   if (event->kind == EPT_EVENT_ERROR) ++counters_.errors;
   if (done.header.type == FrameType::kSend) {
     --sends_in_flight_;

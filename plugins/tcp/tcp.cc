@@ -88,6 +88,7 @@ void fill_caps(ept_caps *caps) {
   caps->ordered_channel = 1;
   caps->wait_descriptor = 1;
   caps->can_revoke = 1;
+  caps->can_replay = 1;
   caps->operation_cost_ns = 2500;  // a send on loopback, half of a one-way trip (machines.md)
 }
 
@@ -261,7 +262,13 @@ int32_t tcp_worker_open(ept_instance *instance, ept_worker **worker) {
   *worker = &instance->worker;
   return EPT_OK;
 }
-void tcp_worker_close(ept_worker *worker) { worker->instance->worker_is_open = false; }
+// Nothing moves without a worker: what is under way ends here, and nobody will read from its sources again.
+void tcp_worker_close(ept_worker *worker) {
+  ept_instance *instance = worker->instance;
+  instance->worker_is_open = false;
+  for (auto &peer : instance->peers)
+    instance->end_peer(peer.second.get(), EPT_E_CLOSED, 0, "the worker was closed here", false);
+}
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
@@ -284,10 +291,10 @@ int32_t tcp_mem_register(ept_instance *instance, const ept_memory *memory, ept_m
 
 int32_t tcp_mem_deregister(ept_mem *mem) {
   ept_instance *instance = mem->owner;
-  if (mem->unsent > 0)
+  if (mem->in_flight > 0)
     return fail(EPT_E_INVALID, "mem_deregister", -1, 0,
                 "tcp: %llu operations have still to read from this memory; quiesce first, or close their peers",
-                static_cast<unsigned long long>(mem->unsent));
+                static_cast<unsigned long long>(mem->in_flight));
   instance->exports.remove_all_of(mem);
   instance->exports_removed();
   --instance->memories;

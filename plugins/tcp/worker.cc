@@ -65,7 +65,7 @@ void ept_instance::flush_touched() {
     stream->flush();
     if (stream->has_work()) make_ready(stream);
     note_bulk(stream);
-    if (hot.size() < kHot && crowded == 0) heat(stream);  // an answer is likely
+    if (hot.size() < kHot && crowded == 0 && !stream->down()) heat(stream);  // an answer is likely
   }
   touched.clear();
 }
@@ -256,7 +256,7 @@ void ept_instance::serve(Stream *stream, Output *out) {
 
 void ept_instance::after_receive(Stream *stream, Output *out) {
   if (stream->completing()) stream->complete(out);
-  if (stream->ended()) {
+  if (stream->ended() && !stream->down()) {
     // Acknowledgements may still wait for room in `out`; they are given before the peer's end is told.
     streams_may_have_ended(peer_of(stream));
     if (peer_of(stream)->state != Peer::State::kUp) return;
@@ -308,6 +308,7 @@ int32_t ept_instance::ask_epoll() {
       case Source::Kind::kStream: {
         Stream *stream = static_cast<Stream *>(source);
         stream->on_epoll(events[i].events);
+        if (stream->down()) break;
         if (peer_of(stream)->state != Peer::State::kUp) break;
         if ((events[i].events & EPOLLIN) != 0 && !heat(stream)) {
           crowded = kCrowdFor;

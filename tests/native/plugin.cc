@@ -19,14 +19,18 @@ constinit decltype(ept_host::hmac_sha256) hmac = [](void *, const void *, size_t
   CHECK(!"no HMAC here");
 };
 
+uint64_t (*clock)() = now_ns;
+int32_t log_level = EPT_LOG_DEBUG;
+
 ept_host host() {
   ept_host host = {};
   host.size = sizeof host;
-  host.log = [](void *, int32_t, const char *text) {
+  host.log = [](void *, int32_t level, const char *text) {
+    if (level < log_level) return;
     printf("    log: %s\n", text);
     fflush(stdout);
   };
-  host.clock_ns = [](void *) { return now_ns(); };
+  host.clock_ns = [](void *) { return clock(); };
   host.random = [](void *, void *bytes, size_t length) {
     CHECK_EQ(getrandom(bytes, length, 0), static_cast<ssize_t>(length));
   };

@@ -22,6 +22,11 @@ uint64_t now_ns();
 // A plugin that authenticates its peers needs a real one: its test sets it.
 extern decltype(ept_host::hmac_sha256) hmac;
 
+// What time it is for a plugin; a test may have a clock of its own.
+extern uint64_t (*clock)();
+// Of what a plugin says, what is printed.
+extern int32_t log_level;
+
 // What the engine offers, without its log.
 ept_host host();
 

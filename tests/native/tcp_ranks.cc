@@ -37,6 +37,12 @@ const plugin::Event *Node::with_cookie(uint64_t cookie) const {
   return nullptr;
 }
 
+const plugin::Event *Node::peer_ended() const {
+  for (const plugin::Event &event : events)
+    if (event.kind == EPT_EVENT_PEER && event.code < 0) return &event;
+  return nullptr;
+}
+
 bool until(const std::vector<Node *> &nodes, const std::function<bool()> &holds, uint64_t limit_ms) {
   const uint64_t end = plugin::now_ns() + limit_ms * 1'000'000;
   while (!holds()) {

@@ -25,6 +25,7 @@ struct Node {
   size_t count(int32_t kind) const;
   const plugin::Event *find(int32_t kind) const;
   const plugin::Event *with_cookie(uint64_t cookie) const;
+  const plugin::Event *peer_ended() const;  // the PEER event that says so, not one of doubt or recovery
 };
 
 bool until(const std::vector<Node *> &nodes, const std::function<bool()> &holds, uint64_t limit_ms = 10'000);
