@@ -27,6 +27,10 @@ constexpr int proxy_looks = 20;
 constexpr uint64_t default_spin_ns = 50'000;
 /* SENDs that a peer may have in flight to us: set-up sends a handful at a time, a paged write one. */
 constexpr uint32_t default_send_credits = 64;
+/* And those that take no credit: HELLO, GOODBYE, heartbeats. */
+constexpr uint32_t free_messages = 2 + EPT_FREE_HEARTBEATS;
+/* So many heartbeats fit into the time after which silence is death: one that is late, or two, is no death yet. */
+constexpr uint64_t heartbeats_in_dead = 5;
 
 uint32_t cores() {
   cpu_set_t set;
@@ -96,6 +100,7 @@ int32_t ept_engine::open(const ept_engine_config &config, ept_error *error) {
   timeout_ns = config.timeout_ns ? config.timeout_ns : 300'000'000'000;
   warn_ns = config.warn_ns ? config.warn_ns : 10'000'000'000;
   dead_ns = config.dead_ns ? config.dead_ns : 5'000'000'000;
+  heartbeat_ns = config.heartbeat_ns ? config.heartbeat_ns : std::max<uint64_t>(dead_ns / heartbeats_in_dead, 1);
   stripe_bytes = config.stripe_bytes ? config.stripe_bytes : 1 << 20;
   max_regions = config.max_regions ? config.max_regions : 65'536;
   max_signals = config.max_signals ? std::min(config.max_signals, EPT_IMM_CHANS - 1) : EPT_IMM_CHANS - 1;
@@ -103,55 +108,10 @@ int32_t ept_engine::open(const ept_engine_config &config, ept_error *error) {
   interrupted = config.interrupted, interrupted_context = config.interrupted_context;
   if (config.proxy_cpu_count) proxy_cpus.assign(config.proxy_cpus, config.proxy_cpus + config.proxy_cpu_count);
   send_credits = default_send_credits;
+  asked_credits = config.credits;
   if (int32_t code = values.check(*config.plugin, config.values, config.value_count, error)) return code;
 
-  ept_open_params params{};
-  params.size = sizeof params;
-  params.rank = rank, params.world = world, params.epoch = epoch;
-  params.job = job.c_str();
-  params.secret = secret.data(), params.secret_length = secret.size();
-  params.values = values.view().data(), params.value_count = values.view().size();
-  params.dead_ns = dead_ns;
-  params.credits = config.credits ? config.credits : EPT_IMM_WINDOW;
-  params.send_credits = send_credits;
-  if (int32_t code = plugin->open(host.table(), &params, &instance)) {
-    instance = nullptr;
-    return plugin_error(code, "open", -1, error);
-  }
-  caps.size = sizeof caps;
-  if (int32_t code = plugin->caps(instance, &caps)) return plugin_error(code, "caps", -1, error);
-  if (caps.immediate_bits < 32 || !caps.max_send || !caps.max_message) {
-    return fail(
-        error, EPT_E_UNSUPPORTED, "open", -1,
-        "backend %s offers %u bits of immediate, messages of %u bytes and writes of %llu bytes: an engine needs "
-        "32 bits, and both",
-        plugin_name.c_str(), caps.immediate_bits, caps.max_send, static_cast<unsigned long long>(caps.max_message));
-  }
-  uint32_t count = 0;
-  rails.resize(64);
-  for (ept_rail &rail : rails) rail.size = sizeof rail;
-  if (int32_t code = plugin->rails(instance, rails.data(), 64, &count)) return plugin_error(code, "rails", -1, error);
-  rails.resize(std::min(count, 64u));
-  if (rails.empty()) return fail(error, EPT_E_UNAVAILABLE, "open", -1, "backend %s has no rail", plugin_name.c_str());
-  if (int32_t code = choose_credits(config.credits, world, rails, credits, error)) return code;
-  if (int32_t code = plugin->worker_open(instance, &worker)) {
-    worker = nullptr;
-    return plugin_error(code, "worker_open", -1, error);
-  }
-  anchor.resize(64);
-  ept_memory desc{sizeof desc,
-                  EPT_MEMORY_HOST,
-                  anchor.data(),
-                  anchor.size(),
-                  0,
-                  -1,
-                  0,
-                  EPT_ROLE_DATA,
-                  EPT_ACCESS_LOCAL | EPT_ACCESS_REMOTE_WRITE};
-  if (int32_t code = plugin->mem_register(instance, &desc, &anchor_mem)) {
-    anchor_mem = nullptr;
-    return plugin_error(code, "mem_register", -1, error);
-  }
+  if (int32_t code = open_plugin(error)) return code;
   caller_wake = std::make_unique<Descriptor>(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   proxy_wake = std::make_unique<Descriptor>(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   notify = std::make_unique<Descriptor>(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
@@ -171,6 +131,87 @@ int32_t ept_engine::open(const ept_engine_config &config, ept_error *error) {
   return EPT_OK;
 }
 
+/* The plugin's side of an engine: its instance, worker and anchor. Again for each life of the rank. */
+int32_t ept_engine::open_plugin(ept_error *error) {
+  ept_open_params params{};
+  params.size = sizeof params;
+  params.rank = rank, params.world = world, params.epoch = epoch;
+  params.job = job.c_str();
+  params.secret = secret.data(), params.secret_length = secret.size();
+  params.values = values.view().data(), params.value_count = values.view().size();
+  params.dead_ns = dead_ns;
+  params.credits = asked_credits ? asked_credits : EPT_IMM_WINDOW;
+  params.send_credits = send_credits + free_messages;
+  if (int32_t code = plugin->open(host.table(), &params, &instance)) {
+    instance = nullptr;
+    return plugin_error(code, "open", -1, error);
+  }
+  caps.size = sizeof caps;
+  if (int32_t code = plugin->caps(instance, &caps)) return plugin_error(code, "caps", -1, error);
+  if (caps.immediate_bits < 32 || !caps.max_send || !caps.max_message) {
+    return fail(
+        error, EPT_E_UNSUPPORTED, "open", -1,
+        "backend %s offers %u bits of immediate, messages of %u bytes and writes of %llu bytes: an engine needs "
+        "32 bits, and both",
+        plugin_name.c_str(), caps.immediate_bits, caps.max_send, static_cast<unsigned long long>(caps.max_message));
+  }
+  uint32_t count = 0;
+  rails.resize(64);
+  for (ept_rail &rail : rails) rail.size = sizeof rail;
+  if (int32_t code = plugin->rails(instance, rails.data(), 64, &count)) return plugin_error(code, "rails", -1, error);
+  rails.resize(std::min(count, 64u));
+  if (rails.empty()) return fail(error, EPT_E_UNAVAILABLE, "open", -1, "backend %s has no rail", plugin_name.c_str());
+  if (int32_t code = choose_credits(asked_credits, world, rails, credits, error)) return code;
+  if (int32_t code = plugin->worker_open(instance, &worker)) {
+    worker = nullptr;
+    return plugin_error(code, "worker_open", -1, error);
+  }
+  anchor.resize(64);
+  ept_memory desc{sizeof desc,
+                  EPT_MEMORY_HOST,
+                  anchor.data(),
+                  anchor.size(),
+                  0,
+                  -1,
+                  0,
+                  EPT_ROLE_DATA,
+                  EPT_ACCESS_LOCAL | EPT_ACCESS_REMOTE_WRITE};
+  if (int32_t code = plugin->mem_register(instance, &desc, &anchor_mem)) {
+    anchor_mem = nullptr;
+    return plugin_error(code, "mem_register", -1, error);
+  }
+  return EPT_OK;
+}
+
+/* After it the plugin has no thread and touches no memory. Handles of memory stay, without a registration. */
+void ept_engine::close_plugin() {
+  if (!instance) return;
+  for (Peer &peer : peers) {
+    if (peer.anchor) plugin->region_drop(peer.anchor);
+    peer.anchor = nullptr;
+  }
+  for (EndedLink &link : ended_links) {
+    if (link.anchor) plugin->region_drop(link.anchor);
+  }
+  ended_links.clear();
+  regions.each([&](uint64_t, Region &region) {
+    if (region.region) plugin->region_drop(region.region);
+    region.region = nullptr;
+  });
+  for (Peer &peer : peers) {
+    if (peer.opened) plugin->peer_close(instance, peer.rank);
+    peer.opened = false;
+  }
+  memories.each([&](uint64_t, Memory &memory) {
+    if (memory.mem) plugin->mem_deregister(memory.mem);
+    memory.mem = nullptr;
+  });
+  if (anchor_mem) plugin->mem_deregister(anchor_mem);
+  if (worker) plugin->worker_close(worker);
+  plugin->close(instance);
+  anchor_mem = nullptr, worker = nullptr, instance = nullptr;
+}
+
 ept_engine::~ept_engine() {
   if (proxy.joinable()) {
     {
@@ -181,22 +222,7 @@ ept_engine::~ept_engine() {
     wake_up(*proxy_wake);
     proxy.join();
   }
-  if (!instance) return;
-  for (Peer &peer : peers) {
-    if (peer.anchor) plugin->region_drop(peer.anchor);
-  }
-  regions.each([&](uint64_t, Region &region) {
-    if (region.region) plugin->region_drop(region.region);
-  });
-  for (Peer &peer : peers) {
-    if (peer.status == EPT_PEER_CONNECTING || peer.status == EPT_PEER_UP) {
-      if (peer.rank != rank) plugin->peer_close(instance, peer.rank);
-    }
-  }
-  memories.each([&](uint64_t, Memory &memory) { plugin->mem_deregister(memory.mem); });
-  if (anchor_mem) plugin->mem_deregister(anchor_mem);
-  if (worker) plugin->worker_close(worker);
-  plugin->close(instance);
+  close_plugin();
 }
 
 void ept_engine::wake_up(const Descriptor &fd) {
@@ -214,6 +240,7 @@ void ept_engine::wake_sleepers() {
 }
 
 int32_t ept_engine::step(ept_error *error) {
+  if (!worker) return fail(error, EPT_E_CLOSED, "poll", -1, "the engine of rank %u is closed", rank);
   wake_sleepers(); /* a poll undoes their arm */
   ept_event events[event_batch];
   int32_t count = plugin->poll(worker, events, event_batch);
@@ -226,14 +253,16 @@ int32_t ept_engine::step(ept_error *error) {
         break;
       case EPT_EVENT_IMM:
         bulk = event.length >= 64 << 10;
-        on_immediate(event.immediate, event.peer);
+        on_immediate(event);
         break;
       case EPT_EVENT_RECV:
         on_message(event);
         break;
       case EPT_EVENT_PEER:
-      case EPT_EVENT_FENCED:
         on_peer(event);
+        break;
+      case EPT_EVENT_FENCED:
+        on_fenced(event);
         break;
       case EPT_EVENT_QUIESCED:
         on_quiesced(event);
@@ -248,12 +277,13 @@ int32_t ept_engine::step(ept_error *error) {
       peers[event.peer].last_sign = 0; /* stamped below: one clock call for the batch */
     }
   }
-  if (count) {
-    uint64_t now = now_ns();
-    for (int32_t i = 0; i < count; i++) {
-      if (events[i].peer < world && peers[events[i].peer].last_sign == 0) peers[events[i].peer].last_sign = now;
-    }
+  now = now_ns();
+  for (int32_t i = 0; i < count; i++) {
+    if (events[i].peer >= world || peers[events[i].peer].last_sign) continue;
+    peers[events[i].peer].last_sign = now;
+    peers[events[i].peer].unanswered = 0;
   }
+  if (now >= next_tick) tick(count < static_cast<int32_t>(event_batch));
   if (!dirty.empty()) pump_dirty();
   if (!answers.empty()) answer_quiesces();
   return count;
@@ -267,7 +297,6 @@ int32_t ept_engine::drive_once(Hold &hold, uint64_t &idle_since, uint64_t until,
     idle_since = 0;
     return count;
   }
-  uint64_t now = now_ns();
   if (idle_since == 0) idle_since = now;
   bool spin = now - idle_since < spin_ns;
   if (spin && plugin->query) {
@@ -291,6 +320,7 @@ int32_t ept_engine::drive_once(Hold &hold, uint64_t &idle_since, uint64_t until,
 /* Sleeps on the plugin's descriptor and on `wake`, without the lock; at most a second, so that a waiting thread looks
  * at its deadline and its peers. */
 void ept_engine::sleep(Hold &hold, uint64_t until) {
+  if (rejoining || !worker) return;
   int32_t fd = -1;
   int32_t code = plugin->arm(worker, &fd);
   if (code == EPT_LATER) {
@@ -300,7 +330,8 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
     hold.lock();
     return;
   }
-  uint64_t now = now_ns();
+  now = now_ns();
+  until = std::min(until, next_tick);
   /* Operations that the plugin had no room for are offered again soon, whatever the descriptor says. */
   if (!dirty.empty()) until = std::min(until, now + 1'000'000);
   uint64_t left = until > now ? until - now : 0;
@@ -316,6 +347,7 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
   bool &asleep = is_proxy ? proxy_asleep : caller_asleep;
   const int wake_fd = (is_proxy ? proxy_wake : caller_wake)->get();
   asleep = true;
+  sleepers++;
   hold.unlock();
   pollfd fds[2] = {{fd, POLLIN, 0}, {wake_fd, POLLIN, 0}};
   timespec limit{static_cast<time_t>(left / 1'000'000'000), static_cast<long>(left % 1'000'000'000)};
@@ -325,6 +357,7 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
     [[maybe_unused]] ssize_t got = read(wake_fd, &count, sizeof count);
   }
   hold.lock();
+  sleepers--;
   asleep = false;
 }
 
@@ -342,9 +375,12 @@ void ept_engine::run_proxy() {
   uint64_t idle_since = 0;
   int looks = 0;
   while (!stopping) {
-    uint64_t now = now_ns();
+    if (!worker) { /* a rejoin failed: nothing to move any more */
+      proxy_turn.wait(hold);
+      continue;
+    }
     bool theirs = driver == Driver::caller ||
-                  (progress_mode == EPT_PROGRESS_AUTO && last_drive && now - last_drive < proxy_grace_ns);
+                  (progress_mode == EPT_PROGRESS_AUTO && last_drive && now_ns() - last_drive < proxy_grace_ns);
     if (theirs) {
       if (driver == Driver::caller && ++looks > proxy_looks) {
         proxy_parked = true;
@@ -520,6 +556,9 @@ int32_t ept_engine_info_get(ept_engine *engine, ept_engine_info *info, ept_error
     info->unknown_chans = engine->unknown_chans;
     info->timeout_ns = engine->timeout_ns;
     info->dead_ns = engine->dead_ns;
+    info->heartbeat_ns = engine->heartbeat_ns;
+    info->membership = engine->membership;
+    info->stale = engine->stale;
     info->rank = engine->rank;
     info->world = engine->world;
     info->epoch = engine->epoch;

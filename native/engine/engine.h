@@ -15,9 +15,12 @@
  *  - For each peer, operations leave in the order in which they were taken: queue -> staged -> plugin. This is what the
  *    proof in wire.h needs.
  *  - credits of a peer: taken when an operation goes from queue to staged, given back by the peer's grants alone.
+ *  - A peer's `link` counts the links to it that have ended. Whatever belongs to a link carries that number, and is
+ *    stale, so without effect, once the peer's has moved on (membership.cc).
  *
- * The files: engine.cc life and progress; peers.cc HELLO, status, messages; memory.cc memory and regions; transfers.cc
- * the way out (queue, credits, pieces); signals.cc the way in (immediates, prefix, grants).
+ * The files: engine.cc life and progress; peers.cc HELLO, status, messages; membership.cc how a link ends and another
+ * begins; heartbeat.cc signs of life; memory.cc memory and regions; transfers.cc the way out (queue, credits, pieces);
+ * signals.cc the way in (immediates, prefix, grants).
  */
 #pragma once
 
@@ -94,6 +97,7 @@ struct Transfer {
 
 struct RemoteSignal {
   uint32_t peer = nobody;
+  uint32_t link = 0;
   uint32_t chan = 0;
   uint64_t next = 0;    /* number of the next transfer */
   uint32_t pending = 0; /* operations that still name it */
@@ -108,10 +112,15 @@ struct Memory {
   ept_mem *mem = nullptr;
   uint32_t in_flight = 0; /* operations that still read from it */
   std::vector<Export> exports;
+  struct Aside {
+    uint32_t rank, epoch;
+  };
+  std::vector<Aside> aside; /* lives that may write it still, since no key of ours stops them (membership.cc) */
 };
 
 struct Region {
   uint32_t peer = nobody;
+  uint32_t link = 0;
   ept_region *region = nullptr;
   uint64_t length = 0;
   uint64_t exporter_memory = 0; /* the exporter's number of the memory: QUIESCE names it */
@@ -144,15 +153,16 @@ struct Work {
 
 /* An operation that the plugin has, or gets next: what its end needs. */
 struct InFlight {
-  Uses uses;
+  Uses uses; /* no transfer: it was told of the end already */
   uint32_t peer = nobody;
+  uint32_t link = 0;
   uint32_t immediate = 0;                      /* 0: a message or a grant */
   std::unique_ptr<std::vector<uint8_t>> bytes; /* of a SEND */
 };
 
 struct Message {
   std::unique_ptr<std::vector<uint8_t>> bytes; /* with its ept_message */
-  bool free_of_credit = false;                 /* HELLO, GOODBYE: the plugin keeps room for them */
+  bool free_of_credit = false;                 /* HELLO, GOODBYE, HEARTBEAT: the plugin keeps room for them */
   bool user = false;
 };
 
@@ -181,27 +191,22 @@ struct Chan {
   };
   ChanKind kind = ChanKind::free;
   uint32_t source = nobody;
-  uint32_t epoch = 0;
+  uint32_t link = 0;
   uint64_t signal = 0;
   uint32_t prefix = 0; /* P mod window */
   std::unique_ptr<Window> window;
 };
 
 struct Received {
-  uint32_t from;
+  uint32_t from, link;
   std::vector<uint8_t> data;
 };
 
-struct Peer {
-  uint32_t rank = nobody;
-  int32_t status = EPT_PEER_NEW;
-  uint32_t epoch = 0;
-  std::vector<uint8_t> address;
-  int32_t why_code = EPT_OK, why_errno = 0;
-  std::string why;
+/* What begins and ends with a link to a peer. */
+struct Link {
+  bool opened = false;                                 /* the plugin has it */
   bool linked = false, greeted = false, heard = false; /* plugin says connected; our HELLO went; theirs came */
   bool goodbye = false;
-  uint64_t last_sign = 0;
 
   uint32_t credits = 0, send_credits = 0;           /* that we may spend */
   uint32_t most_credits = 0, most_send_credits = 0; /* that it announced */
@@ -216,14 +221,48 @@ struct Peer {
   uint32_t plain_chan = 0; /* at the peer */
   uint64_t plain_next = 0;
   uint32_t next_rail = 0;
-  bool dirty = false; /* in Engine::dirty */
 
   uint32_t own_credit_chan = 0, own_send_credit_chan = 0; /* here: where the peer's grants come in */
   uint32_t own_plain_chan = 0;
   uint64_t anchor_key = 0;
+  bool anchored = false;                     /* the anchor is exported to it, by anchor_key */
   uint32_t unread = 0;                       /* messages in the inbox */
   uint32_t consumed = 0, consumed_sends = 0; /* not yet granted back */
   uint64_t consumed_total = 0;
+
+  /* heartbeat.cc */
+  uint64_t promised_ns = 0; /* it gives a sign of life that often; 0: it promises none */
+  uint64_t last_sent = 0;
+  bool sent = false;       /* something since the last tick */
+  uint32_t unanswered = 0; /* heartbeats sent since anything came */
+  uint32_t told = 0;       /* the membership that it knows of */
+};
+
+struct Peer : Link {
+  uint32_t rank = nobody;
+  uint32_t link = 0; /* links to it that have ended */
+  int32_t status = EPT_PEER_NEW;
+  uint32_t epoch = 0; /* its life */
+  bool lived = false; /* a link to that life was begun */
+  int32_t why_code = EPT_OK, why_errno = 0;
+  std::string why;
+  uint32_t membership = 0;      /* MASKED: under which epoch */
+  std::string last_end;         /* what was said of the link that ended last */
+  std::vector<uint8_t> address; /* CONNECTING, not opened: where, as soon as the link before is fenced */
+  uint64_t last_sign = 0;
+  bool dirty = false; /* in Engine::dirty */
+
+  bool ended() const { return status == EPT_PEER_LOST || status == EPT_PEER_LEFT || status == EPT_PEER_MASKED; }
+};
+
+/* A link that has ended, until nothing of it can come any more. */
+struct EndedLink {
+  uint32_t rank, link, epoch;
+  uint64_t cookie;     /* of its fence */
+  uint32_t fences;     /* FENCED events that must still come, one a rail */
+  uint64_t operations; /* that the plugin has not ended yet */
+  ept_region *anchor;
+  bool refused = false; /* the plugin can't fence it: its process must end first (ept_engine_known_dead) */
 };
 
 struct PendingQuiesce {
@@ -235,7 +274,7 @@ struct PendingQuiesce {
 
 /* A QUIESCE of a peer that can be answered when this rank's operations into the region have ended. */
 struct QuiesceAnswer {
-  uint32_t peer;
+  uint32_t peer, link;
   uint64_t memory, nonce;
   bool asked = false;
 };
@@ -254,7 +293,8 @@ struct ept_engine {
   uint32_t rank = 0, world = 1, epoch = 0;
   int32_t progress_mode = EPT_PROGRESS_AUTO;
   uint32_t credits = 0, send_credits = 0;
-  uint64_t spin_ns = 0, timeout_ns = 0, warn_ns = 0, dead_ns = 0, stripe_bytes = 0;
+  uint64_t spin_ns = 0, timeout_ns = 0, warn_ns = 0, dead_ns = 0, heartbeat_ns = 0, stripe_bytes = 0;
+  uint32_t asked_credits = 0;
   uint32_t max_regions = 0, max_signals = 0;
   std::vector<int32_t> proxy_cpus;
   int32_t (*interrupted)(void *) = nullptr;
@@ -271,11 +311,15 @@ struct ept_engine {
   ept::Driver driver = ept::Driver::none;
   bool proxy_parked = false, stopping = false, closed = false;
   uint64_t last_drive = 0; /* by a caller */
+  uint64_t now = 0;        /* when the last step looked at the clock */
+  uint32_t sleepers = 0;   /* threads in sleep() with the lock let go */
+  bool rejoining = false;  /* nobody sleeps: the descriptor that they would sleep on is about to go */
   bool bulk = false;       /* much payload is under way: sleep rather than spin */
 
   ept_instance *instance = nullptr;
   ept_worker *worker = nullptr;
   std::vector<ept::Peer> peers; /* by rank; sized once */
+  std::vector<ept::EndedLink> ended_links;
   std::vector<uint32_t> dirty;
   ept::Slots<ept::Memory> memories;
   ept::Slots<ept::Region> regions;
@@ -294,11 +338,14 @@ struct ept_engine {
   std::vector<ept::QuiesceAnswer> answers;
   std::unordered_map<uint64_t, ept::QuiesceAnswer> answering; /* by the plugin's cookie */
   uint64_t next_nonce = 1;
-  uint64_t registered_bytes = 0, exported_regions = 0, unknown_chans = 0;
+  uint64_t registered_bytes = 0, exported_regions = 0, unknown_chans = 0, stale = 0;
   std::vector<uint8_t> anchor; /* 64 bytes that every peer may name, and none has reason to write */
   ept_mem *anchor_mem = nullptr;
   uint32_t join_round = 0;
   bool joined = false;
+  uint32_t membership = 0;               /* the highest epoch told or heard */
+  uint64_t last_tick = 0, next_tick = 0; /* heartbeat.cc */
+  uint64_t judged_from = 0;              /*   silence before this is nobody's fault */
 
   std::unique_ptr<ept::Descriptor> caller_wake, proxy_wake, notify;
   std::thread proxy;
@@ -307,6 +354,8 @@ struct ept_engine {
 
   /* engine.cc */
   int32_t open(const ept_engine_config &config, ept_error *error);
+  int32_t open_plugin(ept_error *error);
+  void close_plugin();
   int32_t step(ept_error *error); /* one poll, its events, and what they set free; events or an error */
   template <class Done>
   int32_t wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_error *error); /* wait.h */
@@ -322,18 +371,37 @@ struct ept_engine {
 
   /* peers.cc */
   int32_t connect(const void *const *addresses, const size_t *lengths, ept_error *error);
+  int32_t check_address(uint32_t of, const void *address, size_t length, uint32_t &its_epoch, ept_error *error);
+  int32_t open_link(ept::Peer &peer, ept_error *error);
   void on_peer(const ept_event &event);
   void on_message(const ept_event &event);
   void on_hello(ept::Peer &peer, const uint8_t *body, size_t length);
   void greet(ept::Peer &peer);
-  void lose(ept::Peer &peer, int32_t status, int32_t code, int32_t provider_errno, const char *why);
   void post_message(ept::Peer &peer, uint16_t type, uint64_t tag, const void *body, size_t length);
   int32_t address(std::vector<uint8_t> &blob, ept_error *error);
   std::string describe(const ept::Peer &peer);
 
+  /* membership.cc */
+  void lose(ept::Peer &peer, int32_t status, int32_t code, int32_t provider_errno, const char *why,
+            bool at_once = false);
+  void end_link(ept::Peer &peer, int32_t status, bool at_once);
+  void on_fenced(const ept_event &event);
+  void fenced(size_t index);
+  bool fencing(uint32_t of) const; /* nobody: anyone */
+  void wind_up(size_t index);
+  void mask(ept::Peer &peer, uint32_t under, const char *why);
+  void drop_messages_of(uint32_t source);
+  int32_t rejoin(ept::Hold &hold, uint32_t next_epoch, ept_error *error);
+  void hear_membership(uint32_t heard);
+
+  /* heartbeat.cc */
+  void tick(bool all_read);
+  void send_heartbeat(ept::Peer &peer);
+  void tell(ept::Peer &peer);
+  void on_heartbeat(ept::Peer &peer, const ept_heartbeat &heartbeat);
+
   /* memory.cc */
   void revoke_exports(ept::Memory &memory, uint32_t rank);
-  void release_regions_of(uint32_t peer);
   void on_quiesce(ept::Peer &peer, const ept_quiesce_message &asked);
   void answer_quiesces();
   void on_quiesced(const ept_event &event);
@@ -357,12 +425,14 @@ struct ept_engine {
   void operation_ended(uint64_t cookie, int32_t code, int32_t provider_errno, const char *text);
   void let_go(const ept::Uses &uses, uint64_t operations, uint32_t peer, int32_t code, int32_t provider_errno,
               const char *text);
-  void fail_peer_work(ept::Peer &peer);
+  void end_transfer(ept::Transfer &transfer, uint64_t operations, uint32_t peer, int32_t code, int32_t provider_errno,
+                    const char *text);
+  void fail_peer_work(ept::Peer &peer, const char *why, bool at_once);
 
   /* signals.cc */
   uint32_t new_chan(ept::ChanKind kind, uint32_t source, uint64_t signal);
-  void free_chans_of(uint32_t source);
-  void on_immediate(uint32_t immediate, uint32_t from);
+  void free_chans_of(uint32_t source, uint32_t link);
+  void on_immediate(const ept_event &event);
   void on_descriptor(uint32_t source, const ept_descriptor &descriptor);
   void on_void(uint32_t source, const ept_void &voided);
   void piece(ept::Chan &chan, uint32_t seq, uint32_t code, bool is_void, uint64_t need);

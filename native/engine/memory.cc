@@ -14,7 +14,7 @@ struct RegionBlob {
   uint16_t reader; /* low bits of the rank it is for: a mix-up is told, not found by its damage */
   uint32_t exporter, epoch;
   uint64_t memory, length;
-  uint32_t plugin_length, reserved;
+  uint32_t plugin_length, reader_epoch;
 };
 constexpr uint32_t region_magic = 0x52545045; /* "EPTR" */
 static_assert(sizeof(RegionBlob) == 40);
@@ -33,10 +33,6 @@ void ept_engine::revoke_exports(Memory &memory, uint32_t of) {
   });
 }
 
-void ept_engine::release_regions_of(uint32_t peer) {
-  memories.each([&](uint64_t, Memory &memory) { revoke_exports(memory, peer); });
-}
-
 /* Peers asked whether this rank is through with a region of theirs: yes, when none of its operations names it and the
  * plugin says that they can change nothing there any more. */
 /* Answers wait for operations of ours and for send credits of the peer's, so it could make us keep any number. */
@@ -49,7 +45,7 @@ void ept_engine::on_quiesce(Peer &peer, const ept_quiesce_message &asked) {
     lose(peer, EPT_PEER_LOST, EPT_E_LIMIT, 0, "it asks for quiescence and does not take the answers");
     return;
   }
-  answers.push_back({peer.rank, asked.region, asked.nonce});
+  answers.push_back({peer.rank, peer.link, asked.region, asked.nonce});
 }
 
 void ept_engine::answer_quiesces() {
@@ -57,7 +53,9 @@ void ept_engine::answer_quiesces() {
     if (answer.asked) continue;
     uint64_t busy = 0;
     regions.each([&](uint64_t, Region &region) {
-      if (region.peer != answer.peer || (answer.memory != ~0ull && region.exporter_memory != answer.memory)) return;
+      if (region.peer != answer.peer || region.link != answer.link ||
+          (answer.memory != ~0ull && region.exporter_memory != answer.memory))
+        return;
       region.revoked = true;
       busy += region.in_flight;
     });
@@ -77,7 +75,7 @@ void ept_engine::on_quiesced(const ept_event &event) {
   if (auto found = answering.find(event.cookie); found != answering.end()) {
     Peer &peer = peers[found->second.peer];
     ept_quiesce_message message{found->second.memory, found->second.nonce};
-    if (event.code == EPT_OK && peer.status == EPT_PEER_UP) {
+    if (event.code == EPT_OK && peer.status == EPT_PEER_UP && peer.link == found->second.link) {
       post_message(peer, EPT_MESSAGE_QUIESCED, 0, &message, sizeof message);
     }
     answering.erase(found);
@@ -128,6 +126,13 @@ int32_t ept_memory_deregister(ept_engine *engine, ept_memory_id id, ept_error *e
       return fail(error, EPT_E_INVALID, "memory_deregister", -1,
                   "%u transfers still read from this memory; wait for them, or quiesce", memory->in_flight);
     }
+    if (!memory->aside.empty()) {
+      const Memory::Aside &writer = memory->aside.front();
+      return fail(error, EPT_E_STUCK, "memory_deregister", static_cast<int32_t>(writer.rank),
+                  "rank %u, epoch %u, may write this memory still: backend %s can't revoke its key. The memory is set "
+                  "aside until that process is known dead (ept_engine_known_dead)",
+                  writer.rank, writer.epoch, engine->plugin_name.c_str());
+    }
     engine->revoke_exports(*memory, nobody);
     if (int32_t code = engine->plugin->mem_deregister(memory->mem)) {
       return engine->plugin_error(code, "memory_deregister", -1, error);
@@ -174,7 +179,7 @@ int32_t ept_region_export(ept_engine *engine, ept_memory_id id, uint32_t rank, u
                     id,
                     length,
                     static_cast<uint32_t>(plugin_length),
-                    0};
+                    engine->peers[rank].epoch};
     std::memcpy(space, &head, sizeof head);
     size_t size = sizeof head + plugin_length, capacity = *blob_length;
     *blob_length = size;
@@ -225,6 +230,12 @@ int32_t ept_region_import(ept_engine *engine, uint32_t rank, const void *blob, s
                   "this region was exported by rank %u for rank %u, and imported by rank %u from rank %u",
                   head.exporter, head.reader, engine->rank, rank);
     }
+    if (head.epoch != engine->peers[rank].epoch || head.reader_epoch != engine->epoch) {
+      return fail(error, EPT_E_PEER_LOST, "region_import", peer,
+                  "this region was exported by epoch %u of rank %u for epoch %u of rank %u, and the link is between "
+                  "epochs %u and %u: it is stale, ask for a new one",
+                  head.epoch, rank, head.reader_epoch, engine->rank, engine->peers[rank].epoch, engine->epoch);
+    }
     if (head.plugin_length != length - sizeof head) {
       return fail(error, EPT_E_INVALID, "region_import", peer, "the blob is cut: %zu bytes of %zu", length,
                   sizeof head + head.plugin_length);
@@ -240,6 +251,7 @@ int32_t ept_region_import(ept_engine *engine, uint32_t rank, const void *blob, s
     }
     Region &made = *engine->regions.add(id);
     made.peer = rank;
+    made.link = engine->peers[rank].link;
     made.region = region;
     made.length = head.length;
     made.exporter_memory = head.memory;
@@ -264,7 +276,7 @@ int32_t ept_region_drop(ept_engine *engine, ept_region_id id, ept_error *error) 
       return fail(error, EPT_E_INVALID, "region_drop", static_cast<int32_t>(region->peer),
                   "%u operations to this region are under way; wait for them first", region->in_flight);
     }
-    engine->plugin->region_drop(region->region);
+    if (region->region) engine->plugin->region_drop(region->region);
     engine->regions.remove(id);
     return EPT_OK;
   });
@@ -291,7 +303,8 @@ int32_t ept_engine_quiesce(ept_engine *engine, ept_memory_id id, int32_t scope, 
           if (id) {
             if (const Memory *m = engine->memories.find(id)) busy = m->in_flight;
           } else {
-            for (const Peer &peer : engine->peers) busy += peer.in_flight + peer.queue.size() + peer.messages.size();
+            busy = engine->in_flight.used();
+            for (const Peer &peer : engine->peers) busy += peer.queue.size() + peer.messages.size();
           }
           return busy ? EPT_LATER : EPT_OK;
         },
@@ -304,8 +317,19 @@ int32_t ept_engine_quiesce(ept_engine *engine, ept_memory_id id, int32_t scope, 
     /* 2. the plugin's word for it, and for REMOTE that of every peer that holds a key */
     const uint64_t nonce = engine->next_nonce++;
     PendingQuiesce &pending = engine->quiescing[nonce];
-    pending.plugin_waiting = 1;
-    code = engine->plugin->quiesce(engine->worker, nobody, scope, nonce);
+    auto ask_plugin = [&](uint32_t of) {
+      if (code == EPT_OK) code = engine->plugin->quiesce(engine->worker, of, scope, nonce);
+      if (code == EPT_OK) pending.plugin_waiting++;
+    };
+    if (scope == EPT_SCOPE_LOCAL) {
+      ask_plugin(nobody);
+    } else {
+      /* Of who is up. What may still happen at a rank that is gone is not about our memory; that nothing of it lands
+       * here is its fence's to say. */
+      for (const Peer &peer : engine->peers) {
+        if (peer.status == EPT_PEER_UP && peer.rank != engine->rank) ask_plugin(peer.rank);
+      }
+    }
     if (code < 0) {
       engine->quiescing.erase(nonce);
       return engine->plugin_error(code, "quiesce", -1, error);
@@ -327,20 +351,23 @@ int32_t ept_engine_quiesce(ept_engine *engine, ept_memory_id id, int32_t scope, 
         if (peer.status == EPT_PEER_UP) {
           engine->post_message(peer, EPT_MESSAGE_QUIESCE, 0, &message, sizeof message);
           pending.asked.push_back(peer.rank);
-        } else if (peer.status == EPT_PEER_LOST) {
-          /* A dead peer is fenced: nothing of its epoch can land any more. One FENCED event a rail. */
-          if (engine->plugin->peer_fence(engine->instance, peer.rank, peer.epoch, nonce) == EPT_OK) {
-            pending.plugin_waiting += static_cast<uint32_t>(engine->rails.size());
-          }
         }
       }
+      engine->memories.each([&](uint64_t number, const Memory &m) {
+        if ((id && number != id) || m.aside.empty()) return;
+        pending.code = EPT_E_STUCK;
+        pending.text = "the process that was rank " + std::to_string(m.aside.front().rank) + ", epoch " +
+                       std::to_string(m.aside.front().epoch) + ", which may write on";
+      });
     }
     code = engine->wait(
         hold, left(),
         [&]() -> int32_t {
           const PendingQuiesce &p = engine->quiescing[nonce];
           if (p.code) return p.code;
-          return p.plugin_waiting || !p.asked.empty() ? EPT_LATER : EPT_OK;
+          if (p.plugin_waiting || !p.asked.empty()) return EPT_LATER;
+          /* Who died or was masked is fenced, so that nothing of that life can land any more. */
+          return scope == EPT_SCOPE_REMOTE && engine->fencing(nobody) ? EPT_LATER : EPT_OK;
         },
         error);
     const PendingQuiesce ended = engine->quiescing[nonce];

@@ -34,6 +34,8 @@ const char *status_name(int32_t status) {
       return "up";
     case EPT_PEER_LEFT:
       return "gone (it closed)";
+    case EPT_PEER_MASKED:
+      return "masked";
     default:
       return "lost";
   }
@@ -44,7 +46,10 @@ const char *status_name(int32_t status) {
 std::string ept_engine::describe(const Peer &peer) {
   char text[512];
   const double silent = static_cast<double>(now_ns() - peer.last_sign) * 1e-9;
-  if (peer.why_code) {
+  if (peer.status == EPT_PEER_MASKED) {
+    std::snprintf(text, sizeof text, "rank %u was masked under epoch %u%s%s", peer.rank, peer.membership,
+                  peer.why.empty() ? "" : ": ", peer.why.c_str());
+  } else if (peer.why_code) {
     std::snprintf(text, sizeof text, "rank %u is %s: %s", peer.rank, status_name(peer.status), peer.why.c_str());
   } else {
     std::snprintf(text, sizeof text, "rank %u is %s and last gave a sign of life %.3f s ago", peer.rank,
@@ -61,9 +66,8 @@ int32_t ept_engine::usable_peer(uint32_t number, const char *operation, ept_erro
   }
   const Peer &peer = peers[number];
   if (peer.status == EPT_PEER_UP) return EPT_OK;
-  const bool ended = peer.status == EPT_PEER_LOST || peer.status == EPT_PEER_LEFT;
-  int32_t code = fail(error, ended ? EPT_E_PEER_LOST : EPT_E_INVALID, operation, static_cast<int32_t>(number), "%s",
-                      describe(peer).c_str());
+  int32_t code = fail(error, peer.ended() ? EPT_E_PEER_LOST : EPT_E_INVALID, operation, static_cast<int32_t>(number),
+                      "%s", describe(peer).c_str());
   if (error) error->provider_errno = peer.why_errno;
   return code;
 }
@@ -84,45 +88,63 @@ int32_t ept_engine::address(std::vector<uint8_t> &blob, ept_error *error) {
 int32_t ept_engine::connect(const void *const *addresses, const size_t *lengths, ept_error *error) {
   for (Peer &peer : peers) {
     if (peer.rank == rank || peer.status != EPT_PEER_NEW) continue;
-    const auto number = static_cast<int32_t>(peer.rank);
-    AddressBlob head;
-    if (lengths[peer.rank] < sizeof head) {
-      return fail(error, EPT_E_INVALID, "connect", number, "the address of rank %u has %zu bytes", peer.rank,
-                  lengths[peer.rank]);
-    }
-    std::memcpy(&head, addresses[peer.rank], sizeof head);
-    head.backend[sizeof head.backend - 1] = 0;
-    if (head.magic != address_magic || head.rank != peer.rank) {
-      return fail(error, EPT_E_INVALID, "connect", number, "what stands for the address of rank %u is not one of its",
-                  peer.rank);
-    }
-    if (head.version != EPT_WIRE_VERSION) {
-      return fail(error, EPT_E_VERSION, "connect", number, "rank %u speaks wire version %u, rank %u version %d",
-                  peer.rank, head.version, rank, EPT_WIRE_VERSION);
-    }
-    if (plugin_name != head.backend) {
-      return fail(error, EPT_E_MISMATCH, "connect", number, "rank %u took backend %s, rank %u backend %s", peer.rank,
-                  head.backend, rank, plugin_name.c_str());
-    }
-    const auto *inner = static_cast<const uint8_t *>(addresses[peer.rank]) + sizeof head;
-    const size_t inner_length = lengths[peer.rank] - sizeof head;
-    ept_reach reach{};
-    reach.size = sizeof reach;
-    if (int32_t code = plugin->reach(instance, inner, inner_length, &reach)) {
-      plugin_error(code, "connect", number, error);
-      if (reach.why_not[0]) {
-        fail(error, code, "connect", number, "backend %s can't reach rank %u: %s", plugin_name.c_str(), peer.rank,
-             reach.why_not);
-      }
-      return code;
-    }
-    peer.epoch = head.epoch;
-    peer.last_sign = now_ns();
-    if (int32_t code = plugin->peer_open(instance, peer.rank, peer.epoch, inner, inner_length)) {
-      return plugin_error(code, "connect", number, error);
-    }
+    const void *address = addresses[peer.rank];
+    const size_t length = lengths[peer.rank];
+    if (int32_t code = check_address(peer.rank, address, length, peer.epoch, error)) return code;
+    peer.address.assign(static_cast<const uint8_t *>(address), static_cast<const uint8_t *>(address) + length);
+    if (int32_t code = open_link(peer, error)) return code;
     peer.status = EPT_PEER_CONNECTING;
   }
+  return EPT_OK;
+}
+
+/* Is it an address of rank `of` that this engine can talk to? Then the life that it belongs to. */
+int32_t ept_engine::check_address(uint32_t of, const void *address, size_t length, uint32_t &its_epoch,
+                                  ept_error *error) {
+  const auto number = static_cast<int32_t>(of);
+  AddressBlob head;
+  if (length < sizeof head) {
+    return fail(error, EPT_E_INVALID, "connect", number, "the address of rank %u has %zu bytes", of, length);
+  }
+  std::memcpy(&head, address, sizeof head);
+  head.backend[sizeof head.backend - 1] = 0;
+  if (head.magic != address_magic || head.rank != of) {
+    return fail(error, EPT_E_INVALID, "connect", number, "what stands for the address of rank %u is not one of its",
+                of);
+  }
+  if (head.version != EPT_WIRE_VERSION) {
+    return fail(error, EPT_E_VERSION, "connect", number, "rank %u speaks wire version %u, rank %u version %d", of,
+                head.version, rank, EPT_WIRE_VERSION);
+  }
+  if (plugin_name != head.backend) {
+    return fail(error, EPT_E_MISMATCH, "connect", number, "rank %u took backend %s, rank %u backend %s", of,
+                head.backend, rank, plugin_name.c_str());
+  }
+  its_epoch = head.epoch;
+  return EPT_OK;
+}
+
+/* Asks the plugin for a link to the life `peer.epoch` at `peer.address`. */
+int32_t ept_engine::open_link(Peer &peer, ept_error *error) {
+  const auto number = static_cast<int32_t>(peer.rank);
+  const uint8_t *inner = peer.address.data() + sizeof(AddressBlob);
+  const size_t inner_length = peer.address.size() - sizeof(AddressBlob);
+  ept_reach reach{};
+  reach.size = sizeof reach;
+  if (int32_t code = plugin->reach(instance, inner, inner_length, &reach)) {
+    plugin_error(code, "connect", number, error);
+    if (reach.why_not[0]) {
+      fail(error, code, "connect", number, "backend %s can't reach rank %u: %s", plugin_name.c_str(), peer.rank,
+           reach.why_not);
+    }
+    return code;
+  }
+  peer.last_sign = now_ns();
+  if (int32_t code = plugin->peer_open(instance, peer.rank, peer.epoch, inner, inner_length)) {
+    return plugin_error(code, "connect", number, error);
+  }
+  peer.opened = peer.lived = true;
+  peer.address.clear();
   return EPT_OK;
 }
 
@@ -143,6 +165,7 @@ void ept_engine::greet(Peer &peer) {
     lose(peer, EPT_PEER_LOST, code, 0, "the anchor region could not be exported to it");
     return;
   }
+  peer.anchored = true;
   ept_hello hello{};
   hello.rank = rank;
   hello.rails = static_cast<uint32_t>(rails.size());
@@ -153,6 +176,9 @@ void ept_engine::greet(Peer &peer) {
   hello.plain_chan = peer.own_plain_chan;
   hello.anchor_length = static_cast<uint32_t>(length);
   hello.consumed = peer.consumed_total;
+  hello.reader_epoch = peer.epoch;
+  /* Who moves only when its application calls promises nothing. */
+  hello.heartbeat_us = progress_mode == EPT_PROGRESS_INLINE ? 0 : static_cast<uint32_t>((heartbeat_ns + 999) / 1000);
   std::memcpy(body.data(), &hello, sizeof hello);
   post_message(peer, EPT_MESSAGE_HELLO, 0, body.data(), sizeof hello + length);
 }
@@ -161,6 +187,10 @@ void ept_engine::on_hello(Peer &peer, const uint8_t *body, size_t length) {
   ept_hello hello;
   if (peer.heard || length < sizeof hello) return;
   std::memcpy(&hello, body, sizeof hello);
+  if (hello.reader_epoch != epoch) {
+    stale++;
+    return;
+  }
   if (hello.rank != peer.rank || hello.anchor_length != length - sizeof hello || hello.credits > EPT_IMM_WINDOW ||
       hello.credits < 2 * EPT_GRANT_QUANTUM || hello.send_credits > EPT_IMM_CHANS ||
       hello.credit_chan >= EPT_IMM_CHANS || hello.send_credit_chan >= EPT_IMM_CHANS ||
@@ -179,24 +209,23 @@ void ept_engine::on_hello(Peer &peer, const uint8_t *body, size_t length) {
   peer.credit_chan = hello.credit_chan;
   peer.send_credit_chan = hello.send_credit_chan;
   peer.plain_chan = hello.plain_chan;
+  peer.promised_ns = uint64_t{hello.heartbeat_us} * 1000;
   peer.heard = true;
   if (peer.linked && peer.status == EPT_PEER_CONNECTING) peer.status = EPT_PEER_UP;
   mark_dirty(peer);
 }
 
 void ept_engine::on_peer(const ept_event &event) {
-  if (event.kind == EPT_EVENT_FENCED) {
-    if (auto found = quiescing.find(event.cookie); found != quiescing.end() && found->second.plugin_waiting) {
-      found->second.plugin_waiting--;
-    }
-    return;
-  }
   if (event.peer >= world || event.peer == rank) return;
   Peer &peer = peers[event.peer];
   if (event.code == EPT_LATER) return;
+  if (!peer.opened || event.epoch != peer.epoch) {
+    stale++;
+    return;
+  }
   if (event.code == EPT_OK) {
     peer.linked = true;
-    peer.last_sign = now_ns();
+    peer.last_sign = peer.last_sent = now_ns();
     if (!peer.greeted) greet(peer);
     if (peer.heard && peer.status == EPT_PEER_CONNECTING) peer.status = EPT_PEER_UP;
     return;
@@ -204,28 +233,6 @@ void ept_engine::on_peer(const ept_event &event) {
   const bool left = event.code == EPT_E_CLOSED || peer.goodbye;
   lose(peer, left ? EPT_PEER_LEFT : EPT_PEER_LOST, left ? EPT_E_PEER_LOST : event.code, event.provider_errno,
        event.text ? event.text : (left ? "it closed its engine" : ept_code_name(event.code)));
-}
-
-void ept_engine::lose(Peer &peer, int32_t status, int32_t code, int32_t provider_errno, const char *why) {
-  if (peer.status == EPT_PEER_LOST || peer.status == EPT_PEER_LEFT) return;
-  peer.status = status;
-  peer.why_code = code;
-  peer.why_errno = provider_errno;
-  peer.why = why;
-  say(status == EPT_PEER_LOST ? EPT_LOG_WARNING : EPT_LOG_DEBUG, describe(peer));
-  fail_peer_work(peer);
-  release_regions_of(peer.rank);
-  free_chans_of(peer.rank);
-  for (auto &[nonce, pending] : quiescing) {
-    if (std::erase(pending.asked, peer.rank) && !caps.can_revoke) {
-      pending.code = EPT_E_STUCK; /* it may write on: no key of ours stops it */
-      pending.text = "the link to rank " + std::to_string(peer.rank) + ", which ended before it answered";
-    }
-  }
-  std::erase_if(answers, [&](const QuiesceAnswer &answer) { return answer.peer == peer.rank; });
-  news++;
-  notify_owner();
-  moved.notify_all();
 }
 
 /* ---- messages ---- */
@@ -236,7 +243,7 @@ void ept_engine::post_message(Peer &peer, uint16_t type, uint64_t tag, const voi
   message.bytes = std::make_unique<std::vector<uint8_t>>(sizeof head + length);
   std::memcpy(message.bytes->data(), &head, sizeof head);
   if (length) std::memcpy(message.bytes->data() + sizeof head, body, length);
-  message.free_of_credit = type == EPT_MESSAGE_HELLO || type == EPT_MESSAGE_GOODBYE;
+  message.free_of_credit = type == EPT_MESSAGE_HELLO || type == EPT_MESSAGE_GOODBYE || type == EPT_MESSAGE_HEARTBEAT;
   message.user = type == EPT_MESSAGE_USER;
   if (message.user) {
     peer.messages.push_back(std::move(message));
@@ -273,7 +280,11 @@ void ept_engine::on_message(const ept_event &event) {
   std::memcpy(&head, event.data, sizeof head);
   const auto *body = static_cast<const uint8_t *>(event.data) + sizeof head;
   const size_t length = event.length - sizeof head;
-  if (head.version != EPT_WIRE_VERSION || head.epoch != peer.epoch) return;
+  if (head.version != EPT_WIRE_VERSION) return;
+  if (!peer.opened || head.epoch != peer.epoch || event.epoch != peer.epoch) {
+    stale++;
+    return;
+  }
   auto as = [&]<class T>(T &into) {
     if (length != sizeof into) return false;
     std::memcpy(&into, body, sizeof into);
@@ -293,8 +304,11 @@ void ept_engine::on_message(const ept_event &event) {
       }
       peer.unread++;
       if (head.tag & EPT_TAG_OURS) news++;
-      inbox[head.tag].push_back({event.peer, std::vector<uint8_t>(body, body + length)});
+      inbox[head.tag].push_back({event.peer, peer.link, std::vector<uint8_t>(body, body + length)});
       if (moved_waiters) moved.notify_all();
+      return;
+    case EPT_MESSAGE_HEARTBEAT:
+      if (ept_heartbeat in; as(in)) on_heartbeat(peer, in);
       return;
     default:
       break;
@@ -333,7 +347,7 @@ int32_t ept_engine_wait_connected(ept_engine *engine, uint64_t timeout, ept_erro
         [&]() -> int32_t {
           bool all = true;
           for (const Peer &peer : engine->peers) {
-            if (peer.status == EPT_PEER_LOST || peer.status == EPT_PEER_LEFT) {
+            if (peer.ended()) {
               failed = &peer;
               return peer.why_code;
             }
@@ -377,6 +391,14 @@ int32_t ept_engine_peer(ept_engine *engine, uint32_t rank, ept_peer_info *info, 
   info->why_code = peer.why_code;
   info->why_errno = peer.why_errno;
   std::snprintf(info->why, sizeof info->why, "%s", peer.why.c_str());
+  info->membership = peer.status == EPT_PEER_MASKED ? peer.membership : 0;
+  info->links_ended = peer.link;
+  info->heartbeat_ns = peer.promised_ns;
+  engine->memories.each([&](uint64_t, const Memory &memory) {
+    if (std::any_of(memory.aside.begin(), memory.aside.end(), [&](const auto &life) { return life.rank == rank; })) {
+      info->set_aside += memory.desc.length;
+    }
+  });
   return EPT_OK;
 }
 
@@ -399,14 +421,15 @@ int32_t ept_engine_send(ept_engine *engine, uint32_t rank, uint64_t tag, const v
                   engine->plugin_name.c_str(), most);
     }
     Peer &peer = engine->peers[rank];
+    const uint32_t link = peer.link;
     int32_t code = engine->wait(
         hold, timeout,
         [&]() -> int32_t {
-          if (peer.status != EPT_PEER_UP) return EPT_E_PEER_LOST;
+          if (peer.status != EPT_PEER_UP || peer.link != link) return EPT_E_PEER_LOST;
           return peer.messages.size() < message_queue ? EPT_OK : EPT_LATER;
         },
         error);
-    if (code == EPT_E_PEER_LOST) return engine->usable_peer(rank, "send", error);
+    if (code == EPT_E_PEER_LOST) return fail(error, code, "send", number, "%s", peer.last_end.c_str());
     if (code == EPT_E_TIMEOUT) {
       return fail(error, code, "send", number, "rank %u holds %zu messages for rank %u, which reads none; %s",
                   engine->rank, peer.messages.size(), rank, engine->describe(peer).c_str());
@@ -427,8 +450,9 @@ int32_t ept_engine_recv(ept_engine *engine, uint32_t from, uint64_t tag, void *d
       return fail(error, EPT_E_INVALID, "recv", -1, "rank %u is no peer of rank %u in a world of %u", from,
                   engine->rank, engine->world);
     }
-    Received taken;
+    Received taken{};
     size_t capacity = *length;
+    const uint32_t link = from == nobody ? 0 : engine->peers[from].link;
     int32_t code = engine->wait(
         hold, timeout,
         [&]() -> int32_t {
@@ -448,8 +472,8 @@ int32_t ept_engine_recv(ept_engine *engine, uint32_t from, uint64_t tag, void *d
           }
           if (engine->closed) return EPT_E_CLOSED;
           if (from != nobody) {
-            int32_t status = engine->peers[from].status;
-            if (status == EPT_PEER_LOST || status == EPT_PEER_LEFT) return EPT_E_PEER_LOST;
+            const Peer &peer = engine->peers[from];
+            if (peer.ended() || peer.link != link) return EPT_E_PEER_LOST;
           }
           return EPT_LATER;
         },
@@ -459,8 +483,9 @@ int32_t ept_engine_recv(ept_engine *engine, uint32_t from, uint64_t tag, void *d
       return fail(error, code, "recv", number, "the message has %zu bytes and does not fit %zu", *length, capacity);
     }
     if (code == EPT_E_PEER_LOST || (code == EPT_E_TIMEOUT && from != nobody)) {
+      const Peer &peer = engine->peers[from];
       fail(error, code, "recv", number, "rank %u waits for a message of rank %u with tag %llx; %s", engine->rank, from,
-           static_cast<unsigned long long>(tag), engine->describe(engine->peers[from]).c_str());
+           static_cast<unsigned long long>(tag), (peer.link != link ? peer.last_end : engine->describe(peer)).c_str());
       if (error) error->silent_ns = now_ns() - engine->peers[from].last_sign;
       return code;
     }
@@ -471,6 +496,7 @@ int32_t ept_engine_recv(ept_engine *engine, uint32_t from, uint64_t tag, void *d
     if (code) return code;
     if (!taken.data.empty()) std::memcpy(data, taken.data.data(), taken.data.size());
     Peer &peer = engine->peers[taken.from];
+    if (taken.link != peer.link) return EPT_OK; /* of a link that has ended: nothing to give back */
     peer.unread--;
     if (++peer.consumed_sends >= EPT_SEND_QUANTUM && peer.status == EPT_PEER_UP) {
       engine->mark_dirty(peer);

@@ -14,8 +14,8 @@ struct SignalBlob {
   uint32_t magic;
   uint32_t version;
   uint32_t exporter, epoch;
-  uint32_t source; /* the rank that may raise it */
-  uint32_t chan;
+  uint32_t source, source_epoch; /* the rank that may raise it, and in which life */
+  uint32_t chan, reserved;
 };
 constexpr uint32_t signal_magic = 0x53545045; /* "EPTS" */
 
@@ -36,36 +36,38 @@ uint32_t ept_engine::new_chan(ChanKind kind, uint32_t source, uint64_t signal) {
   }
   chans[chan].kind = kind;
   chans[chan].source = source;
-  chans[chan].epoch = peers[source].epoch;
+  chans[chan].link = peers[source].link;
   chans[chan].signal = signal;
   chans[chan].prefix = 0;
   return chan;
 }
 
-/* A chan is given out again only when nothing that names it can come any more: its source left, died, or is fenced. */
-void ept_engine::free_chans_of(uint32_t source) {
+/* A chan is given out again only when nothing that names it can come any more: its source's link is fenced. */
+void ept_engine::free_chans_of(uint32_t source, uint32_t link) {
   for (uint32_t i = 1; i < chans.size(); i++) {
-    if (chans[i].kind != ChanKind::free && chans[i].source == source) {
+    if (chans[i].kind != ChanKind::free && chans[i].source == source && chans[i].link == link) {
       chans[i] = Chan{};
       free_chans.push_back(i);
     }
   }
-  signals.each([&](uint64_t, Signal &signal) {
-    if (signal.source == source) signal.chan = 0;
-  });
 }
 
-/* `from`: UINT32_MAX where the network does not say. Where it does, a peer raises its own chans and no other's. */
-void ept_engine::on_immediate(uint32_t immediate, uint32_t from) {
+/* Where the network says of whom it is, a peer raises its own chans and no other's. */
+void ept_engine::on_immediate(const ept_event &event) {
+  const uint32_t immediate = event.immediate;
   const uint32_t number = ept_imm_chan(immediate);
   const uint32_t code = ept_imm_code(immediate);
   if (number >= chans.size() || chans[number].kind == ChanKind::free || code == 0 ||
-      (from != nobody && chans[number].source != from)) {
+      (event.peer != nobody && chans[number].source != event.peer)) {
     unknown_chans++;
     return;
   }
   Chan &chan = chans[number];
   Peer &peer = peers[chan.source];
+  if (chan.link != peer.link || (event.peer != nobody && event.epoch != peer.epoch)) {
+    stale++;
+    return;
+  }
   peer.consumed_total++;
   switch (chan.kind) {
     case ChanKind::credits:
@@ -93,7 +95,7 @@ void ept_engine::on_immediate(uint32_t immediate, uint32_t from) {
 
 void ept_engine::on_descriptor(uint32_t source, const ept_descriptor &descriptor) {
   if (descriptor.chan >= chans.size() || !counts(chans[descriptor.chan]) || chans[descriptor.chan].source != source ||
-      !descriptor.pieces || descriptor.pieces >= UINT32_MAX) {
+      chans[descriptor.chan].link != peers[source].link || !descriptor.pieces || descriptor.pieces >= UINT32_MAX) {
     unknown_chans++;
     return;
   }
@@ -103,7 +105,7 @@ void ept_engine::on_descriptor(uint32_t source, const ept_descriptor &descriptor
 
 void ept_engine::on_void(uint32_t source, const ept_void &voided) {
   if (voided.chan >= chans.size() || !counts(chans[voided.chan]) || chans[voided.chan].source != source ||
-      !voided.code || voided.code > EPT_IMM_MANY) {
+      chans[voided.chan].link != peers[source].link || !voided.code || voided.code > EPT_IMM_MANY) {
     unknown_chans++;
     return;
   }
@@ -174,6 +176,7 @@ int32_t ept::wait_signal_or_news(ept_engine *engine, ept_signal_id id, uint64_t 
     if (!signal) return fail(error, EPT_E_INVALID, "signal_wait", -1, "no such signal (destroyed already?)");
     const Peer &peer = engine->peers[signal->source];
     const uint64_t begin = now_ns();
+    const uint32_t link = peer.link;
     uint64_t seen = 0;
     bool warned = false, told = false;
     signal->waiters++;
@@ -183,7 +186,7 @@ int32_t ept::wait_signal_or_news(ept_engine *engine, ept_signal_id id, uint64_t 
           seen = std::atomic_ref<uint64_t>(*signal->word).load(std::memory_order_acquire);
           if (seen >= target) return EPT_OK;
           if (engine->closed) return EPT_E_CLOSED;
-          if (peer.status == EPT_PEER_LOST || peer.status == EPT_PEER_LEFT) return EPT_E_PEER_LOST;
+          if (peer.ended() || peer.link != link) return EPT_E_PEER_LOST;
           if (news && *news != engine->news) {
             *news = engine->news;
             told = true;
@@ -210,7 +213,9 @@ int32_t ept::wait_signal_or_news(ept_engine *engine, ept_signal_id id, uint64_t 
          "rank %u waited %.3f s for rank %u in '%s': count %llu expected, %llu seen; %s", engine->rank,
          static_cast<double>(now_ns() - begin) * 1e-9, signal->source, signal->label.c_str(),
          static_cast<unsigned long long>(target), static_cast<unsigned long long>(seen),
-         code == EPT_E_CLOSED ? "the engine was closed meanwhile" : engine->describe(peer).c_str());
+         code == EPT_E_CLOSED ? "the engine was closed meanwhile"
+         : peer.link != link  ? peer.last_end.c_str()
+                              : engine->describe(peer).c_str());
     if (error) {
       error->expected = target;
       error->seen = seen;
@@ -296,7 +301,10 @@ int32_t ept_signal_export(ept_engine *engine, ept_signal_id id, void *blob, size
                     "all %u chans that an immediate can name are given out", EPT_IMM_CHANS - 1);
       }
     }
-    SignalBlob out{signal_magic, EPT_WIRE_VERSION, engine->rank, engine->epoch, signal->source, signal->chan};
+    SignalBlob out{signal_magic,   EPT_WIRE_VERSION,
+                   engine->rank,   engine->epoch,
+                   signal->source, engine->peers[signal->source].epoch,
+                   signal->chan,   0};
     std::memcpy(blob, &out, sizeof out);
     return EPT_OK;
   });
@@ -324,8 +332,15 @@ int32_t ept_signal_import(ept_engine *engine, uint32_t rank, const void *blob, s
                   "this signal of rank %u is raised by rank %u; it was imported by rank %u from rank %u", in.exporter,
                   in.source, engine->rank, rank);
     }
+    if (in.epoch != engine->peers[rank].epoch || in.source_epoch != engine->epoch) {
+      return fail(error, EPT_E_PEER_LOST, "signal_import", peer,
+                  "this signal was exported by epoch %u of rank %u for epoch %u of rank %u, and the link is between "
+                  "epochs %u and %u: it is stale, ask for a new one",
+                  in.epoch, rank, in.source_epoch, engine->rank, engine->peers[rank].epoch, engine->epoch);
+    }
     RemoteSignal &signal = *engine->remote_signals.add(id);
     signal.peer = rank;
+    signal.link = engine->peers[rank].link;
     signal.chan = in.chan;
     return EPT_OK;
   });

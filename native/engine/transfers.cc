@@ -42,6 +42,10 @@ int32_t ept_engine::check_range(uint32_t peer, const Memory *memory, uint64_t so
     return fail(error, EPT_E_INVALID, operation, number, "the destination is no region of rank %u%s", peer,
                 region ? ": it is another rank's" : " (dropped already?)");
   }
+  if (region->link != peers[peer].link) {
+    return fail(error, EPT_E_PEER_LOST, operation, number,
+                "the region was imported over a link to rank %u that has ended; import its new one", peer);
+  }
   if (region->revoked) {
     return fail(error, EPT_E_ACCESS, operation, number, "rank %u has taken this region back", peer);
   }
@@ -78,6 +82,10 @@ int32_t ept_engine::admit(const ept_write &write, const char *operation, Uses &u
     if (!uses.signal || uses.signal->peer != write.peer) {
       return fail(error, EPT_E_INVALID, operation, static_cast<int32_t>(write.peer), "the signal is none of rank %u%s",
                   write.peer, uses.signal ? ": it is another rank's" : " (dropped already?)");
+    }
+    if (uses.signal->link != peers[write.peer].link) {
+      return fail(error, EPT_E_PEER_LOST, operation, static_cast<int32_t>(write.peer),
+                  "the signal was imported over a link to rank %u that has ended; import its new one", write.peer);
     }
   }
   const Peer &peer = peers[write.peer];
@@ -152,7 +160,7 @@ void ept_engine::pump_dirty() {
 
 void ept_engine::pump(Peer &peer) {
   /* Looked at in each turn: a post that fails may lose the peer. */
-  while (peer.linked && peer.status != EPT_PEER_LOST && peer.status != EPT_PEER_LEFT) {
+  while (peer.linked && !peer.ended()) {
     if (peer.heard) stage_grants(peer);
     if (!peer.messages.empty()) stage_messages(peer);
     while (peer.heard && peer.credits && !peer.queue.empty() && peer.staged.size() - peer.staged_head < post_batch) {
@@ -175,7 +183,9 @@ ept_op &ept_engine::stage(Peer &peer, int32_t kind, InFlight **record) {
   uint64_t cookie;
   *record = in_flight.add(&cookie);
   (*record)->peer = peer.rank;
+  (*record)->link = peer.link;
   peer.in_flight++;
+  peer.sent = true;
   ept_op &op = peer.staged.emplace_back();
   op.size = sizeof op;
   op.kind = kind;
@@ -279,12 +289,22 @@ void ept_engine::operation_ended(uint64_t cookie, int32_t code, int32_t provider
     return;
   }
   Peer &peer = peers[found->peer];
-  peer.in_flight--;
+  const uint32_t link = found->link;
   const Uses uses = found->uses;
   const uint32_t immediate = found->immediate;
   const bool message = found->bytes != nullptr;
   in_flight.remove(cookie);
-  if (code && peer.status == EPT_PEER_UP) {
+  if (link == peer.link) {
+    peer.in_flight--;
+  } else {
+    for (size_t i = 0; i < ended_links.size(); i++) {
+      if (ended_links[i].rank != peer.rank || ended_links[i].link != link) continue;
+      ended_links[i].operations--;
+      wind_up(i);
+      break;
+    }
+  }
+  if (code && link == peer.link && peer.status == EPT_PEER_UP) {
     if (immediate) {
       ept_void gone{ept_imm_chan(immediate), ept_imm_seq(immediate), ept_imm_code(immediate), 0};
       post_message(peer, EPT_MESSAGE_VOID, 0, &gone, sizeof gone);
@@ -295,7 +315,7 @@ void ept_engine::operation_ended(uint64_t cookie, int32_t code, int32_t provider
                .c_str());
     }
   }
-  if (uses.transfer) let_go(uses, 1, peer.rank, code, provider_errno, text);
+  let_go(uses, 1, peer.rank, code, provider_errno, text);
 }
 
 /* `operations` of a transfer to `peer` have ended. */
@@ -305,7 +325,11 @@ void ept_engine::let_go(const Uses &uses, uint64_t operations, uint32_t peer, in
   if (uses.memory) uses.memory->in_flight -= count;
   if (uses.region) uses.region->in_flight -= count;
   if (uses.signal) uses.signal->pending -= count;
-  Transfer &transfer = *uses.transfer;
+  if (uses.transfer) end_transfer(*uses.transfer, operations, peer, code, provider_errno, text);
+}
+
+void ept_engine::end_transfer(Transfer &transfer, uint64_t operations, uint32_t peer, int32_t code,
+                              int32_t provider_errno, const char *text) {
   if (code && !transfer.failure) {
     transfer.failure =
         std::make_unique<Failure>(Failure{code, provider_errno, peer, text ? text : ept_code_name(code)});
@@ -327,19 +351,26 @@ void ept_engine::let_go(const Uses &uses, uint64_t operations, uint32_t peer, in
   transfers.remove(transfer.id);
 }
 
-void ept_engine::fail_peer_work(Peer &peer) {
-  const std::string why = peer.why;
+/* What was taken for the peer and is not with the plugin yet ends here. What the plugin has ends with the plugin's own
+ * word for it, or now (`at_once`); then only what it holds stays held until that word comes. */
+void ept_engine::fail_peer_work(Peer &peer, const char *why, bool at_once) {
   std::vector<ept_op> staged(peer.staged.begin() + static_cast<ptrdiff_t>(peer.staged_head), peer.staged.end());
   peer.staged.clear();
   peer.staged_head = 0;
-  for (const ept_op &op : staged) operation_ended(op.cookie, peer.why_code, peer.why_errno, why.c_str());
+  for (const ept_op &op : staged) operation_ended(op.cookie, peer.why_code, peer.why_errno, why);
   std::deque<Work> queue;
   queue.swap(peer.queue);
   for (const Work &work : queue) {
-    let_go(work.uses, work.pieces - work.next_piece, peer.rank, peer.why_code, peer.why_errno, why.c_str());
+    let_go(work.uses, work.pieces - work.next_piece, peer.rank, peer.why_code, peer.why_errno, why);
   }
   peer.queued = 0;
   peer.messages.clear();
+  if (!at_once) return;
+  in_flight.each([&](uint64_t, InFlight &operation) {
+    if (operation.peer != peer.rank || operation.link != peer.link || !operation.uses.transfer) return;
+    end_transfer(*operation.uses.transfer, 1, peer.rank, peer.why_code, peer.why_errno, why);
+    operation.uses.transfer = nullptr;
+  });
 }
 
 /* ---- the C API ---- */

@@ -29,7 +29,8 @@
  *     +--------+--------------+----------------------------------+
  *
  * `chan` names one (source, epoch, signal) at the receiver, which gives it out when it exports the signal and gives it
- * out again only after that source's epoch is fenced. An unknown chan is counted and dropped.
+ * out again only after that source's epoch is fenced. An unknown chan is counted and dropped; so is one of a link that
+ * has ended.
  *   code 1       transfer n of the chan, whole, in this one operation
  *   code 2..14   one of `code` pieces of transfer n; seq = n mod 1024
  *   code 15      one of many pieces; how many says a DESCRIPTOR message {chan, seq, pieces}, which counts as a piece
@@ -87,7 +88,8 @@ typedef enum ept_message_type {
   EPT_MESSAGE_QUIESCE = 4,    /* ept_quiesce_message: the keys of `region` are revoked, say when you are through */
   EPT_MESSAGE_QUIESCED = 5,   /*   the answer */
   EPT_MESSAGE_GOODBYE = 6,    /* orderly close: what comes after is not a failure */
-  EPT_MESSAGE_VOID = 7        /* ept_void: a piece was refused and will never land */
+  EPT_MESSAGE_VOID = 7,       /* ept_void: a piece was refused and will never land */
+  EPT_MESSAGE_HEARTBEAT = 8   /* ept_heartbeat: a sign of life; takes no credit, see there */
 } ept_message_type;
 
 #define EPT_TAG_OURS 0x8000000000000000ull /* the top bit of a tag */
@@ -109,8 +111,17 @@ typedef struct ept_hello {
   uint32_t plain_chan;       /* chan of transfers that raise no signal: they are counted for their credits alone */
   uint32_t anchor_length;    /* bytes of blob behind this struct: the region that zero-length signals name */
   uint64_t consumed;         /* receive state: immediates of this (peer, epoch) consumed so far; 0 on a new peer */
-  uint64_t reserved;
+  uint32_t reader_epoch;     /* the life of the reader that this HELLO is for; another life takes no notice of it */
+  uint32_t heartbeat_us;     /* the writer gives a sign of life that often; 0: it promises none */
 } ept_hello;
+
+/* A sign of life, and the highest epoch of the membership that its sender knows. It takes no credit, so their number is
+ * bounded otherwise: who has sent EPT_FREE_HEARTBEATS since anything last came from the reader sends no further one. */
+typedef struct ept_heartbeat {
+  uint32_t membership;
+  uint32_t reserved;
+} ept_heartbeat;
+#define EPT_FREE_HEARTBEATS 2u
 
 #define EPT_SEND_QUANTUM 4u
 
