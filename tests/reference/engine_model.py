@@ -41,10 +41,14 @@ class Memory:
     bringers: np.ndarray[tuple[int], np.dtype[np.int32]] = field(init=False)
     """Of each byte: how many of `writes` bring one there. Kept, since a paged write has thousands of writes and each
     is asked after every step what the others cover."""
+    cut_off: np.ndarray[tuple[int], np.dtype[np.bool_]] = field(init=False)
+    """Where a write that was cut off by a revoke may have landed over what another brought: what was there then
+    (`settled`) may stay."""
 
     def __post_init__(self) -> None:
         self.settled = self.seen().copy()
         self.bringers = np.zeros(len(self.settled), dtype=np.int32)
+        self.cut_off = np.zeros(len(self.settled), dtype=bool)
 
     def add(self, writes: Sequence[Write]) -> None:
         self.writes += writes
@@ -52,11 +56,15 @@ class Memory:
             self.bringers[write.at] += 1
 
     def cut(self, rank: int | None) -> list[Write]:
-        """Forgets the writes of `rank` (None: all), and says which those were."""
+        """Forgets the writes of `rank` (None: all), and says which those were. What others bring there is still to
+        come, or has come and was written over."""
+        seen = self.seen()
         cut = [write for write in self.writes if rank is None or write.region.writer == rank]
         self.writes = [write for write in self.writes if rank is not None and write.region.writer != rank]
         for write in cut:
             self.bringers[write.at] -= 1
+            self.settled[write.at] = seen[write.at]
+            self.cut_off[write.at] = True
         return cut
 
     def look(self, quiet: bool) -> None:
@@ -70,7 +78,7 @@ class Memory:
             right[write.at] |= seen[write.at] == write.data
         if not quiet:
             covered[:] = False
-        right |= ~covered & (seen == self.settled)
+        right |= (~covered | self.cut_off) & (seen == self.settled)
         if not right.all():
             first = int(np.argmin(right))
             raise Difference(
@@ -86,6 +94,7 @@ class Memory:
         self.settled = self.seen().copy()
         self.writes.clear()
         self.bringers[:] = 0
+        self.cut_off[:] = False
 
 
 @dataclass(eq=False)
@@ -117,8 +126,11 @@ class Write:
 
     def visible(self) -> bool:
         """All of it can be read, but where another write under way has the same bytes to bring."""
-        others = self.region.memory.bringers[self.at] > 1  # it is one of them itself
-        return bool((others | (self.region.memory.seen()[self.at] == self.data)).all())
+        memory = self.region.memory
+        seen = memory.seen()[self.at]
+        others = memory.bringers[self.at] > 1  # it is one of them itself
+        others |= memory.cut_off[self.at] & (seen == memory.settled[self.at])
+        return bool((others | (seen == self.data)).all())
 
 
 class Fate(Enum):
@@ -241,9 +253,6 @@ class Model:
         `under_way`: all transfers whose end was not told before."""
         memory.look(quiet=False)
         cut = memory.cut(rank)
-        seen = memory.seen()
-        for write in cut:  # what others bring there is still to come
-            memory.settled[write.at] = seen[write.at]
         gone = set(map(id, cut))
         signalled = [transfer for signal in self.signals for transfer in signal.transfers]
         for transfer in (*signalled, *under_way):
