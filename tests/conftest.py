@@ -13,10 +13,18 @@ from typing import Any
 
 import pytest
 from children import run_child
+from hypothesis import settings
 
 import eptransport as ept
 
 LIMIT_S = 120.0
+
+# The same examples at every run: what fails after a change fails because of it. `make test-long` and
+# `--hypothesis-profile=random` (with `--hypothesis-seed=N`) draw others.
+settings.register_profile("same", derandomize=True, database=None)
+settings.register_profile("random", derandomize=False)
+settings.register_profile("long", derandomize=False)
+settings.load_profile("long" if os.environ.get("HYPOTHESIS_PROFILE") == "long" else "same")
 
 
 @pytest.fixture(autouse=True)
