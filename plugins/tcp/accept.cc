@@ -159,6 +159,10 @@ void ept_instance::settle(Accepted *entry) {
     return refuse(EPT_E_CLOSED, format("rank %u has closed rank %u", params.rank, hello.rank));
   if ((peer == nullptr || hello.epoch > peer->epoch) && hello.purpose == Purpose::kKnock)
     return refuse(EPT_LATER, format("rank %u has not opened rank %u yet", params.rank, hello.rank));
+  // What is parked is one connection a rank and stream, so no more streams than there may be.
+  if (hello.streams > kMaxStreams || hello.stream >= hello.streams)
+    return refuse(EPT_E_MISMATCH, format("rank %u wants stream %u of %u; a peer has at most %u", hello.rank,
+                                         hello.stream, hello.streams, kMaxStreams));
   if (peer == nullptr || hello.epoch > peer->epoch) {
     for (auto &other : accepted) {  // a dialer that tried again: its former connection is forgotten
       const Hello &said = other->acceptor.peer();

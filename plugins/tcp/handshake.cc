@@ -148,6 +148,7 @@ int32_t Acceptor::compatible(uint32_t world, std::string *why) const {
 Limits smaller(const Limits &mine, const Limits &theirs) {
   Limits agreed = theirs;
   agreed.streams = std::min(mine.streams, theirs.streams);
+  agreed.depth = std::min(theirs.depth, kMostDepth);
   agreed.max_message = std::min(mine.max_message, theirs.max_message);
   agreed.max_send = std::min(mine.max_send, theirs.max_send);
   return agreed;

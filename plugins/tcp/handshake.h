@@ -51,6 +51,9 @@ struct MessageHead {
   uint16_t bytes;   // of this message
 };
 
+// Refusals that a peer does not read are kept here, one for each operation that it may have in flight.
+constexpr uint32_t kMostDepth = 65536;
+
 struct Limits {
   uint32_t streams;       // a peer
   uint32_t max_message;   // bytes of a WRITE
@@ -160,7 +163,7 @@ class Acceptor {
   uint32_t answers_ = 0;
 };
 
-Limits smaller(const Limits &mine, const Limits &theirs);  // depth and credits stay `theirs`
+Limits smaller(const Limits &mine, const Limits &theirs);  // depth (bounded) and credits stay `theirs`
 uint16_t common_version(const Hello &hello);               // 0: none
 
 }  // namespace tcp

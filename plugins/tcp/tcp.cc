@@ -27,7 +27,7 @@ const ept_setting kSettings[] = {
     {sizeof(ept_setting), EPT_SETTING_BOOL, "nodelay", "1", 0, 0, "Send small frames at once (TCP_NODELAY)."},
     {sizeof(ept_setting), EPT_SETTING_STRING, "congestion", "auto", 0, 0,
      "TCP congestion control; auto: reno between processes of one machine, else the system's; empty: the system's."},
-    {sizeof(ept_setting), EPT_SETTING_INT, "depth", "512", 16, 65536,
+    {sizeof(ept_setting), EPT_SETTING_INT, "depth", "512", 16, kMostDepth,
      "Operations in flight on a connection before post says LATER; a power of two."},
     {sizeof(ept_setting), EPT_SETTING_INT, "handshake_ms", "5000", 10, 600000,
      "Milliseconds that a connection may take to be made and to show the job's secret."},
