@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find native plugins src examples -type f -not -name '*.pyc' 2>/dev/null) \
   meson.build meson_options.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-python test-native test-sanitizers test-long lint format bench clean
+.PHONY: demo test test-python test-native test-sanitizers test-long lint format bench fuzz clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/eptransport demo
@@ -45,6 +45,10 @@ format: $(VENV)/test.installed
 bench: $(VENV)/demo.installed
 	$(BIN)/eptransport bench p2p
 	$(BIN)/eptransport bench moe --against gloo
+
+# Minutes a target under libFuzzer: FUZZ_SECONDS=600. Needs clang; CI runs the same targets without, as tests.
+fuzz:
+	$(MAKE) --no-print-directory -C tests/fuzz
 
 clean:
 	rm -rf build $(VENV)
