@@ -37,9 +37,10 @@ class Adversary final : public Route {
       if (verdict == Verdict::kFull || verdict == Verdict::kConnecting) return EPT_LATER;
       accepted(worker_, op);
       ++*posted;
-      if (instance_.settings.malice.lose_rank == instance_.rank && ++posted_ == instance_.settings.malice.lose_after) {
-        vanish();
-      }
+      ++posted_;
+      const Malice &malice = instance_.settings.malice;
+      if (malice.lose_rank == instance_.rank && posted_ == malice.lose_after) vanish();
+      if (malice.silent_rank == instance_.rank && posted_ >= malice.silent_after) silent_ = true;
     }
     return taken < count ? EPT_LATER : EPT_OK;
   }
@@ -48,13 +49,21 @@ class Adversary final : public Route {
     std::vector<Step> &bucket = wheel_[++now_ % wheel_.size()];
     std::vector<Step> due;
     due.swap(bucket);
+    if (silent_) {
+      // Nothing of it moves any more, until a link is down: then what went over it can end.
+      due.insert(due.end(), held_.begin(), held_.end());
+      held_.clear();
+      const auto stays = std::partition(due.begin(), due.end(), [&](const Step &step) { return is_down(step); });
+      held_.assign(stays, due.end());
+      due.erase(stays, due.end());
+    }
     schedule_.shuffle(due);
     for (const Step &step : due) take(step);
     due.clear();
     if (bucket.empty()) bucket.swap(due);  // keeps its room
   }
 
-  bool idle() const override { return flying_ == 0; }
+  bool idle() const override { return flying_ == 0 || silent_; }
 
   bool settled(uint32_t rank, int32_t scope) const override {
     return std::none_of(flights_.begin(), flights_.end(), [&](const Flight &flight) {
@@ -95,6 +104,12 @@ class Adversary final : public Route {
     What what;
     uint64_t offset, length;
   };
+
+  bool is_down(const Step &step) {
+    const Peer &peer = flights_[step.flight].peer;
+    std::lock_guard hold(peer.port->lock);
+    return peer.link->state == LinkState::kDown;
+  }
 
   Verdict embark(const ept_op &op) {
     const Peer &peer = instance_.peers[op.peer];
@@ -247,6 +262,8 @@ class Adversary final : public Route {
   std::vector<std::vector<Step>> wheel_;
   std::vector<Flight> flights_;
   std::vector<uint32_t> unused_;
+  std::vector<Step> held_;  // once it is silent
+  bool silent_ = false;
   uint64_t now_ = 0, flying_ = 0, posted_ = 0;
 };
 

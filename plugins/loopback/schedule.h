@@ -21,6 +21,8 @@ struct Malice {
   uint32_t fail_permille = 0;
   int64_t lose_rank = -1;
   uint64_t lose_after = 1000;
+  int64_t silent_rank = -1;
+  uint64_t silent_after = 1000;
 };
 
 class Schedule {

@@ -36,6 +36,10 @@ constexpr ept_setting kSettings[] = {
     integer("fail_permille", "0", 0, 1000, "adversary: writes that fail, half landed, per thousand"),
     integer("lose_rank", "-1", -1, INT32_MAX, "adversary: this rank disappears; -1: none does"),
     integer("lose_after", "1000", 0, INT64_MAX, "adversary: operations that lose_rank posts before it disappears"),
+    integer("silent_rank", "-1", -1, INT32_MAX,
+            "adversary: this rank falls silent, its links staying up; -1: none does"),
+    integer("silent_after", "1000", 0, INT64_MAX,
+            "adversary: operations that silent_rank posts before it falls silent"),
 };
 static_assert(std::size(kSettings) == kSettingCount);
 
@@ -77,7 +81,9 @@ int32_t read_settings(const ept_value *values, size_t count, const char *operati
                       number("early_permille"),
                       number("fail_permille"),
                       found["lose_rank"],
-                      static_cast<uint64_t>(found["lose_after"])};
+                      static_cast<uint64_t>(found["lose_after"]),
+                      found["silent_rank"],
+                      static_cast<uint64_t>(found["silent_after"])};
   return EPT_OK;
 }
 

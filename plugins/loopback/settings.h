@@ -12,7 +12,7 @@ namespace loopback {
 constexpr uint32_t kOperationCostNs = 50;
 
 extern const ept_setting kSettings[];
-constexpr size_t kSettingCount = 15;
+constexpr size_t kSettingCount = 17;
 
 struct Settings {
   uint32_t rails, tx_depth, cq_depth, max_send;

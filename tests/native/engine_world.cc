@@ -35,7 +35,8 @@ World::~World() {
   for (Rank &rank : ranks_) ept_engine_close(rank.engine, 0, nullptr);
 }
 
-void World::start(uint32_t rank, uint32_t epoch, const std::vector<std::pair<std::string, std::string>> &own) {
+void World::start(uint32_t rank, uint32_t epoch, const std::vector<std::pair<std::string, std::string>> &own,
+                  int32_t progress) {
   std::vector<ept_value> values;
   for (const auto &[name, text] : options_.values) values.push_back({name.c_str(), text.c_str()});
   for (const auto &[name, text] : own) values.push_back({name.c_str(), text.c_str()});
@@ -46,7 +47,7 @@ void World::start(uint32_t rank, uint32_t epoch, const std::vector<std::pair<std
   config.secret = reinterpret_cast<const uint8_t *>("secret"), config.secret_length = 6;
   config.plugin = plugin_of(options_.backend);
   config.values = values.data(), config.value_count = values.size();
-  config.progress = options_.progress;
+  config.progress = progress < 0 ? options_.progress : progress;
   config.timeout_ns = 60 * second;
   config.dead_ns = options_.dead_ns, config.heartbeat_ns = options_.heartbeat_ns;
   OK(ept_engine_create(&config, &ranks_[rank].engine, &error));

@@ -41,8 +41,10 @@ class World {
   ept_engine *operator[](uint32_t rank) const { return ranks_[rank].engine; }
   uint32_t epoch(uint32_t rank) const { return ranks_[rank].epoch; }
 
-  // A process that is `rank`; `values` on top of those of all. Connects to nobody.
-  void start(uint32_t rank, uint32_t epoch, const std::vector<std::pair<std::string, std::string>> &values = {});
+  // A process that is `rank`; `values` on top of those of all; `progress`, if given, instead. Connects
+  // to nobody.
+  void start(uint32_t rank, uint32_t epoch, const std::vector<std::pair<std::string, std::string>> &values = {},
+             int32_t progress = -1);
   void connect_all();
   void stop(uint32_t rank);  // its process ends
   void rejoin(uint32_t rank, uint32_t epoch);
