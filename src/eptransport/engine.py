@@ -132,6 +132,12 @@ class Engine(Closing):
         """Blocks until every peer is up. Timeout, PeerLost, AuthError (another secret), VersionError."""
         self._native.call(lib.ept_engine_wait_connected, timeout_ns(timeout))
 
+    def rejoin(self, epoch: int) -> None:
+        """Begins another life of this rank: all links end, and `address()` is another one. Memory and signals stay;
+        regions, remote signals and exports are stale. InvalidArgument: `epoch` isn't above the present one. Not
+        collective; blocks for the backend's threads alone."""
+        self._native.call(lib.ept_engine_rejoin, size("epoch", epoch, 2**32 - 1))
+
     def close(self, timeout: float | None = CLOSE_S) -> None:
         """Says goodbye to the peers, waits at most `timeout` s for what is in flight, frees everything; waits of other
         threads end with ClosedError. Registered memory may be reused from then on. Not collective; closing twice is

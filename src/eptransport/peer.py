@@ -112,6 +112,25 @@ class Peer:
             timeout_ns(timeout),
         )
 
+    def mask(self, membership: int, why: str = "") -> None:
+        """Stops all traffic with it, here and at once: its keys are revoked, what is under way with it fails with
+        PeerLost, and whatever it goes on to send changes nothing. `membership`: the epoch under which that was agreed,
+        for the errors to name. Not collective; doesn't block. A group's own `mask` is the one that all ranks agree on.
+        """
+        self._engine._native.call(
+            lib.ept_engine_mask, self.rank, size("membership", membership, 2**32 - 1), why.encode()
+        )
+
+    def readmit(self, epoch: int, address: bytes) -> None:
+        """Opens it again in its life `epoch`, at that life's address, after it was masked, left or lost. Not
+        collective, but it has to do the same; doesn't block: see `wait_up`. InvalidArgument: that life is over."""
+        native = self._engine._native
+        native.call(lib.ept_engine_readmit, self.rank, size("epoch", epoch, 2**32 - 1), address, len(address))
+
+    def wait_up(self, timeout: float | None = None) -> None:
+        """Blocks until it is connected. PeerLost with the reason, Timeout."""
+        self._engine._native.call(lib.ept_engine_wait_peer, self.rank, timeout_ns(timeout))
+
     @property
     def info(self) -> PeerInfo:
         """How it stands now. Doesn't block."""

@@ -27,6 +27,8 @@ FAULTS = {
     "blocks_when_idle": "08a",
     "error_swallowed": "09a",
     "lands_late": "10a",
+    "lands_after_fence": "11a",
+    "fences_nothing": "11b",
     "no_bounds": "12b",
     "revokes_nothing": "12e",
     "regions_mixed_up": "13b",
@@ -86,7 +88,7 @@ def test_the_command_tells_what_is_broken(broken: Path, tmp_path: Path) -> None:
 def test_the_command_refuses_what_it_does_not_know() -> None:
     for arguments, words in (
         (["tpc"], "did you mean tcp"),
-        (["tcp", "--clause", "11"], "clause 11 has no check"),
+        (["tcp", "--clause", "14"], "clause 14 has no check"),
         (["tcp", "--option", "stream=2"], "has no setting stream"),
         (["tcp", "--option", "streams"], "NAME=VALUE"),
         (["tcp", "--junit", "/nowhere/at/all.xml"], "does not exist"),

@@ -19,6 +19,7 @@ from eptransport.conformance import (  # noqa: F401  (importing a clause registe
     clause08_deadlines,
     clause09_errors,
     clause10_quiesce,
+    clause11_membership,
     clause12_safety,
     clause13_limits,
 )
@@ -38,7 +39,8 @@ TITLES = {
     8: "every wait has a deadline",
     9: "errors are values",
     10: "quiesced",
+    11: "dead peers and membership",
     12: "memory is safe",
     13: "any number",
 }
-"""Of docs/contract.md. Clause 11 has no check yet: masking is to come."""
+"""Of docs/contract.md."""

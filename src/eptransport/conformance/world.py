@@ -101,22 +101,16 @@ class World(Closing):
         self.random = random.Random(subject.seed)
         self.inline = progress == "inline"
         settings.setdefault("timeout_s", PATIENCE_S)
-        job = f"conformance-{next(_jobs)}-{time.time_ns()}"
+        self._job = f"conformance-{next(_jobs)}-{time.time_ns()}"
+        self._ranks, self._settings = ranks, subject.settings(progress=progress, **settings)
         self.engines: list[Engine] = []
+        self.lives = [0] * ranks
+        """The epoch of each rank."""
         self.absent: set[int] = set()
         """Ranks that `step` leaves alone: their application does nothing and their engine does not poll."""
         try:
             for rank in range(ranks):
-                self.engines.append(
-                    Engine(
-                        subject.plugin,
-                        rank=rank,
-                        world_size=ranks,
-                        job=job,
-                        secret=b"the secret of a conformance run.",
-                        settings=subject.settings(progress=progress, **settings),
-                    )
-                )
+                self.engines.append(self.another(rank))
             addresses = [engine.address() for engine in self.engines]
             for engine in self.engines:
                 engine.connect(addresses)
@@ -124,6 +118,19 @@ class World(Closing):
         except BaseException:
             self.close()
             raise
+
+    def another(self, rank: int, epoch: int = 0) -> Engine:
+        """An engine that is `rank` in its life `epoch`, connected to nobody."""
+        self.lives[rank] = epoch
+        return Engine(
+            self.subject.plugin,
+            rank=rank,
+            world_size=self._ranks,
+            job=self._job,
+            secret=b"the secret of a conformance run.",
+            settings=self._settings,
+            epoch=epoch,
+        )
 
     def _connected(self) -> bool:
         ranks = range(len(self.engines))

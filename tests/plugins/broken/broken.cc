@@ -16,6 +16,8 @@
 //   blocks_when_idle         8    poll waits for something to happen
 //   error_swallowed          9    what was refused is told as done
 //   lands_late              10    writes are done, quiet and revoked while they are still on their way
+//   lands_after_fence       11    a fence is told as done and does nothing, and a revoked key goes on working
+//   fences_nothing          11    a fence is told as done and does nothing
 //   revokes_nothing         12    a revoked key goes on working
 //   no_bounds               12    a region can be written past its end
 //   regions_mixed_up        13    past a hundred, regions are those of earlier ones
@@ -66,7 +68,8 @@ struct Tricks {
   uint64_t last_event_ns = 0;
 };
 std::map<ept_worker *, Tricks> tricks;  // one a worker, made by worker_open; a worker is one caller's at a time
-std::mutex tricks_lock;                 // of the map, not of what is in it
+std::map<ept_instance *, ept_worker *> workers;
+std::mutex tricks_lock;  // of the maps, not of what is in them
 
 Tricks &tricks_of(ept_worker *worker) {
   const std::lock_guard<std::mutex> lock(tricks_lock);
@@ -143,17 +146,40 @@ int32_t peer_open(ept_instance *instance, uint32_t rank, uint32_t epoch, const v
 int32_t peer_state(ept_instance *instance, uint32_t rank) { return under->peer_state(instance, rank); }
 int32_t peer_close(ept_instance *instance, uint32_t rank) { return under->peer_close(instance, rank); }
 int32_t peer_fence(ept_instance *instance, uint32_t rank, uint32_t epoch, uint64_t cookie) {
-  return under->peer_fence(instance, rank, epoch, cookie);
+  if (!is("lands_after_fence") && !is("fences_nothing")) return under->peer_fence(instance, rank, epoch, cookie);
+  ept_worker *worker;
+  {
+    const std::lock_guard<std::mutex> lock(tricks_lock);
+    worker = workers.at(instance);
+  }
+  uint32_t count = 0;
+  ept_rail none;
+  if (const int32_t code = under->rails(instance, &none, 0, &count); code != EPT_OK) return code;
+  for (uint32_t rail = 0; rail < count; rail++) {
+    ept_event event = {};
+    event.size = sizeof event;
+    event.kind = EPT_EVENT_FENCED;
+    event.peer = rank;
+    event.epoch = epoch;
+    event.rail = rail;
+    event.cookie = cookie;
+    tricks_of(worker).extras.push_back(event);
+  }
+  return EPT_OK;
 }
 int32_t worker_open(ept_instance *instance, ept_worker **worker) {
   const int32_t code = under->worker_open(instance, worker);
-  if (code == EPT_OK) tricks_of(*worker).last_event_ns = now_ns();
+  if (code != EPT_OK) return code;
+  tricks_of(*worker).last_event_ns = now_ns();
+  const std::lock_guard<std::mutex> lock(tricks_lock);
+  workers[instance] = *worker;
   return code;
 }
 void worker_close(ept_worker *worker) {
   {
     const std::lock_guard<std::mutex> lock(tricks_lock);
     tricks.erase(worker);
+    std::erase_if(workers, [&](const auto &entry) { return entry.second == worker; });
   }
   under->worker_close(worker);
 }
@@ -186,7 +212,8 @@ int32_t region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t len
   return EPT_OK;
 }
 int32_t region_revoke(ept_mem *mem, uint32_t rank, uint64_t key) {
-  return is("revokes_nothing") || is("lands_late") ? EPT_OK : under->region_revoke(mem, rank, key);
+  return is("revokes_nothing") || is("lands_late") || is("lands_after_fence") ? EPT_OK
+                                                                              : under->region_revoke(mem, rank, key);
 }
 int32_t region_import(ept_instance *instance, uint32_t rank, const void *blob, size_t length, ept_region **region) {
   return under->region_import(instance, rank, blob, length, region);
