@@ -25,7 +25,7 @@ test-long: $(VENV)/test.installed
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests --timeout 4000
 
 test-native: build/native/build.ninja
-	meson test -C build/native --print-errorlogs
+	meson test -C build/native --print-errorlogs --timeout-multiplier 3
 
 test-sanitizers: build/asan/build.ninja build/tsan/build.ninja
 	meson test -C build/asan --print-errorlogs --timeout-multiplier 5
