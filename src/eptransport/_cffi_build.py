@@ -11,6 +11,20 @@ HEADERS = ("backend.h", "eptransport.h")
 # What a waiting native thread asks Python: see _call.py.
 CALLBACKS = 'extern "Python" int32_t ept_python_interrupted(void *);'
 
+# ept_engine_write with numbers for a struct: to make one and set its fields from Python costs more than the write.
+WRITE = "int32_t ept_python_write({})".format(
+    "ept_engine *engine, uint32_t peer, ept_memory_id source, uint64_t source_offset, ept_region_id destination, "
+    "uint64_t destination_offset, uint64_t length, ept_remote_signal_id signal, ept_transfer_id *transfer, "
+    "ept_error *error"
+)
+WRITE_BODY = """ {
+  const ept_write write = {
+      sizeof write, peer, source, source_offset, destination, destination_offset, length, signal,
+  };
+  return ept_engine_write(engine, &write, transfer, error);
+}
+"""
+
 
 def cdef_of(header: Path) -> str:
     """A header as cffi reads it: no directives but integer constants, no linkage blocks."""
@@ -30,8 +44,8 @@ def main(include: str, output: str) -> None:
     ffi = FFI()
     for name in HEADERS:
         ffi.cdef(cdef_of(Path(include) / "eptransport" / name))
-    ffi.cdef(CALLBACKS)
-    ffi.set_source("eptransport._native", '#include "eptransport/eptransport.h"\n')
+    ffi.cdef(f"{CALLBACKS}\n{WRITE};")
+    ffi.set_source("eptransport._native", f'#include "eptransport/eptransport.h"\nstatic {WRITE}{WRITE_BODY}')
     ffi.emit_c_code(output)
 
 

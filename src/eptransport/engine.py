@@ -58,6 +58,8 @@ ANY_PEER = 2**32 - 1
 RETRY_S = 0.0002
 """Between two tries of a transfer that found no room."""
 ORPHANS_A_CALL = 16
+TRANSFER_POINTER = ffi.typeof("ept_transfer_id *")
+"""Looked up once: a name would be parsed for every write."""
 
 _ROLES = {"data": lib.EPT_ROLE_DATA, "signal": lib.EPT_ROLE_SIGNAL}
 _SCOPES = {"local": lib.EPT_SCOPE_LOCAL, "remote": lib.EPT_SCOPE_REMOTE}
@@ -309,7 +311,7 @@ class Engine(Closing):
             native.signal = self._own(write.signal)._id
 
     def _post(self, what: str, timeout: float | None, function: Callable[..., int], *args: Any) -> Transfer:
-        handle = ffi.new("ept_transfer_id *")
+        handle = ffi.new(TRANSFER_POINTER)
         if self._orphans:
             self._reap()
         if self._native.call(function, *args, handle) == Code.LATER:

@@ -56,9 +56,25 @@ class Peer:
         takes no part. Blocks only while there is no room (back-pressure), at most `timeout` s. The source must stay
         untouched until the transfer is complete. With length 0 source and region may be None. Errors of the arguments
         are raised here, those of the network by the transfer: AccessDenied, PeerLost, TransportError."""
-        native = ffi.new("ept_write *")
-        self._engine._fill(native, self, Write(self, source, region, length, source_offset, destination_offset, signal))
-        return self._engine._post("write", timeout, lib.ept_engine_write, native)
+        own = self._engine._own
+        try:
+            return self._engine._post(
+                "write",
+                timeout,
+                lib.ept_python_write,
+                self.rank,
+                0 if source is None else own(source)._id,
+                source_offset,
+                0 if region is None else own(region)._id,
+                destination_offset,
+                length,
+                0 if signal is None else own(signal)._id,
+            )
+        except OverflowError:
+            size("length", length)
+            size("source_offset", source_offset)
+            size("destination_offset", destination_offset)
+            raise
 
     def write_paged(
         self,
