@@ -182,8 +182,11 @@ struct Signal {
 enum class ChanKind : uint8_t { free, signal, plain, credits, send_credits };
 
 struct Chan {
-  /* What one-piece transfers in order never need, so most chans never have it. */
+  /* What one-piece transfers in order never need, so most chans never have it; of 10 KiB, so a chan whose signal is
+   * destroyed, and which goes on counting, gives it back. `held`: numbers that have pieces or wait for the prefix; with
+   * none all entries are zero, and a new window would be the same. */
   struct Window {
+    uint32_t held = 0;
     uint32_t got[EPT_IMM_WINDOW] = {};  /* pieces that came, void ones included */
     uint32_t need[EPT_IMM_WINDOW] = {}; /* 0: not known yet (code 15 before its descriptor) */
     bool voided[EPT_IMM_WINDOW] = {};
@@ -438,6 +441,7 @@ struct ept_engine {
   void piece(ept::Chan &chan, uint32_t seq, uint32_t code, bool is_void, uint64_t need);
   void finish(ept::Chan &chan, uint32_t seq, bool raise);
   void give_back(uint32_t source, uint32_t credits);
+  void drop_window(ept::Chan &chan);
   void raise(ept::Chan &chan);
   void raise_signal(ept::Signal &signal);
   void notify_owner() { wake_up(*notify); }

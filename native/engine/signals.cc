@@ -122,13 +122,14 @@ void ept_engine::piece(Chan &chan, uint32_t seq, uint32_t code, bool is_void, ui
     finish(chan, seq, !is_void);
     return;
   }
-  window.got[seq]++;
+  if (window.got[seq]++ == 0) window.held++;
   window.voided[seq] |= is_void;
   if (need) window.need[seq] = static_cast<uint32_t>(need);
   if (window.need[seq] && window.got[seq] >= window.need[seq]) {
     const bool whole = !window.voided[seq];
     window.got[seq] = window.need[seq] = 0; /* before the prefix may move */
     window.voided[seq] = false;
+    window.held--;
     finish(chan, seq, whole);
   } else {
     give_back(chan.source, 1); /* all but the last; that one's credit is kept until the prefix passes */
@@ -138,6 +139,7 @@ void ept_engine::piece(Chan &chan, uint32_t seq, uint32_t code, bool is_void, ui
 void ept_engine::finish(Chan &chan, uint32_t seq, bool whole) {
   if (whole) raise(chan);
   Chan::Window &window = *chan.window;
+  if (!window.finished[seq]) window.held++;
   window.finished[seq] = true;
   uint32_t passed = 0;
   while (window.finished[chan.prefix]) {
@@ -145,7 +147,16 @@ void ept_engine::finish(Chan &chan, uint32_t seq, bool whole) {
     chan.prefix = (chan.prefix + 1) % EPT_IMM_WINDOW;
     passed++;
   }
+  window.held -= passed;
   if (passed) give_back(chan.source, passed);
+  drop_window(chan);
+}
+
+/* The window of a chan that raises nothing any more, where it holds nothing. */
+void ept_engine::drop_window(Chan &chan) {
+  if (chan.kind == ChanKind::signal && chan.window && !chan.window->held && !signals.find(chan.signal)) {
+    chan.window.reset();
+  }
 }
 
 void ept_engine::give_back(uint32_t source, uint32_t count) {
@@ -277,7 +288,9 @@ int32_t ept_signal_destroy(ept_engine *engine, ept_signal_id id, ept_error *erro
                   "%u threads wait for signal '%s'", signal->waiters, signal->label.c_str());
     }
     /* Its chan goes on counting, and giving credits back, for a source that does not know yet. */
+    const uint32_t chan = signal->chan;
     engine->signals.remove(id);
+    if (chan) engine->drop_window(engine->chans[chan]);
     return EPT_OK;
   });
 }
