@@ -6,13 +6,14 @@ import os
 from typing import Any
 
 import eptransport
+from eptransport import _record as record
 from eptransport._bootstrap import Bootstrap
 from eptransport._process import host_id, process
 from eptransport.backends import Candidate, Choice, candidates, unavailable, why
 from eptransport.errors import EptError, MismatchError
 from eptransport.settings import Settings
 
-__all__ = ["agree", "compare", "first_words"]
+__all__ = ["HELLO", "agree", "compare", "first_words"]
 
 SECRET_BYTES = 32
 
@@ -38,6 +39,18 @@ def first_words(bootstrap: Bootstrap, given: Settings | None, rank: int) -> tupl
         "group": os.urandom(8).hex(),
     }
 
+
+HELLO: record.Shape = {
+    "version": record.a_text,
+    "process": record.a_text,
+    "host": record.a_text,
+    "backend": record.a_text,
+    "looked": record.a_list(record.a_tuple(record.a_text, record.a_text, record.optional(record.a_text))),
+    "secret": record.optional(record.a_text),
+    "made": record.optional(record.hexadecimal),
+    "group": record.hexadecimal,
+}
+"""What `first_words` says."""
 
 _MUST_AGREE = {
     "version": "install one version of eptransport everywhere",

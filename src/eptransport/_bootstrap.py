@@ -8,12 +8,18 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from eptransport import _record as record
 from eptransport.errors import EptError, MismatchError, PeerLost, Timeout, TransportError, error_class
 
 __all__ = ["Bootstrap", "LocalStore", "Store"]
 
 FIRST_POLL_S = 0.0002
 LONGEST_POLL_S = 0.02
+_ERROR: record.Shape = {
+    "code": record.a_number,
+    "text": record.a_text,
+    "peer": record.optional(record.a_number),
+}
 LAST_WORDS_S = 1.0
 """How long a word of a rank that has left may be under way to the store: `set` needn't wait for it to arrive."""
 
@@ -75,7 +81,7 @@ class Bootstrap:
         self._timeout_s = timeout_s
         try:
             self.generation = store.add(f"ept/{name}/{rank}", 1)
-        except RuntimeError as problem:
+        except (RuntimeError, ValueError) as problem:
             raise self._failed(problem) from problem
         self._prefix = f"ept/{name}/{self.generation}"
 
@@ -90,13 +96,13 @@ class Bootstrap:
         except RuntimeError as problem:
             raise self._failed(problem) from problem
 
-    def exchange(self, stage: str, content: dict[str, Any]) -> list[dict[str, Any]]:
-        """Says `content` and waits for all: what each rank said, in rank order. An error that any rank said is
-        raised."""
+    def exchange(self, stage: str, content: dict[str, Any], shape: record.Shape) -> list[dict[str, Any]]:
+        """Says `content` and waits for all: what each rank said, in rank order, each of that shape. An error that any
+        rank said is raised."""
         self.say(stage, content)
         ranks = range(self._world)
         self._wait(stage, list(ranks))
-        return [self._heard(stage, rank) for rank in ranks]
+        return [self._of_shape(stage, rank, self._heard(stage, rank), shape) for rank in ranks]
 
     def errors(self, stage: str) -> None:
         """Raises an error that some rank has said, if one has; doesn't wait."""
@@ -144,6 +150,9 @@ class Bootstrap:
         said = self._word(stage, rank)
         if "error" in said:
             raise self._error(stage, rank, said["error"])
+        self._of_shape(
+            stage, rank, said, {"world_size": record.a_number, "said": lambda value: isinstance(value, dict)}
+        )
         if said["world_size"] != self._world:
             raise MismatchError(
                 f"ranks of group {self._name!r} disagree on world_size: rank {self._rank} has {self._world}, "
@@ -156,12 +165,20 @@ class Bootstrap:
 
     def _word(self, stage: str, rank: int) -> dict[str, Any]:
         try:
-            said: dict[str, Any] = json.loads(self._store.get(self._key(stage, rank)))
+            return record.read(self._store.get(self._key(stage, rank)))
+        except record.Garbled as problem:
+            raise self._garbled(stage, rank, problem) from None
         except RuntimeError as problem:
             raise self._failed(problem) from problem
-        return said
 
-    def _error(self, stage: str, rank: int, said: dict[str, Any]) -> EptError:
+    def _of_shape(self, stage: str, rank: int, said: object, shape: record.Shape) -> dict[str, Any]:
+        try:
+            return record.check(said, shape)
+        except record.Garbled as problem:
+            raise self._garbled(stage, rank, problem) from None
+
+    def _error(self, stage: str, rank: int, told: object) -> EptError:
+        said = self._of_shape(stage, rank, told, _ERROR)
         prefix = "" if rank == self._rank else f"rank {rank} of group {self._name!r} failed: "
         return error_class(said["code"])(prefix + said["text"], operation=stage, peer=said["peer"])
 
@@ -187,5 +204,13 @@ class Bootstrap:
             seen=come,
         )
 
-    def _failed(self, problem: RuntimeError) -> TransportError:
+    def _garbled(self, stage: str, rank: int, problem: ValueError) -> TransportError:
+        return TransportError(
+            f"what stands in the store of group {self._name!r} for rank {rank}, stage {stage}, was not written by a "
+            f"rank of this version: {problem}. Only the job's ranks may reach the store",
+            operation=stage,
+            peer=rank,
+        )
+
+    def _failed(self, problem: RuntimeError | ValueError) -> TransportError:
         return TransportError(f"the store of group {self._name!r} failed: {problem}", operation="set-up")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 from eptransport._native import ffi, lib
 from eptransport.errors import Code, EptError, InvalidArgument, error_class
 
-__all__ = ["FOREVER", "call", "error_of", "ffi", "lib", "new_error", "size", "sized", "text", "timeout_ns"]
+__all__ = ["FOREVER", "call", "error_of", "ffi", "lib", "new_error", "size", "sized", "text", "timeout_ns", "whole"]
 
 FOREVER = 2**64 - 1
 """As a timeout: the engine's own."""
@@ -82,11 +83,20 @@ def timeout_ns(seconds: float | None) -> int:
     return min(int(seconds * 1e9), FOREVER - 1)
 
 
-def size(name: str, value: int, most: int = 2**64 - 1) -> int:
+def whole(name: str, value: Any) -> int:
+    """An argument that counts something: an int, or what says that it is one (numpy's, a tensor of one element)."""
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError, ValueError):
+        raise InvalidArgument(f"{name}={value!r:.80}: must be a whole number") from None
+
+
+def size(name: str, value: Any, most: int = 2**64 - 1) -> int:
     """An argument that C takes as an unsigned number."""
-    if not 0 <= value <= most:
-        raise InvalidArgument(f"{name}={value}: must be from 0 to {most}")
-    return value
+    number = whole(name, value)
+    if not 0 <= number <= most:
+        raise InvalidArgument(f"{name}={number}: must be from 0 to {most}")
+    return number
 
 
 # A native wait runs without the GIL, and Python's signal handlers run only in Python code of the main thread: so each

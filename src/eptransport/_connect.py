@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from eptransport import _record as record
 from eptransport._bootstrap import Bootstrap
 from eptransport._process import cores
 from eptransport.backends import Choice
 from eptransport.engine import Engine
-from eptransport.errors import EptError, PeerLost, Timeout
+from eptransport.errors import EptError, PeerLost, Timeout, TransportError
 from eptransport.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def connect(bootstrap: Bootstrap, choice: Choice, group: Group, said: list[dict[
         bootstrap.say("address", None, error)
         raise
     try:
-        addresses = bootstrap.exchange("address", {"address": address.hex()})
+        addresses = bootstrap.exchange("address", {"address": address.hex()}, {"address": record.hexadecimal})
         _join(bootstrap, engine)
         try:
             engine.connect([bytes.fromhex(other["address"]) for other in addresses])
@@ -49,7 +50,7 @@ def connect(bootstrap: Bootstrap, choice: Choice, group: Group, said: list[dict[
             if cause is not None:
                 raise cause from error
             raise
-        bootstrap.exchange("connected", {})
+        bootstrap.exchange("connected", {}, {})
     except BaseException:
         engine.close(0)
         raise
@@ -68,7 +69,7 @@ def _join(bootstrap: Bootstrap, engine: Engine) -> None:
             raise
         if done:
             return
-        said = bootstrap.exchange(f"join{round_number}", {"out": out.hex()})
+        said = bootstrap.exchange(f"join{round_number}", {"out": out.hex()}, {"out": record.hexadecimal})
         blobs = [bytes.fromhex(other["out"]) for other in said]
         round_number += 1
 
@@ -90,7 +91,10 @@ def _wait_connected(bootstrap: Bootstrap, engine: Engine, timeout_s: float) -> N
 
 def _secret(settings: Settings, said: list[dict[str, Any]]) -> bytes:
     if settings.secret is None:
-        return bytes.fromhex(said[0]["made"])
+        made = bytes.fromhex(said[0]["made"] or "")
+        if not made:
+            raise TransportError("rank 0 has put no secret into the store", operation="set-up", peer=0)
+        return made
     return hashlib.sha256(b"eptransport secret\0" + settings.secret.get_secret_value().encode()).digest()
 
 

@@ -39,9 +39,11 @@ _NAMES = {
 
 def code_of(name: str, dtype: torch.dtype) -> int:
     """The `ept_dtype` of an argument's dtype."""
-    code = _codes().get(dtype)
+    import torch
+
+    code = _codes().get(dtype) if isinstance(dtype, torch.dtype) else None
     if code is None:
-        raise InvalidArgument(f"{name}: {dtype} is none of {', '.join(_NAMES)}")
+        raise InvalidArgument(f"{name}: {dtype!r:.80} is none of {', '.join(_NAMES)}")
     return code
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from eptransport._call import whole
 from eptransport._convert import check
+from eptransport.dispatched import Routing
 from eptransport.errors import InvalidArgument
 
 if TYPE_CHECKING:
     import torch
 
     from eptransport._shapes import Shapes
-    from eptransport.dispatched import Routing
 
 __all__ = ["check_combine", "check_topk", "check_x", "check_y"]
 
@@ -39,7 +40,7 @@ def check_x(shapes: Shapes, x: Any, scales: Any, num_tokens: int | None) -> tupl
                 f"scales came with an x of {x.dtype}, which isn't quantised ({types.dispatch} would be)"
             )
         check("scales", scales, (tokens, None), _dtypes(_NAMES_OF_SCALES))
-    count = tokens if num_tokens is None else int(num_tokens)
+    count = tokens if num_tokens is None else whole("num_tokens", num_tokens)
     if not 0 <= count <= tokens:
         raise InvalidArgument(f"num_tokens={count}: x has {tokens}")
     return tokens, count
@@ -49,6 +50,8 @@ def check_topk(shapes: Shapes, tokens: int, topk_ids: Any, topk_weights: Any, ro
     """What says where the tokens go."""
     if (topk_ids is None) == (routing is None):
         raise InvalidArgument("dispatch needs topk_ids or routing, one of the two")
+    if routing is not None and not isinstance(routing, Routing):
+        raise InvalidArgument(f"routing is a {type(routing).__name__}, must be the routing of a dispatch")
     for name, tensor, names in (
         ("topk_ids", topk_ids, _NAMES_OF_IDS),
         ("topk_weights", topk_weights, _NAMES_OF_WEIGHTS),

@@ -61,18 +61,22 @@ def moe_config(
         "threads": threads,
     }
     for name, value in numbers.items():
-        setattr(config, name, size(name, int(value), 2**32 - 1))
+        setattr(config, name, size(name, value, 2**32 - 1))
     config.dtype = code_of("dtype", types.dtype)
     config.dispatch_dtype = code_of("dispatch_dtype", types.dispatch)
     config.combine_dtype = code_of("combine_dtype", types.combine)
     config.scale_format = _SCALE_FORMATS[scale_format]
-    config.scale_epsilon = scale_epsilon
+    try:
+        config.scale_epsilon = scale_epsilon
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidArgument(f"scale_epsilon={scale_epsilon!r:.80}: must be a number") from None
     config.buffer_bytes = 0 if buffer_bytes is None else size("buffer_bytes", buffer_bytes)
     ranks = None
     if placement is not None:
-        if len(placement) != num_experts:
-            raise InvalidArgument(f"placement names {len(placement)} ranks, there are num_experts={num_experts}")
-        ranks = config.placement = ffi.new("int32_t[]", [int(each) for each in placement])
+        named = _ranks(placement)
+        if len(named) != num_experts:
+            raise InvalidArgument(f"placement names {len(named)} ranks, there are num_experts={num_experts}")
+        ranks = config.placement = ffi.new("int32_t[]", named)
     return config, ranks, types
 
 
@@ -108,6 +112,14 @@ class Types:
         return (self.dispatch,)
 
 
+def _ranks(placement: Any) -> list[int]:
+    try:
+        items = list(placement)
+    except TypeError:
+        raise InvalidArgument(f"placement={placement!r:.80}: must be a rank for each expert") from None
+    return [size(f"placement[{expert}]", rank, 2**31 - 1) for expert, rank in enumerate(items)]
+
+
 def one_of(name: str, value: Any, known: Any) -> None:
-    if value not in known:
-        raise InvalidArgument(f"{name}={value!r}: must be one of {', '.join(known)}")
+    if not isinstance(value, str) or value not in known:
+        raise InvalidArgument(f"{name}={value!r:.80}: must be one of {', '.join(known)}")

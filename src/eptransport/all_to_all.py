@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from eptransport._call import call, ffi, lib, new_error, size, sized, timeout_ns
+from eptransport._call import call, ffi, lib, new_error, size, sized, timeout_ns, whole
 from eptransport._closing import Closing
 from eptransport._convert import fill, refuse_grad
 from eptransport._inputs import check_combine, check_topk, check_x, check_y
@@ -528,9 +528,10 @@ class AllToAll(Closing):
         return y if weights is None else (y, weights)
 
     def _lane_number(self, lane: int) -> int:
-        if not 0 <= lane < self.lanes:
-            raise InvalidArgument(f"lane={lane}: this AllToAll has lanes 0 to {self.lanes - 1}")
-        return lane
+        number = whole("lane", lane)
+        if not 0 <= number < self.lanes:
+            raise InvalidArgument(f"lane={number}: this AllToAll has lanes 0 to {self.lanes - 1}")
+        return number
 
     # -- calls --
 

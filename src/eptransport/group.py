@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import eptransport
-from eptransport._agreement import agree, compare, first_words
+from eptransport._agreement import HELLO, agree, compare, first_words
 from eptransport._bootstrap import Bootstrap, Store
 from eptransport._call import ffi, lib, new_error, timeout_ns
 from eptransport._closing import Closing
@@ -60,7 +60,7 @@ class Group(Closing):
         bootstrap = Bootstrap(place.store, place.rank, place.world_size, name, limit)
         self.settings, hello = first_words(bootstrap, settings, place.rank)
         _set_up_logging(self.settings)
-        said = bootstrap.exchange("hello", hello)
+        said = bootstrap.exchange("hello", hello, HELLO)
         compare(said, name)
         choice = agree(self.settings, said)
         local = [other["host"] for other in said].count(hello["host"])

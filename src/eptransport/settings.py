@@ -18,6 +18,8 @@ __all__ = ["Explained", "Launch", "Settings", "known_names", "launch_from_enviro
 
 PREFIX = "EPT_"
 SECRET_BYTES = 16
+MOST_CPUS = 8192
+"""What Linux can be built for; a typing error must not become a list of billions."""
 GENERAL = ("interface", "devices", "port_range", "intra")
 """Settings that the engine doesn't know: they go to a plugin that has one of that name."""
 
@@ -85,7 +87,10 @@ class Settings(BaseSettings):
             if name not in fields:
                 raise ConfigError(f"unknown setting {name!r}{_did_you_mean(name, fields)}")
         values, origins = _read_environment(os.environ, overrides)
-        given = dict(overrides.pop("options", None) or {})
+        options_given = overrides.pop("options", None) or {}
+        if not isinstance(options_given, Mapping):
+            raise ConfigError(f"options={options_given!r:.80}: must be a dict of names, as tcp.streams, and values")
+        given = dict(options_given)
         options = values.pop("options", {})
         origins.update(dict.fromkeys([*overrides, *given], "argument"))
         options.update({str(name): _option_text(value) for name, value in given.items()})
@@ -146,6 +151,8 @@ class Settings(BaseSettings):
         cpus: list[int] = []
         for part in value.split(","):
             first, last = _range(part.strip(), "a list of cores, as 0-3,8")
+            if last >= MOST_CPUS:
+                raise ValueError(f"not a list of cores below {MOST_CPUS}")
             cpus.extend(range(first, last + 1))
         return tuple(cpus)
 
