@@ -202,12 +202,17 @@ void ept_engine::close_plugin() {
     if (peer.opened) plugin->peer_close(instance, peer.rank);
     peer.opened = false;
   }
-  memories.each([&](uint64_t, Memory &memory) {
-    if (memory.mem) plugin->mem_deregister(memory.mem);
-    memory.mem = nullptr;
-  });
-  if (anchor_mem) plugin->mem_deregister(anchor_mem);
+  auto deregister = [&](ept_mem *&mem) {
+    if (mem && plugin->mem_deregister(mem) == EPT_OK) mem = nullptr;
+  };
+  auto deregister_all = [&] {
+    memories.each([&](uint64_t, Memory &memory) { deregister(memory.mem); });
+    deregister(anchor_mem);
+  };
+  deregister_all();
   if (worker) plugin->worker_close(worker);
+  deregister_all(); /* what an operation of the worker read from until now */
+  memories.each([&](uint64_t, Memory &memory) { memory.mem = nullptr; });
   plugin->close(instance);
   anchor_mem = nullptr, worker = nullptr, instance = nullptr;
 }

@@ -72,9 +72,9 @@ class Adversary final : public Route {
     });
   }
 
-  void drop(uint32_t rank, const char *why) override {
+  void drop(uint32_t rank, int32_t code, const char *why) override {
     for (Flight &flight : flights_) {
-      if (flight.steps && flight.op.peer == rank) end(flight, EPT_E_CLOSED, why);
+      if (flight.steps && flight.op.peer == rank) end(flight, code, why);
     }
   }
 

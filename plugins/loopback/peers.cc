@@ -160,7 +160,7 @@ int32_t peer_close(ept_instance *instance, uint32_t rank) {
             "rank " + std::to_string(instance->rank) + " closed the peer");
     }
     forget(instance, rank, peer.epoch);
-    if (instance->worker) instance->worker->route->drop(rank, "the peer was closed here");
+    if (instance->worker) instance->worker->route->drop(rank, EPT_E_CLOSED, "the peer was closed here");
     peer = {};
     return static_cast<int32_t>(EPT_OK);
   });
@@ -180,6 +180,9 @@ int32_t peer_fence(ept_instance *instance, uint32_t rank, uint32_t epoch, uint64
       sever(*instance->job, own, peer, false,
             "epoch " + std::to_string(peer.epoch) + " of rank " + std::to_string(rank) + " was fenced by rank " +
                 std::to_string(instance->rank));
+    }
+    if (peer.link && peer.epoch <= epoch && instance->worker) {
+      instance->worker->route->drop(rank, EPT_E_PEER_LOST, peer.link->why.c_str());
     }
     std::unique_lock hold(own.lock);
     for (uint32_t slot = 0; slot < own.exports.size(); ++slot) {

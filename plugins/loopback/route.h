@@ -20,8 +20,8 @@ class Route {
   virtual bool idle() const { return true; }
   // Has all that was posted to `rank` (UINT32_MAX: all) come to its end?
   virtual bool settled(uint32_t /*rank*/, int32_t /*scope*/) const { return true; }
-  // Ends what is held for a peer that is being closed.
-  virtual void drop(uint32_t /*rank*/, const char * /*why*/) {}
+  // Ends what is held for a peer that is being closed or fenced.
+  virtual void drop(uint32_t /*rank*/, int32_t /*code*/, const char * /*why*/) {}
   virtual size_t reading(const ept_mem * /*mem*/) const { return 0; }
 
  protected:
