@@ -31,6 +31,7 @@ def test_defaults() -> None:
         ("EPT_WARN_S", "1", "warn_s", 1.0),
         ("EPT_DEAD_S", "0.5", "dead_s", 0.5),
         ("EPT_HEARTBEAT_S", "0.25", "heartbeat_s", 0.25),
+        ("EPT_ON_LOST", "mask", "on_lost", "mask"),
         ("EPT_PROGRESS", "inline", "progress", "inline"),
         ("EPT_INTERFACE", "eth0", "interface", "eth0"),
         ("EPT_DEVICES", "mlx5_0,mlx5_1", "devices", "mlx5_0,mlx5_1"),

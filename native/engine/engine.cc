@@ -325,7 +325,14 @@ int32_t ept_engine::drive_once(Hold &hold, uint64_t &idle_since, uint64_t until,
 /* Sleeps on the plugin's descriptor and on `wake`, without the lock; at most a second, so that a waiting thread looks
  * at its deadline and its peers. */
 void ept_engine::sleep(Hold &hold, uint64_t until) {
-  if (rejoining || !worker) return;
+  if (rejoining || !worker) {
+    /* Who rejoins waits for the lock, which a proxy that only came back from here would hold for ever. */
+    hold.unlock();
+    timespec nap{0, 50'000};
+    nanosleep(&nap, nullptr);
+    hold.lock();
+    return;
+  }
   int32_t fd = -1;
   int32_t code = plugin->arm(worker, &fd);
   if (code == EPT_LATER) {

@@ -71,6 +71,7 @@ std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<
   } else {
     with = *members_of_step();
   }
+  if (with.epoch != attempts_under_) attempts_ = 0, attempts_under_ = with.epoch;
   attempts_++;
   std::shared_ptr<Object> object = agree(config, with, deadline);
   const LaneMap needs = lane_map(object->shape);
@@ -187,7 +188,7 @@ std::shared_ptr<Object> Arena::agree(const ept_moe_config &config, const Members
     mine.put_text(described.all().data(), described.all().size());
   }
   const auto said = exchange(
-      engine, rank, with, kTagConfig | attempts_ << 16, [&](uint32_t) { return mine.all(); }, deadline,
+      engine, rank, with, kTagConfig | attempt(), [&](uint32_t) { return mine.all(); }, deadline,
       "to create an AllToAll");
   if (!object) throw refused;
   unsigned sharing = 1;

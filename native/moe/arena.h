@@ -81,7 +81,10 @@ struct Arena {
 
   std::mutex collective_;
   std::vector<std::unique_ptr<LaneMemory>> memories_;  // [lanes]
-  uint64_t attempts_ = 0;                              // collective calls so far
+  // Collective calls so far under this membership. A rank that learns of a mask inside such a call begins it again,
+  // another one learns before it: so each membership counts its own.
+  uint32_t attempts_ = 0, attempts_under_ = 0;
+  uint64_t attempt() const { return uint64_t(attempts_under_ & 0xffff) << 32 | (attempts_ & 0xffff) << 16; }
   uint64_t resets_ = 0;
   Reports reports_;
   uint32_t expected_ = 0;  // AllToAlls still to be made by this rank alone

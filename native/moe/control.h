@@ -16,7 +16,7 @@
 
 namespace ept::moe {
 
-constexpr uint64_t kTagConfig = EPT_TAG_OURS | 2ull << 48;  // + attempt << 16 (+ round)
+constexpr uint64_t kTagConfig = EPT_TAG_OURS | 2ull << 48;  // + Arena::attempt() (+ round)
 constexpr uint64_t kTagIdle = EPT_TAG_OURS | 7ull << 48;
 constexpr uint64_t kTagMemory = EPT_TAG_OURS | 3ull << 48;
 constexpr uint64_t kTagReady = EPT_TAG_OURS | 4ull << 48;

@@ -149,8 +149,8 @@ Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline) {
     Bytes mine;
     mine.put(uint8_t(faulted ? kFaulted : idle ? kIdle : kBusy)).put_text(vote.all().data(), vote.all().size());
     const auto said = exchange(
-        engine, rank, with, kTagIdle | attempts_ << 16 | (round & 0xffff), [&](uint32_t) { return mine.all(); },
-        deadline, "to enlarge the arena");
+        engine, rank, with, kTagIdle | attempt() | (round & 0xffff), [&](uint32_t) { return mine.all(); }, deadline,
+        "to enlarge the arena");
     for (uint32_t r = 0; r < world; r++) {
       if (r == rank || !with.has(r)) continue;
       Bytes theirs(said[r]);
@@ -182,7 +182,7 @@ void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, con
     failed = failure;
   }
   const auto offered = exchange(
-      engine, rank, with, kTagMemory | attempts_ << 16, [&](uint32_t to) { return status(failed).all() + offers[to]; },
+      engine, rank, with, kTagMemory | attempt(), [&](uint32_t to) { return status(failed).all() + offers[to]; },
       deadline, "to enlarge the arena");
   if (failed.error.code) throw failed;
   std::vector<Bytes> bytes;
@@ -194,7 +194,7 @@ void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, con
     failed = failure;
   }
   const auto ready = exchange(
-      engine, rank, with, kTagReady | attempts_ << 16, [&](uint32_t) { return status(failed).all(); }, deadline,
+      engine, rank, with, kTagReady | attempt(), [&](uint32_t) { return status(failed).all(); }, deadline,
       "to enlarge the arena");
   if (failed.error.code) throw failed;
   bytes.clear();

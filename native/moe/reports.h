@@ -24,7 +24,8 @@ struct Report {  // of one lane
   uint64_t number;  // of the sender's resets
   uint32_t membership, objects;
   uint32_t lane, lanes;
-  uint64_t attempts, step;
+  uint32_t attempts, reserved;  // collective calls under this membership
+  uint64_t step;
   uint64_t next[2];
   uint64_t posted[2][2][2];  // to the reader
   uint64_t grants[2];

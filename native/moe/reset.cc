@@ -169,7 +169,7 @@ void Resetting::report(uint32_t rank) {
     report.objects = arena.objects_;
     report.lane = lane->index;
     report.lanes = uint32_t(arena.lanes.size());
-    report.attempts = arena.attempts_;
+    report.attempts = arena.attempts_under_ == members->epoch ? arena.attempts_ : 0;
     report.step = arena.step_;
     for (uint32_t p = 0; p < EPT_PHASES; p++) report.next[p] = lane->next[p];
     memcpy(report.posted, link.posted, sizeof report.posted);
@@ -183,8 +183,7 @@ void Resetting::report(uint32_t rank) {
 bool Resetting::moved_on() {
   uint32_t heard = 0;
   Error error;
-  const int32_t code = ept_engine_membership(arena.engine, &heard, &error);
-  if (code != EPT_E_UNSUPPORTED) check(code, error);
+  check(ept_engine_membership(arena.engine, &heard, &error), error);
   bool newer = heard > members->epoch || arena.members()->epoch != members->epoch;
   for (uint32_t r = 0; r < arena.world; r++) {
     const Heard &from = arena.reports_.of(r);
@@ -277,6 +276,7 @@ void Resetting::wait() {
 }
 
 void Resetting::agree() {
+  if (arena.attempts_under_ != members->epoch) arena.attempts_ = 0, arena.attempts_under_ = members->epoch;
   for (uint32_t r = 0; r < arena.world; r++) {
     if (!up[r]) continue;
     const Report &report = arena.reports_.of(r).reports[0];

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from eptransport._membership import MaskedRank, Membership
     from eptransport._threads import loopback_groups, loopback_run
     from eptransport.all_to_all import AllToAll, Dispatched, Plan, Routing
     from eptransport.backends import choose, include_dir, registry
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         InvalidArgument,
         LaneFault,
         LimitError,
+        Masked,
         MismatchError,
         OutOfMemory,
         PeerLost,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "_membership": ("MaskedRank", "Membership"),
     "_threads": ("loopback_groups", "loopback_run"),
     "all_to_all": ("AllToAll", "Dispatched", "Plan", "Routing"),
     "backends": ("choose", "include_dir", "registry"),
@@ -64,6 +67,7 @@ _HOMES = {
         "InvalidArgument",
         "LaneFault",
         "LimitError",
+        "Masked",
         "MismatchError",
         "OutOfMemory",
         "PeerLost",
@@ -81,6 +85,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "Settings",
     "Group",
+    "Membership",
+    "MaskedRank",
     "AllToAll",
     "Dispatched",
     "Routing",
@@ -111,6 +117,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "InvalidArgument",
     "LaneFault",
     "LimitError",
+    "Masked",
     "MismatchError",
     "OutOfMemory",
     "PeerLost",

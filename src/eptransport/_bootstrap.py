@@ -27,7 +27,9 @@ LAST_WORDS_S = 1.0
 class Store(Protocol):
     """What is used of a `torch.distributed.Store`, all of which are one (TCPStore, FileStore, HashStore, PrefixStore).
 
-    The store is trusted: without `EPT_SECRET` the job's secret goes through it.
+    The store is trusted: without `EPT_SECRET` the job's secret goes through it. `mask` and `readmit` also use
+    `compare_set(key, expected, desired)`, which sets a key that has the value `expected` (nothing: "") and returns what
+    stands there then.
     """
 
     def set(self, key: str, value: str, /) -> Any: ...
@@ -60,6 +62,12 @@ class LocalStore:
             self._values[key] = str(total).encode()
             return total
 
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        with self._lock:
+            if self._values.get(key, b"") == expected.encode():
+                self._values[key] = desired.encode()
+            return self._values.get(key, expected.encode())
+
     def check(self, keys: list[str], /) -> bool:
         with self._lock:
             return all(key in self._values for key in keys)
@@ -73,17 +81,20 @@ class Bootstrap:
     earlier group left there, or a failed attempt, is never read.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, name: str, timeout_s: float) -> None:
-        self._store = store
+    def __init__(
+        self, store: Store, rank: int, world_size: int, name: str, timeout_s: float, *, again: bool = False
+    ) -> None:
+        """`again`: reads what was said when the group was made, and takes no part in making one."""
+        self.store = self._store = store
         self._rank = rank
         self._world = world_size
         self._name = name
         self._timeout_s = timeout_s
         try:
-            self.generation = store.add(f"ept/{name}/{rank}", 1)
+            self.generation = store.add(f"ept/{name}/{rank}", 0 if again else 1)
         except (RuntimeError, ValueError) as problem:
             raise self._failed(problem) from problem
-        self._prefix = f"ept/{name}/{self.generation}"
+        self.prefix = self._prefix = f"ept/{name}/{self.generation}"
 
     def say(self, stage: str, content: dict[str, Any] | None, error: EptError | None = None) -> None:
         """Puts this rank's word of a stage."""
@@ -100,6 +111,12 @@ class Bootstrap:
         """Says `content` and waits for all: what each rank said, in rank order, each of that shape. An error that any
         rank said is raised."""
         self.say(stage, content)
+        ranks = range(self._world)
+        self._wait(stage, list(ranks))
+        return [self._of_shape(stage, rank, self._heard(stage, rank), shape) for rank in ranks]
+
+    def said(self, stage: str, shape: record.Shape) -> list[dict[str, Any]]:
+        """What each rank said in a stage that is long past."""
         ranks = range(self._world)
         self._wait(stage, list(ranks))
         return [self._of_shape(stage, rank, self._heard(stage, rank), shape) for rank in ranks]

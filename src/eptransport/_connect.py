@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from eptransport import _record as record
 from eptransport._bootstrap import Bootstrap
-from eptransport._process import cores
+from eptransport._process import cores, host_id
 from eptransport.backends import Choice
 from eptransport.engine import Engine
 from eptransport.errors import EptError, PeerLost, Timeout, TransportError
@@ -16,32 +16,44 @@ from eptransport.settings import Settings
 if TYPE_CHECKING:
     from eptransport.group import Group
 
-__all__ = ["connect"]
+__all__ = ["ADDRESS", "addresses_of", "connect", "make_engine"]
+
+ADDRESS = {"address": record.hexadecimal}
 
 SLICE_S = 0.25
 """How often a rank that waits for connections looks whether another one has failed."""
 
 
-def connect(bootstrap: Bootstrap, choice: Choice, group: Group, said: list[dict[str, Any]], local: int) -> Engine:
+def make_engine(group: Group, generation: int, choice: Choice, said: list[dict[str, Any]], life: int = 0) -> Engine:
+    """Not connected yet. `said` is what the ranks said of themselves when the group was made."""
+    local = [other["host"] for other in said].count(host_id())
+    return Engine(
+        choice.plugin,
+        rank=group.rank,
+        world_size=group.world_size,
+        job=f"{group.name}/{generation}/{said[0]['group']}",
+        secret=_secret(group.settings, said),
+        settings=group.settings,
+        epoch=life,
+        spin_s=_spin(group.settings, local),
+    )
+
+
+def connect(
+    bootstrap: Bootstrap, choice: Choice, group: Group, said: list[dict[str, Any]]
+) -> tuple[Engine, list[bytes]]:
+    """The engine, and the addresses of all ranks."""
     try:
-        engine = Engine(
-            choice.plugin,
-            rank=group.rank,
-            world_size=group.world_size,
-            job=f"{group.name}/{bootstrap.generation}/{said[0]['group']}",
-            secret=_secret(group.settings, said),
-            settings=group.settings,
-            spin_s=_spin(group.settings, local),
-        )
+        engine = make_engine(group, bootstrap.generation, choice, said)
         address = engine.address()
     except EptError as error:
         bootstrap.say("address", None, error)
         raise
     try:
-        addresses = bootstrap.exchange("address", {"address": address.hex()}, {"address": record.hexadecimal})
+        addresses = addresses_of(bootstrap.exchange("address", {"address": address.hex()}, ADDRESS))
         _join(bootstrap, engine)
         try:
-            engine.connect([bytes.fromhex(other["address"]) for other in addresses])
+            engine.connect(addresses)
             _wait_connected(bootstrap, engine, group.settings.timeout_s)
         except EptError as error:
             # A rank that left because it failed has said why before: all raise that, whoever finds it gone.
@@ -54,7 +66,12 @@ def connect(bootstrap: Bootstrap, choice: Choice, group: Group, said: list[dict[
     except BaseException:
         engine.close(0)
         raise
-    return engine
+    return engine, addresses
+
+
+def addresses_of(said: list[dict[str, Any]]) -> list[bytes]:
+    """Of the ranks' first lives."""
+    return [bytes.fromhex(other["address"]) for other in said]
 
 
 def _join(bootstrap: Bootstrap, engine: Engine) -> None:

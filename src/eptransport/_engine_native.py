@@ -40,6 +40,8 @@ class NativeEngine:
         self.stopping = False
         self.abandoned = False
         """Whoever waits here waits in vain, and shall give up; the engine stays open."""
+        self.on_look: Callable[[], None] | None = None
+        """Called from inside waits, every 100 ms, with no lock held."""
         self.keep: dict[Any, Any] = {}
         self.children: dict[int, Callable[[], None]] = {}
         self.handle = ffi.new_handle(self)
@@ -70,6 +72,8 @@ class NativeEngine:
     def stop_waiting(self) -> bool:
         """What a waiting native thread asks."""
         self.drain_log()
+        if self.on_look is not None and not self.stopping:
+            self.on_look()
         return self.stopping or self.abandoned
 
     def drain_log(self) -> None:
@@ -95,6 +99,7 @@ class NativeEngine:
         code = lib.ept_engine_close(pointer, timeout_ns(timeout), error)
         self.pointer = ffi.NULL
         self.keep.clear()
+        self.on_look = None
         if code < 0:
             logger.warning("rank %d: closing the engine: %s", self.rank, text(error.text))
 

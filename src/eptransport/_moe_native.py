@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eptransport._call import call, ffi, lib, new_error, text
 from eptransport._guard import Guard
+from eptransport.errors import LaneFault, PeerLost, Timeout
 
 if TYPE_CHECKING:
     from eptransport.group import Group
@@ -45,12 +46,15 @@ class NativeMoe:
 def create_moe(group: Group, config: Any) -> NativeMoe:
     engine = group.engine._native
     arena = group.arena()
+    group._members.learn_if_told()
     handle = ffi.new("ept_moe **")
     engine.guard.enter()
     try:
         call(lib.ept_moe_create, arena, config, handle)
-    except Exception:
+    except Exception as error:
         engine.drain_log()
+        if isinstance(error, (PeerLost, LaneFault, Timeout)):
+            group._members.after(error, group.settings.on_lost)
         raise
     finally:
         engine.guard.leave()

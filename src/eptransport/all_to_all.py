@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from eptransport._call import call, ffi, lib, new_error, size, sized, timeout_ns, whole
@@ -28,7 +29,7 @@ from eptransport._moe_native import create_moe
 from eptransport._outputs import check_out, make_outputs
 from eptransport._shapes import LAYOUTS, SCALE_LAYOUTS, Shapes
 from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
-from eptransport.errors import InvalidArgument
+from eptransport.errors import Code, InvalidArgument, LaneFault, PeerLost, Timeout
 from eptransport.plan import Plan
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ logger = logging.getLogger("eptransport")
 
 _FREE_OF_BYTES = frozenset({"layout", "max_rows", "scale_layout", "scale_epsilon", "threads"})
 _NOTHING = contextlib.nullcontext()
+_BY_MEMBERSHIP = (PeerLost, LaneFault, Timeout)
+"""What a call raises when ranks take part no longer, or again, as the others see it."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,9 @@ class AllToAll(Closing):
         self.layout: Layout = layout
         self.max_rows = None if max_rows is None else size("max_rows", max_rows)
         self.scale_layout = scale_layout
+        self._members = group._members
         self._native = create_moe(group, config)
+        self._members.made += 1
         del keep
         self._finalizer = weakref.finalize(self, self._native.close)
         self.plan_ = plan_of(config)
@@ -389,8 +394,16 @@ class AllToAll(Closing):
 
     def reset(self, timeout: float | None = None) -> None:
         """Brings every lane of the group to a common, empty state; faults are gone, steps under way are abandoned.
-        Collective over the ranks that are up, and for all AllToAlls of the group at once; blocks."""
-        self._call(lib.ept_moe_reset, timeout_ns(timeout))
+        Collective over the ranks that are up, and for all AllToAlls of the group at once; blocks. Goes on without ranks
+        that are masked, and with those that were readmitted. Masked, Timeout, PeerLost."""
+        deadline = monotonic() + (self.group.settings.timeout_s if timeout is None else timeout)
+        while True:
+            self._members.learn()
+            left = timeout_ns(max(0.0, deadline - monotonic()))
+            if self._call(lib.ept_moe_reset, left) == Code.OK:
+                break
+            if monotonic() > deadline:
+                raise Timeout("reset: the membership went on changing until the deadline", operation="reset")
         for lane in self._lanes:
             lane.clear()
         self.group.fault.zero_()
@@ -436,6 +449,7 @@ class AllToAll(Closing):
         whole: bool,
     ) -> None:
         refuse_grad(x=x, topk_weights=topk_weights)
+        self._members.learn_if_told()
         state = self._lanes[self._lane_number(lane)]
         chosen = check_out(self._shapes, layout, self.layout, out)
         tokens, count = check_x(self._shapes, x, scales, num_tokens)
@@ -476,7 +490,9 @@ class AllToAll(Closing):
         state.sent = None
         routing = Routing(handle[0], chosen, lane, sent.tokens, sent.count)
         rows = arrival.contiguous_rows if chosen == "contiguous" else arrival.rows
-        return Dispatched(**outputs.__dict__, routing=routing, num_rows=rows)
+        masked = routing.lost_ranks(self.group.world_size) if self.group.membership.epoch else ()
+        lost = routing.lost(self.top_k) if masked else None
+        return Dispatched(**outputs.__dict__, routing=routing, num_rows=rows, lost=lost, lost_ranks=masked)
 
     def _combine_send(
         self,
@@ -535,13 +551,15 @@ class AllToAll(Closing):
 
     # -- calls --
 
-    def _call(self, function: Callable[..., int], *args: Any, lane: int | None = None) -> None:
+    def _call(self, function: Callable[..., int], *args: Any, lane: int | None = None) -> int:
         native = self._native
         native.guard.enter()
         try:
-            call(function, native.pointer, *args)
-        except BaseException:  # also KeyboardInterrupt: the lane is faulted all the same
+            return call(function, native.pointer, *args)
+        except BaseException as error:  # also KeyboardInterrupt: the lane is faulted all the same
             self._note_fault(lane)
+            if isinstance(error, _BY_MEMBERSHIP):
+                self._members.after(error, self.group.settings.on_lost)
             raise
         finally:
             native.guard.leave()

@@ -44,6 +44,11 @@ class Dispatched:
     routing: Routing
     num_rows: int
     """Rows that came: of all ranks, or in the `contiguous` layout with padding."""
+    lost: torch.Tensor | None = None
+    """[tokens, top_k] bool, of this rank's own tokens: True where the expert is at a masked rank, so that its share is
+    missing in what combine gives. None where every rank takes part."""
+    lost_ranks: tuple[int, ...] = ()
+    """The ranks that were masked when the step began."""
 
     @property
     def layout(self) -> Layout:
@@ -68,6 +73,20 @@ class Routing:
         """Rows of the x that was dispatched here."""
         self.num_tokens = num_tokens
         """How many of those were sent."""
+
+    def lost_ranks(self, world_size: int) -> tuple[int, ...]:
+        """The ranks that were masked when the step began."""
+        ranks = ffi.new("uint8_t[]", world_size)
+        lib.ept_routing_lost(self._native, ffi.NULL, ranks, ffi.NULL)
+        return tuple(rank for rank in range(world_size) if ranks[rank])
+
+    def lost(self, top_k: int) -> torch.Tensor:
+        """[tokens, top_k] bool: True where the expert was at one of those."""
+        import torch
+
+        lost = torch.zeros(self.tokens, top_k, dtype=torch.uint8)
+        lib.ept_routing_lost(self._native, ffi.NULL, ffi.NULL, ffi.cast("uint8_t *", lost.data_ptr()))
+        return lost.bool()
 
 
 def routing_of(got: Dispatched | Routing) -> Routing:

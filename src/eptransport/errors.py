@@ -18,6 +18,7 @@ __all__ = [
     "InvalidArgument",
     "LaneFault",
     "LimitError",
+    "Masked",
     "MismatchError",
     "OutOfMemory",
     "PeerLost",
@@ -172,6 +173,11 @@ class PeerLost(EptError, ConnectionError):
 
     def __new__(cls, message: str = "", **_: Any) -> PeerLost:
         return super().__new__(cls, message)
+
+
+class Masked(PeerLost):
+    """The other ranks have masked this one: they go on without it, and nothing that it sends changes anything. The
+    message has who asked for it and why. `group.rejoin()` brings it back."""
 
 
 class AccessDenied(EptError):

@@ -11,11 +11,14 @@ from eptransport._agreement import HELLO, agree, compare, first_words
 from eptransport._bootstrap import Bootstrap, Store
 from eptransport._call import ffi, lib, new_error, timeout_ns
 from eptransport._closing import Closing
-from eptransport._connect import connect
+from eptransport._connect import ADDRESS, addresses_of, connect, make_engine
+from eptransport._members import Members, check_rank
+from eptransport._membership import Membership
 from eptransport._place import find_place
 from eptransport._process import cores
 from eptransport._trace import Trace
 from eptransport.engine import PeerStatus
+from eptransport.errors import ConfigError, InvalidArgument, Masked
 from eptransport.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ __all__ = ["Group", "Store"]
 
 logger = logging.getLogger("eptransport")
 
+_GONE = (PeerStatus.LEFT, PeerStatus.LOST, PeerStatus.MASKED)
+
 
 class Group(Closing):
     """All ranks of an expert-parallel job, connected. Everything else is made from it.
@@ -32,7 +37,12 @@ class Group(Closing):
     Collective: every rank makes it, with the same `name` and world size; blocks until all are connected, at most
     `timeout_s` (default: that of the settings). Who takes part comes from, in this order: `store` with `rank` and
     `world_size`; `process_group` (gloo or nccl); the default process group, if torch.distributed is initialised;
-    torchrun's environment. The store is used for the set-up alone, and no collective of torch.distributed after it.
+    torchrun's environment. The store is used for the set-up and for changes of the membership, and no collective of
+    torch.distributed after the set-up.
+
+    `rejoin=True`, for a process that is started again in the place of one that died, is not collective: it finds the
+    running group and blocks until another rank calls `readmit`. Then it makes the AllToAlls that the others have made,
+    in their order, and all ranks call `reset` on one of them.
 
     Any number of groups may share a store, also one after another under one name. Errors come on every rank:
     ConfigError, BackendUnavailable (with every refusal), MismatchError (settings that must agree, with both values),
@@ -50,6 +60,7 @@ class Group(Closing):
         process_group: torch.distributed.ProcessGroup | None = None,
         name: str = "default",
         timeout_s: float | None = None,
+        rejoin: bool = False,
     ) -> None:
         place = find_place(store, rank, world_size, process_group)
         self.rank = place.rank
@@ -57,16 +68,30 @@ class Group(Closing):
         self.name = name
         self._store = place.store
         limit = timeout_s if timeout_s is not None else settings.timeout_s if settings is not None else 300.0
-        bootstrap = Bootstrap(place.store, place.rank, place.world_size, name, limit)
+        bootstrap = Bootstrap(place.store, place.rank, place.world_size, name, limit, again=rejoin)
+        if rejoin and bootstrap.generation == 0:
+            raise ConfigError(f"there is no group {name!r} on this store that rank {place.rank} could rejoin")
         self.settings, hello = first_words(bootstrap, settings, place.rank)
         _set_up_logging(self.settings)
-        said = bootstrap.exchange("hello", hello, HELLO)
-        compare(said, name)
-        choice = agree(self.settings, said)
+        said = bootstrap.said("hello", HELLO) if rejoin else bootstrap.exchange("hello", hello, HELLO)
+        compare([*said, hello] if rejoin else said, name)
+        self._choice = agree(self.settings, said)
         local = [other["host"] for other in said].count(hello["host"])
         self.threads = self.settings.threads or max(1, cores() // local)
-        self.engine = connect(bootstrap, choice, self, said, local)
-        self._choice = choice
+        if rejoin:
+            addresses = addresses_of(bootstrap.said("address", ADDRESS))
+            self._members = Members(bootstrap, place.rank, place.world_size, addresses)
+            self.engine = make_engine(self, bootstrap.generation, self._choice, said, self._members.next_life())
+        else:
+            self.engine, addresses = connect(bootstrap, self._choice, self, said)
+            self._members = Members(bootstrap, place.rank, place.world_size, addresses)
+        self._members.use_engine(self.engine._native)
+        if rejoin:
+            try:
+                self._members.come_back(self.engine.address(), "its process was started again", limit)
+            except BaseException:
+                self.engine.close(0)
+                raise
         self._arena_lock = threading.Lock()
         self._arena: Any = None
         self.trace = Trace(self.settings.trace, place.rank) if self.settings.trace else None
@@ -96,16 +121,56 @@ class Group(Closing):
 
     @property
     def active_mask(self) -> torch.Tensor:
-        """An int32 tensor [world_size], the same one always: 1 where a rank is up, 0 where it has left or is lost, as
-        seen at this call. Doesn't block."""
+        """An int32 tensor [world_size], the same one always: 1 where a rank is up, 0 where it is masked, has left or is
+        lost, as seen at this call. Doesn't block."""
         if self._active_mask is None:
             import torch
 
             self._active_mask = torch.ones(self.world_size, dtype=torch.int32)
         for rank in range(self.world_size):
-            gone = rank != self.rank and self.engine.peer(rank).info.status in (PeerStatus.LEFT, PeerStatus.LOST)
+            gone = rank not in self.membership.active or (
+                rank != self.rank and self.engine.peer(rank).info.status in _GONE
+            )
             self._active_mask[rank] = int(not gone)
         return self._active_mask
+
+    @property
+    def membership(self) -> Membership:
+        """Who takes part, as this rank knows it: it learns of a change at once if it asked for it, soon while it waits,
+        and at its next dispatch_send at the latest. Doesn't block."""
+        return self._members.state
+
+    def mask(self, rank: int, why: str = "asked for by the application") -> None:
+        """Goes on without `rank`: from now on nothing of it is awaited, and nothing that it sends changes anything
+        here, whether it is dead or not. Its experts' share of a token is left out (`Dispatched.lost`).
+
+        One rank that is up calls it, or several, for the same rank or for others: the store puts the changes in an
+        order. A rank that is masked already is no error. Waits for it end with PeerLost; a step under way is lost with
+        its lane, which all ranks that are left `reset`. Not collective; blocks for the store alone. Masked if the
+        others have masked this rank."""
+        check_rank(rank, self.rank, self.world_size)
+        self._members.mask(rank, why)
+
+    def readmit(self, rank: int, timeout: float | None = None) -> None:
+        """Takes back a rank that was masked: waits until its new process (`Group(rejoin=True)`) or its
+        `group.rejoin()` has said that it is there, at most `timeout` s (default: that of the settings), and connects
+        to it. It takes part from the next `reset` on, which all ranks call, it too. One rank calls it; others may.
+        Timeout, PeerLost."""
+        check_rank(rank, self.rank, self.world_size)
+        self._members.readmit(rank, self.settings.timeout_s if timeout is None else timeout)
+
+    def rejoin(self, timeout: float | None = None) -> None:
+        """Brings this rank back after the others have masked it while it lived (Masked). Blocks until one of them calls
+        `readmit`, at most `timeout` s. Its AllToAlls stay; then all ranks call `reset`. InvalidArgument if it isn't
+        masked."""
+        try:
+            self._members.learn()
+        except Masked as masked:
+            self.engine.rejoin(self._members.next_life())
+            limit = self.settings.timeout_s if timeout is None else timeout
+            self._members.come_back(self.engine.address(), masked.message, limit)
+        else:
+            raise InvalidArgument(f"rank {self.rank} isn't masked, so it can't rejoin")
 
     def close(self, timeout: float | None = None) -> None:
         """Closes the AllToAlls of the group, says goodbye to the peers, frees everything. Blocks at most `timeout` s
@@ -126,6 +191,7 @@ class Group(Closing):
                 native.call(lib.ept_arena_create, handle)
                 arena = self._arena = handle[0]
                 native.children[id(self)] = lambda: _close_arena(arena, native.rank)
+                self._members.use_arena(arena)
             return self._arena
 
     def _announce(self, local: int) -> None:

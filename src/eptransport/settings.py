@@ -46,6 +46,11 @@ class Settings(BaseSettings):
     heartbeat_s: float | None = Field(
         None, gt=0, le=4000, description="a peer that was sent nothing for so long is sent a heartbeat; dead_s / 5, s"
     )
+    on_lost: Literal["raise", "mask"] = Field(
+        "raise",
+        description="what a call does that finds a rank lost: raise PeerLost (raise), or mask it first (mask), so that "
+        "reset goes on without it",
+    )
     progress: Literal["auto", "thread", "inline"] = Field(
         "auto",
         description="who moves the network: a waiting thread, and a proxy while nobody waits (auto), always a proxy "

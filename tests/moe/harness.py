@@ -101,6 +101,12 @@ def on_ranks(all_groups: Sequence[ept.Group], run: Callable[[int], T]) -> list[T
     return together(all_groups, [lambda rank=rank: run(rank) for rank in range(len(all_groups))])  # type: ignore[misc]
 
 
+def on_some(all_groups: Sequence[ept.Group], ranks: Sequence[int], run: Callable[[int], T]) -> dict[int, T]:
+    """run(rank) on a thread for each of those ranks."""
+    answers = together(all_groups, [lambda rank=rank: run(rank) for rank in ranks])  # type: ignore[misc]
+    return dict(zip(ranks, answers, strict=True))
+
+
 def all_to_alls(all_groups: Sequence[ept.Group], config: model.Config, **arguments: Any) -> list[ept.AllToAll]:
     arguments.setdefault("max_tokens", 32)
     arguments.setdefault("lanes", 1)
@@ -268,12 +274,13 @@ class Scenario:
     y_dtype: str | None = None
     row_weights: bool = False
     salt: int = 0  # makes the outputs of two combines of one dispatch differ
+    masked: frozenset[int] = frozenset()
     arrived: list[model.Arrived] = field(init=False)
     expected: list[model.Array] = field(init=False)
     expected_row_weights: list[model.Array] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.arrived = model.dispatch(self.config, self.batches)
+        self.arrived = model.dispatch(self.config, self.batches, self.masked)
         self.recombine()
 
     def recombine(self) -> None:
@@ -393,6 +400,12 @@ class Scenario:
             np.testing.assert_array_equal(seen, sent, f"{what}: scales")
         assert got.counts.dtype == torch.int32
         assert got.counts.tolist() == unpacked.counts, f"{what}: counts"
+        assert got.lost_ranks == tuple(sorted(self.masked)), f"{what}: lost ranks"
+        if self.masked:
+            lost = model.lost(self.config, self.batches[rank], self.masked)
+            np.testing.assert_array_equal(got.lost.numpy(), lost, f"{what}: lost")
+        else:
+            assert got.lost is None
         if self.layouts[rank] == "contiguous":
             assert got.offsets.tolist() == unpacked.offsets, f"{what}: offsets"
 

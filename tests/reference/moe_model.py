@@ -121,14 +121,19 @@ class Arrived:
 # ---- dispatch ------------------------------------------------------------------------------------------------------
 
 
-def dispatch(config: Config, batches: list[Batch]) -> list[Arrived]:
-    """A token goes once to each rank that holds at least one of its experts."""
+def dispatch(config: Config, batches: list[Batch], masked: frozenset[int] = frozenset()) -> list[Arrived]:
+    """A token goes once to each rank that holds at least one of its experts. Ranks that are masked bring nothing and
+    get nothing: their experts' share is left out."""
     arrived = [Arrived(r, len(config.local_experts(r)), []) for r in range(config.world)]
     homes = config.homes()
     for source, batch in enumerate(batches):
+        if source in masked:
+            continue
         for token in range(batch.tokens):
             payload, scales = _payload(config, batch, token)
             for target in arrived:
+                if target.rank in masked:
+                    continue
                 local = tuple(
                     homes[int(e)][1] if e >= 0 and homes[int(e)][0] == target.rank else -1 for e in batch.ids[token]
                 )
@@ -136,6 +141,13 @@ def dispatch(config: Config, batches: list[Batch]) -> list[Arrived]:
                     weights = None if batch.weights is None else tuple(float(w) for w in batch.weights[token])
                     target.rows.append(Row(source, token, payload, scales, local, weights))
     return arrived
+
+
+def lost(config: Config, batch: Batch, masked: frozenset[int]) -> Array:
+    """[tokens, top_k]: whether the expert is at a rank that is masked."""
+    homes = config.homes()
+    gone = [[int(e) >= 0 and homes[int(e)][0] in masked for e in row] for row in batch.ids]
+    return np.array(gone, bool).reshape(batch.ids.shape)
 
 
 def _payload(config: Config, batch: Batch, token: int) -> tuple[bytes, bytes]:
