@@ -184,9 +184,9 @@ void ept_instance::settle(Accepted *entry) {
                                          hello.streams, params.rank, peer->agreed_streams));
   if (hello.purpose == Purpose::kStream) return settle_stream(entry, peer);
   answer(entry, EPT_OK, "");
-  const uint32_t stream = hello.stream;
+  const uint32_t stream = hello.stream, generation = hello.generation;
   drop(entry);
-  knocked(peer, stream);
+  knocked(peer, stream, generation);
 }
 
 // A connection for a stream that had none, or had another, which is retired before it is said what was consumed on it.

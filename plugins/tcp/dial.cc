@@ -122,7 +122,8 @@ void ept_instance::dial_connected(Dial *dial) {
   hello.streams = peer->agreed_streams;
   hello.limits = limits;
   hello.purpose = knocks(*this, *peer) ? Purpose::kKnock : Purpose::kStream;
-  hello.generation = dial->attempts;
+  // A knock names the connection that was lost, so that one that comes late breaks no later one.
+  hello.generation = knocks(*this, *peer) ? peer->generations[dial->stream] : dial->attempts;
   dial->refused_rounds = dial->refused_in_round = 0;  // somebody listens there
   dial->dialer = std::make_unique<Dialer>(credentials, peer->address.nonce, hello);
   dial->step = Dial::Step::kChallenge;

@@ -74,7 +74,8 @@ struct Hello {
   uint32_t stream, streams;        // number of this stream, and of how many
   Limits limits;
   Purpose purpose;
-  uint32_t generation;  // of the connection: 1, 2, ... with every try of the dialer for this stream
+  uint32_t
+      generation;  // of the connection: 1, 2, ... with every try of the dialer for this stream; knock: of the lost one
   uint8_t job[32];
   uint8_t nonce[32];
 };

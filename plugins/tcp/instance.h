@@ -92,6 +92,7 @@ struct Dial : Source {
   uint64_t up_ns = 0;        // since when the stream has its connection
   uint64_t pause_ns = 0;     // the last one between two rounds of the peer's paths
   uint32_t attempts = 0;     // so far: numbers the connections of the stream
+  uint32_t generation = 0;   // of the one that it has, or had last
   uint32_t tries = 0;        // since `why`
   uint32_t refused_in_round = 0, refused_rounds = 0;
   size_t path = 0;     // the next one, of the peer's
@@ -250,7 +251,7 @@ struct ept_instance {
   void stream_broke(tcp::Peer *peer, uint32_t stream, uint64_t since_ns);
   void retire(tcp::Peer *peer, uint32_t stream);
   void stream_is_well(tcp::Peer *peer, uint32_t stream);
-  void knocked(tcp::Peer *peer, uint32_t stream);
+  void knocked(tcp::Peer *peer, uint32_t stream, uint32_t generation);
   bool all_paths_refuse(tcp::Dial *dial);
   bool still_in_doubt(tcp::Dial *dial);
   void check_liveness(uint64_t now_ns);

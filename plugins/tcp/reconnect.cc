@@ -82,6 +82,7 @@ void ept_instance::stream_is_well(Peer *peer, uint32_t number) {
   dial->fd.reset();  // a knock that has become needless
   dial->step = Dial::Step::kIdle;
   dial->deadline_ns = 0;
+  dial->generation = dial->attempts;
   dial->up_ns = now();
   dial->reason.clear();
   const size_t home = number % peer->paths.stripe;
@@ -98,15 +99,16 @@ void ept_instance::stream_is_well(Peer *peer, uint32_t number) {
   add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_OK, "");
 }
 
-// The higher rank has lost its end of `stream`.
-void ept_instance::knocked(Peer *peer, uint32_t number) {
+// The higher rank has lost its end of connection `generation` of `stream`.
+void ept_instance::knocked(Peer *peer, uint32_t number, uint32_t generation) {
   if (peer->state != Peer::State::kUp) return;
   Stream *stream = peer->streams[number].get();
+  Dial *dial = peer->dials[number].get();
   if (!stream->down()) {
+    if (dial->generation > generation) return;  // it has another since
     stream->end(0, "the other side asked for another connection");
     return stream_broke(peer, number, now());
   }
-  Dial *dial = peer->dials[number].get();
   if (dial->step == Dial::Step::kPause) dial->due_ns = now();
 }
 

@@ -92,6 +92,12 @@ void Pair::step() {
   for (int rank : {0, 1}) take(rank);
 }
 
+void Pair::step_without(int rank) {
+  tick();
+  relay->move();
+  take(1 - rank);
+}
+
 // One poll of `rank`, every event of it against the ledger.
 void Pair::take(int rank) {
   Way &mine = way[rank], &theirs = way[1 - rank];

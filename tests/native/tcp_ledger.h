@@ -43,6 +43,7 @@ class Pair {
   // Posts to the other rank. False: LATER, or the window is used up.
   bool post(int from, Kind kind, uint64_t length = 0, uint32_t rail = 0);
   void step();
+  void step_without(int rank);  // which stands still
   bool until(const std::function<bool()> &holds, uint64_t limit_ms = 60'000);
   void poll_for(uint64_t ms);
   bool settled() const;  // all that was posted has ended at both sides

@@ -8,6 +8,7 @@
 
 #include <iostream>
 
+#include "tcp_by_hand.h"
 #include "tcp_ledger.h"
 
 namespace {
@@ -62,8 +63,8 @@ void cut_after(int from, uint64_t bytes, Break how) {
   for (int i = 0; i < 20; ++i) pair.step();
   break_it(link, how);
   pair.check();
-  CHECK_EQ(pair.counted(0).reconnects, 1);
-  CHECK_EQ(pair.counted(1).reconnects, 1);
+  CHECK(pair.counted(0).reconnects >= 1);
+  CHECK(pair.counted(1).reconnects >= 1);
   CHECK_EQ(pair.peer_events[from].back().code, EPT_OK);
 }
 
@@ -110,6 +111,35 @@ void half_open(Break how) {
   pair.check();
 }
 
+// A knock names the connection that was lost: one for the present connection breaks it, one that comes late does not.
+void knocks() {
+  Pair pair(kOne, patient(60'000'000'000));
+  auto knock = [&](uint32_t generation) {
+    const tcp_by_hand::Membership membership;
+    plugin::Rank &a = pair.node[0]->rank;
+    const tcp::Address address = tcp_by_hand::address_of(a);
+    tcp::Hello hello = tcp_by_hand::hello_of(1, a.id);
+    hello.purpose = tcp::Purpose::kKnock;
+    hello.generation = generation;
+    tcp_by_hand::Socket socket = tcp_by_hand::Socket::dial(address.endpoints.front().port);
+    tcp::Answer answer{};
+    CHECK(tcp_by_hand::Caller(membership, address, hello).enter(socket, [&] { pair.step(); }, &answer));
+    CHECK_EQ(answer.code, EPT_OK);
+    CHECK(socket.ends([&] { pair.step(); }));
+  };
+  knock(0);
+  for (int i = 0; i < 500; ++i) pair.step();
+  CHECK_EQ(pair.counted(0).reconnects, 0);
+  knock(1);
+  CHECK(pair.until([&] { return pair.counted(0).reconnects == 1; }));
+  knock(1);
+  for (int i = 0; i < 500; ++i) pair.step();
+  CHECK_EQ(pair.counted(0).reconnects, 1);
+  post_some(pair, 0);
+  post_some(pair, 1);
+  pair.check();
+}
+
 // One stream stands still, the other goes on: it alone is made again, and what it held back comes too late to matter.
 void one_stalls(int from, bool both_ways) {
   Pair pair({{"streams", "2"}}, patient(4'000'000'000));
@@ -135,12 +165,9 @@ void one_stalls(int from, bool both_ways) {
 void stands_still() {
   Pair pair(kOne, patient(400'000'000));
   for (int i = 0; i < 10; ++i) CHECK(pair.post(0, Kind::kWrite, 700));
-  for (int i = 0; i < 75'000; ++i) {  // 1.5 s of its clock
-    tcp_ledger::tick();
-    pair.relay->move();
-    pair.node[0]->poll();
-    CHECK(pair.node[0]->events.empty());
-  }
+  for (int i = 0; i < 75'000; ++i) pair.step_without(1);  // 1.5 s of its clock
+  CHECK_EQ(pair.way[0].ended, 0);
+  CHECK(pair.peer_events[0].empty());
   pair.check();
 }
 
@@ -157,6 +184,26 @@ void late_bytes() {
   link.limit[kNear] = UINT64_MAX;
   link.stall(false);
   pair.check();
+}
+
+// The same for who dials: what comes on its old connection between its Proof and the Answer is nothing any more.
+void late_bytes_for_the_dialer() {
+  Pair pair(kOne, patient(4'000'000'000));
+  Link &link = *pair.relay->links.at(0);
+  link.stalled[kFar] = true;
+  for (int i = 0; i < 5; ++i) CHECK(pair.post(0, Kind::kWrite, 2000));  // so that it has something to miss
+  for (int i = 0; i < 5; ++i) CHECK(pair.post(1, Kind::kWrite, 2000));
+  for (int i = 0; i < 20; ++i) pair.step();
+  // The other one stands still meanwhile, else it would be in doubt too, and knock.
+  while (pair.relay->links.size() < 2) pair.step_without(1);
+  Link &second = *pair.relay->links.at(1);
+  second.limit[kFar] = sizeof(tcp::Challenge);
+  CHECK(pair.until([&] { return second.passed[kNear] == sizeof(tcp::Hello) + sizeof(tcp::Proof); }));
+  link.stall(false);
+  for (int i = 0; i < 500; ++i) pair.step();
+  second.limit[kFar] = UINT64_MAX;
+  pair.check();
+  CHECK_EQ(pair.counted(0).reconnects, 1);
 }
 
 // The first try to connect again is held up on the way, the second gets through; then the first one's proof comes.
@@ -247,6 +294,105 @@ void down_for_a_while() {
   CHECK_EQ(pair.peer_events[0].back().code, EPT_OK);
 }
 
+// A member that claims what can't be ends itself: more consumed than was sent, less than it had acknowledged, or news
+// of operations that it never had an answer to.
+void false_claims() {
+  struct Claim {
+    tcp::ResumePoint resume;
+    int32_t code;
+  };
+  for (const Claim &claim : {Claim{{3, 0}, EPT_OK}, Claim{{2, 0}, EPT_OK}, Claim{{4, 0}, EPT_E_MISMATCH},
+                             Claim{{UINT64_MAX, 0}, EPT_E_MISMATCH}, Claim{{1, 0}, EPT_E_MISMATCH},
+                             Claim{{3, 1}, EPT_E_MISMATCH}, Claim{{3, UINT64_MAX}, EPT_E_MISMATCH}}) {
+    Identity identity;
+    identity.rank = 1;
+    tcp_ranks::Node b(identity, kOne);
+    auto turn = [&] {
+      tcp_ledger::tick();
+      b.poll();
+    };
+    CHECK_OK(backend(), b.rank.open_peer(0, 0, tcp_by_hand::played(0)));
+    const tcp_by_hand::Membership membership;
+    const tcp::Address address = tcp_by_hand::address_of(b.rank);
+    tcp::Hello hello = tcp_by_hand::hello_of(0, b.rank.id);
+    hello.generation = 1;
+    tcp_by_hand::Socket first = tcp_by_hand::Socket::dial(address.endpoints.front().port);
+    tcp::Answer answer{};
+    CHECK(tcp_by_hand::Caller(membership, address, hello).enter(first, turn, &answer));
+    CHECK_EQ(answer.code, EPT_OK);
+    CHECK(tcp_ranks::until({&b}, [&] { return b.count(EPT_EVENT_PEER) == 1; }));
+    for (uint64_t i = 0; i < 3; ++i) CHECK_EQ(b.rank.post(plugin::Rank::message(0, "x", i)), EPT_OK);
+    tcp::FrameHeader ack = tcp_by_hand::frame(tcp::FrameType::kAck);
+    ack.consumed = 2;
+    CHECK(first.say_message(ack));
+    CHECK(tcp_ranks::until({&b}, [&] { return b.count(EPT_EVENT_LOCAL_DONE) == 2; }));
+    hello.generation = 2;
+    tcp_by_hand::Socket second = tcp_by_hand::Socket::dial(address.endpoints.front().port);
+    tcp_by_hand::Caller again(membership, address, hello);
+    again.resume = claim.resume;
+    CHECK(again.enter(second, turn, &answer));
+    CHECK_EQ(answer.code, claim.code);
+    if (claim.code == EPT_OK) {
+      CHECK(b.peer_ended() == nullptr);
+    } else {
+      CHECK(tcp_ranks::until({&b}, [&] { return b.peer_ended() != nullptr; }));
+      CHECK_EQ(b.peer_ended()->code, EPT_E_PEER_LOST);
+      CHECK_HAS(b.peer_ended()->words, "broke the protocol");
+    }
+  }
+}
+
+// And so does one that claims it in its answer.
+void false_answers(const tcp::ResumePoint &claim) {
+  tcp_by_hand::Listener listener;
+  const tcp_by_hand::Membership membership;
+  tcp_ranks::Node a(Identity{}, kOne);
+  auto turn = [&] {
+    tcp_ledger::tick();
+    a.poll();
+  };
+  tcp::Address there = tcp_by_hand::address_of(a.rank);  // of this machine
+  there.rank = 1;
+  there.endpoints.resize(1);
+  there.endpoints[0].family = 4;
+  there.endpoints[0].port = listener.port();
+  there.endpoints[0].bytes = {127, 0, 0, 1};
+  const std::vector<uint8_t> blob = tcp::encode(there);
+  CHECK_OK(backend(), a.rank.open_peer(1, 0, {reinterpret_cast<const char *>(blob.data()), blob.size()}));
+  auto answer_with = [&](const tcp::ResumePoint &resume) {
+    tcp_by_hand::Socket socket = listener.accept(turn);
+    tcp::Acceptor acceptor(membership.credentials, there.nonce);
+    tcp::Hello hello;
+    tcp::Challenge challenge;
+    tcp::Proof proof;
+    CHECK(socket.hear_message(&hello, turn));
+    CHECK(acceptor.hello(hello, &challenge));
+    CHECK(socket.say_message(challenge));
+    CHECK(socket.hear_message(&proof, turn));
+    CHECK(acceptor.proof(proof) == tcp::Trust::kProven);
+    tcp::Answer answer{};
+    answer.rank = 1;
+    answer.version = tcp::kVersionHigh;
+    answer.limits = hello.limits;
+    answer.resume = resume;
+    acceptor.seal(&answer);
+    CHECK(socket.say_message(answer));
+    return socket;
+  };
+  tcp_by_hand::Socket first = answer_with({});
+  CHECK(tcp_ranks::until({&a}, [&] { return a.count(EPT_EVENT_PEER) == 1; }));
+  CHECK_EQ(a.find(EPT_EVENT_PEER)->code, EPT_OK);
+  CHECK_EQ(a.rank.post(plugin::Rank::message(1, "x", 1)), EPT_OK);
+  first.end();
+  tcp_by_hand::Socket second = answer_with(claim);
+  CHECK(tcp_ranks::until({&a}, [&] {
+    tcp_ledger::tick();
+    return a.peer_ended() != nullptr;
+  }));
+  CHECK_EQ(a.peer_ended()->code, EPT_E_MISMATCH);
+  CHECK_HAS(a.peer_ended()->words, "stream 0");
+}
+
 // Why a peer was lost is kept: what broke, and what came of the tries to mend it.
 void lost(Break how, bool refuses, const char *word) {
   Pair pair({{"streams", "2"}}, patient(1'000'000'000));
@@ -280,17 +426,22 @@ int main() {
   RUN(acknowledgement_lost(1));
   RUN(half_open(Break::kResetNear));
   RUN(half_open(Break::kResetFar));
+  RUN(knocks());
   RUN(one_stalls(0, true));
   RUN(one_stalls(0, false));
   RUN(one_stalls(1, true));
   RUN(one_stalls(1, false));
   RUN(stands_still());
   RUN(late_bytes());
+  RUN(late_bytes_for_the_dialer());
   RUN(late_handshake());
   RUN(answer_lost());
   RUN(flaps());
   RUN(sources_stay());
   RUN(down_for_a_while());
+  RUN(false_claims());
+  RUN(false_answers({2, 0}));
+  RUN(false_answers({1, 1}));
   RUN(lost(Break::kReset, true, "reset"));
   RUN(lost(Break::kFinish, false, "without a goodbye"));
 }
