@@ -29,7 +29,10 @@ __all__ = ["AgainstJob", "AgainstResult", "Figure", "SideFigures", "run"]
 OPEN_S = 90.0
 """For a side to load its library and connect: torch alone takes seconds on a busy machine."""
 ANSWER_S = 60.0
-"""For one question: some 50 times what the slowest side takes."""
+"""For one question: some 50 times what BUDGET_S lets it take."""
+BUDGET_S = 0.8
+"""For one question of one side: whoever is slower takes fewer turns, so that ten sides and five rounds end in some
+minutes."""
 PROBE_TURNS = 1_000
 PROBE_PERCENT = 10
 """Which of the turns is told: one that no other process got into."""
@@ -184,6 +187,7 @@ class _Pair:
         self.failed: str | None = None
         self.rounds: dict[Question, list[list[float]]] = {}
         self.cpu: dict[Question, list[float]] = {}
+        """Seconds per GB, of both ranks."""
         self._error: EptError | None = None
         self._processes: Processes | None = None
         try:
@@ -201,8 +205,11 @@ class _Pair:
         except EptError as error:
             self._fail(error, f"in {question.kind} of {question.bytes} bytes")
             return
-        self.rounds.setdefault(question, []).append(answers[0][0])
-        self.cpu.setdefault(question, []).append(sum(cpu for _, cpu in answers))
+        values, _, count = answers[0]
+        self.rounds.setdefault(question, []).append(_converted(question, count, values))
+        if question.kind == "bandwidth":
+            amount = question.bytes * count / 1e9
+            self.cpu.setdefault(question, []).append(sum(cpu for _, cpu, _ in answers) / amount)
 
     def probe(self) -> float | None:
         if self._processes is None:
@@ -263,12 +270,12 @@ def _answer(recipe: Recipe, said: str, rank: ProcessRank) -> None:
     side.close()
 
 
-def _measure(side: Side, rank: ProcessRank, question: Question) -> tuple[list[float], float]:
-    """This rank's values, and its CPU seconds meanwhile."""
+def _measure(side: Side, rank: ProcessRank, question: Question) -> tuple[list[float], float, int]:
+    """This rank's values, its CPU seconds meanwhile, and how many turns or messages that was."""
     size, count = question.bytes, question.count
     if question.kind == "probe":
         samples = native.atomics_pingpong(rank.shared, rank.rank, count)
-        return [percentile(samples, PROBE_PERCENT)], 0.0
+        return [percentile(samples, PROBE_PERCENT)], 0.0, count
     asked: dict[str, Callable[[int], Sequence[float] | None]] = {
         "latency": lambda count: side.latency(size, count),
         "bandwidth": lambda count: [side.stream(size, count, question.depth)],
@@ -277,12 +284,16 @@ def _measure(side: Side, rank: ProcessRank, question: Question) -> tuple[list[fl
     }
     timed = asked[question.kind]
     rank.barrier()
-    timed(max(1, count // 10))
+    warm = max(1, count // 10)
+    start = time.monotonic()
+    timed(warm)
+    affordable = int(warm * BUDGET_S / (time.monotonic() - start + 1e-9))
+    count = max(warm, min(count, *rank.gather(affordable)))
     rank.barrier()
     cpu = time.process_time()
     values = timed(count)
     cpu = time.process_time() - cpu
-    return (list(values or []) if rank.rank == 0 else []), cpu
+    return (list(values or []) if rank.rank == 0 else []), cpu, count
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -315,16 +326,19 @@ def _by_kind(job: AgainstJob, side: _Pair) -> dict[tuple[str, int], Spread]:
         rounds = side.rounds.get(question)
         if not rounds or not rounds[0]:
             continue
-        key = (question.kind, question.bytes)
-        amount = question.bytes * question.count / 1e9
+        found[question.kind, question.bytes] = spread(rounds)
         if question.kind == "bandwidth":
-            found[key] = spread([[amount / seconds for seconds in values] for values in rounds])
-            found["cpu", question.bytes] = spread([[cpu / amount] for cpu in side.cpu[question]])
-        elif question.kind == "rate":
-            found[key] = spread([[question.count / seconds / 1e6 for seconds in values] for values in rounds])
-        else:
-            found[key] = spread(rounds)
+            found["cpu", question.bytes] = spread([[value] for value in side.cpu[question]])
     return found
+
+
+def _converted(question: Question, count: int, values: list[float]) -> list[float]:
+    """Seconds of a stream into what is told of it."""
+    if question.kind == "bandwidth":
+        return [question.bytes * count / seconds / 1e9 for seconds in values]
+    if question.kind == "rate":
+        return [count / seconds / 1e6 for seconds in values]
+    return values
 
 
 def _ratio(ours: Spread | None, theirs: Spread) -> float | None:
