@@ -3,9 +3,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.context
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def process_context() -> multiprocessing.context.ForkServerContext:
+    """Forks from a server that has imported torch and done nothing else: a process starts in milliseconds. The server
+    starts with the first process, whoever asks for it: so all must ask here."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "eptransport.group"])
+    return context
 
 
 def run_child(pipe: Any, function: Callable[..., Any], rank: int, n: int, folder: Path, args: tuple[Any, ...]) -> None:

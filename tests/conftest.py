@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import run_child
+from children import process_context, run_child
 from hypothesis import settings
 
 import eptransport as ept
@@ -55,9 +54,7 @@ def spawn(tmp_path: Path) -> Callable[..., list[Any]]:
     """spawn(n, function, *args): what function(rank, n, folder, *args) returned or raised, in n new processes."""
 
     def run(n: int, function: Callable[..., Any], *args: Any, limit_s: float = LIMIT_S) -> list[Any]:
-        # Forked from a server that has imported torch and done nothing else: a process starts in milliseconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "eptransport.group"])
+        context = process_context()
         pipes, processes = [], []
         for rank in range(n):
             here, there = context.Pipe(duplex=False)
