@@ -88,7 +88,9 @@ int32_t region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t len
   });
 }
 
-int32_t region_revoke(ept_mem *mem, uint32_t rank, uint64_t name) {
+namespace {
+
+int32_t revoke(ept_mem *mem, uint32_t rank, uint64_t name) {
   return guard("region_revoke", [&] {
     Port &own = *mem->instance->port;
     const auto slot = static_cast<uint32_t>(name);
@@ -113,6 +115,13 @@ int32_t region_revoke(ept_mem *mem, uint32_t rank, uint64_t name) {
   });
 }
 
+}  // namespace
+
+int32_t region_revoke(ept_mem *mem, uint32_t rank, uint64_t name) {
+  if (mem->instance->settings.revocable) return revoke(mem, rank, name);
+  return fail(EPT_E_UNSUPPORTED, "region_revoke", rank, "loopback region_revoke: the setting `revocable` is 0");
+}
+
 int32_t mem_deregister(ept_mem *mem) {
   return guard("mem_deregister", [&] {
     ept_instance *const instance = mem->instance;
@@ -122,7 +131,7 @@ int32_t mem_deregister(ept_mem *mem) {
     }
     while (!mem->keys.empty()) {
       const uint64_t name = mem->keys.back();
-      region_revoke(mem, instance->port->exports[static_cast<uint32_t>(name)].rank, name);
+      revoke(mem, instance->port->exports[static_cast<uint32_t>(name)].rank, name);
     }
     delete mem;
     return static_cast<int32_t>(EPT_OK);

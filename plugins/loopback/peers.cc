@@ -172,6 +172,10 @@ int32_t peer_fence(ept_instance *instance, uint32_t rank, uint32_t epoch, uint64
       return fail(EPT_E_INVALID, "peer_fence", rank, "loopback peer_fence: rank %u of a world of %u", rank,
                   instance->world);
     }
+    if (!instance->settings.revocable) {
+      return fail(EPT_E_STUCK, "peer_fence", rank,
+                  "loopback peer_fence: the setting `revocable` is 0, so rank %u may write on: end its process", rank);
+    }
     Port &own = *instance->port;
     Peer &peer = instance->peers[rank];
     instance->fenced[rank] = std::max(instance->fenced[rank], epoch + 1);

@@ -27,6 +27,8 @@ constexpr ept_setting kSettings[] = {
     integer("max_send", "8192", 256, 1 << 20, "bytes of one message"),
     integer("max_regions", "1048576", 1, INT32_MAX, "exports that may be valid at a time"),
     {sizeof(ept_setting), EPT_SETTING_BOOL, "mapped", "1", 0, 1, "hand out pointers into other ranks' memory"},
+    {sizeof(ept_setting), EPT_SETTING_BOOL, "revocable", "1", 0, 1,
+     "keys can be revoked and ranks fenced; 0: neither, as where memory is mapped into other processes"},
     integer("adversary", "0", -1, INT64_MAX, "seed of a hostile schedule: reorders, splits, delays; 0 and -1: polite"),
     integer("delay", "16", 0, 254, "adversary: polls that one step is held, at most; one in 16 steps 16 times as long"),
     integer("chunks", "8", 1, 1024, "adversary: parts that the bytes of a write land in, at most"),
@@ -74,6 +76,7 @@ int32_t read_settings(const ept_value *values, size_t count, const char *operati
                                                : 1 << 20;
   settings->max_regions = static_cast<uint64_t>(found["max_regions"]);
   settings->mapped = found["mapped"] != 0;
+  settings->revocable = found["revocable"] != 0;
   settings->malice = {static_cast<uint64_t>(found["adversary"]),
                       number("delay"),
                       number("chunks"),
@@ -97,7 +100,7 @@ ept_caps capabilities(const Settings &settings) {
   caps.protection = EPT_PROTECTION_KEY;
   caps.passive_progress = 1;
   caps.wait_descriptor = 1;
-  caps.can_revoke = 1;
+  caps.can_revoke = settings.revocable;
   caps.mapped = settings.mapped;
   caps.operation_cost_ns = kOperationCostNs;
   return caps;

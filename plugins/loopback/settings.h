@@ -12,12 +12,12 @@ namespace loopback {
 constexpr uint32_t kOperationCostNs = 50;
 
 extern const ept_setting kSettings[];
-constexpr size_t kSettingCount = 17;
+constexpr size_t kSettingCount = 18;
 
 struct Settings {
   uint32_t rails, tx_depth, cq_depth, max_send;
   uint64_t max_message, max_regions;
-  bool mapped, hostile;
+  bool mapped, revocable, hostile;
   Malice malice;
 };
 

@@ -217,6 +217,39 @@ void rejoined(const Options &options) {
   other.until_count(1);
 }
 
+// Where no key can be revoked a masked rank writes on. So its memory is set aside: its bytes change, nothing counts
+// them, and nobody gets that memory for something else until the process is known dead.
+void set_aside() {
+  Options options;
+  options.values = {{"revocable", "0"}};
+  World world(2, options);
+  world.connect_all();
+  Route route(world, 1, 0, kBytes);
+  OK(route.post(0, 1024));
+  route.until_count(1);
+  world.mask(0, 1);
+  OK(route.post(1024, 1024));
+  world.turns(100);
+  CHECK(std::equal(route.source.begin(), route.source.begin() + 2048, route.target.begin()));  // it can, and it does
+  CHECK_EQ(route.count(), 1);
+  CHECK_EQ(world.info(0, 1).set_aside, kBytes);
+  CHECK_EQ(ept_memory_deregister(world[0], route.target_memory, &error), EPT_E_STUCK);
+  CHECK_HAS(error.text, "rank 1, epoch 0, may write this memory still");
+  CHECK_EQ(ept_engine_quiesce(world[0], route.target_memory, EPT_SCOPE_REMOTE, second, &error), EPT_E_STUCK);
+  CHECK_HAS(error.text, "rank 1");
+
+  world.stop(1);
+  world.start(1, 1);
+  OK(world.readmit(0, 1));  // waits for the end of the life before
+  OK(world.readmit(1, 0));
+  world.turns(100);
+  CHECK_EQ(world.info(0, 1).status, EPT_PEER_CONNECTING);
+  OK(ept_engine_known_dead(world[0], 1, 0, &error));
+  world.until("the next life is up", [&] { return world.info(0, 1).status == EPT_PEER_UP; });
+  CHECK_EQ(world.info(0, 1).set_aside, 0);
+  OK(ept_memory_deregister(world[0], route.target_memory, &error));
+}
+
 void all(const Options &options) {
   RUN(masked_rank_goes_on_writing(options));
   RUN(transfers_under_way_fail(options));
@@ -229,6 +262,7 @@ void all(const Options &options) {
 }  // namespace
 
 int main() {
+  RUN(set_aside());
   Options options;
   std::puts("loopback");
   all(options);
