@@ -55,7 +55,9 @@ class Steps:
         first = self.moe.local_experts[0]
         factors = torch.where(got.topk_ids >= 0, (got.topk_ids + first + 1) * got.topk_weights, 0).sum(1)
         y = self.moe.combine(got.x * factors[:, None], got)
-        wanted = x * ((ids + 1) * weights).sum(1)[:, None]
+        # The share of a masked rank's experts is left out.
+        share = (ids + 1) * weights if got.lost is None else torch.where(got.lost, 0, (ids + 1) * weights)
+        wanted = x * share.sum(1)[:, None]
         assert torch.equal(y, wanted), f"step {self.done} of rank {self.rank}"
         self.done += 1
 
@@ -170,6 +172,36 @@ def test_a_link_is_down_for_ever(wire: Callable[..., None], spawn: Callable[...,
         assert f"rank {1 - rank}" in text
         assert after_s < 55  # by dead_s (5 s), not by the deadline (60 s)
         assert done == 3
+
+
+def masking(rank: int, world: int, folder: Path) -> tuple[str, int, list[int]]:
+    """As `cut_off`; then the ranks that are left mask the one that is gone and go on."""
+    joined, group = make(rank, world, folder, dead_s=5.0)
+    work = Steps(group)
+    for _ in range(2):
+        work.one()
+    all_here(rank, world, folder, "before")
+    if rank == 0:
+        joined.change(world - 1, down=True)
+    all_here(rank, world, folder, "down")
+    with pytest.raises(ept.EptError) as ended:
+        work.one()
+    if rank < world - 1:
+        group.mask(world - 1, why=str(ended.value)[:200])
+        work.moe.reset()
+        for _ in range(3):
+            work.one()
+    active = group.active_mask.tolist()
+    group.close(0)
+    return type(ended.value).__name__, work.done, active
+
+
+def test_a_rank_behind_a_dead_link_is_masked(wire: Callable[..., None], spawn: Callable[..., list[Any]]) -> None:
+    wire()
+    *left, gone = spawn(3, masking)
+    assert left == [("PeerLost", 5, [1, 1, 0])] * 2
+    assert gone[0] in ("PeerLost", "Masked")  # as it learns first
+    assert gone[1] == 2
 
 
 def test_the_kernels_own_netem(wire: Callable[..., None], spawn: Callable[..., list[Any]]) -> None:
