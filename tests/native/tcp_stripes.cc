@@ -88,8 +88,8 @@ bool enter_namespace() {
   return true;
 }
 
-// An alias of the loopback interface, there or gone.
-void address(const char *name, const char *text, bool there) {
+// An alias of the loopback interface, there or gone. False: not to be had here.
+bool address(const char *name, const char *text, bool there) {
   int fd = socket(AF_INET, SOCK_DGRAM, 0);
   ifreq request{};
   snprintf(request.ifr_name, sizeof request.ifr_name, "%s", name);
@@ -98,25 +98,23 @@ void address(const char *name, const char *text, bool there) {
     *at = {};
     at->sin_family = AF_INET;
     CHECK_EQ(inet_pton(AF_INET, value, &at->sin_addr), 1);
-    CHECK_EQ(ioctl(fd, what, &request), 0);
+    return ioctl(fd, what, &request) == 0;
   };
-  if (there) {
-    set(SIOCSIFADDR, text);
-    set(SIOCSIFNETMASK, "255.255.255.0");
-  } else {
-    request.ifr_flags = 0;  // an alias that is taken down is gone
-    CHECK_EQ(ioctl(fd, SIOCSIFFLAGS, &request), 0);
-  }
+  request.ifr_flags = 0;  // an alias that is taken down is gone
+  const bool done =
+      there ? set(SIOCSIFADDR, text) && set(SIOCSIFNETMASK, "255.255.255.0") : ioctl(fd, SIOCSIFFLAGS, &request) == 0;
   close(fd);
+  return done;
 }
 
-void loopback_up() {
+bool loopback_up() {
   int fd = socket(AF_INET, SOCK_DGRAM, 0);
   ifreq request{};
   snprintf(request.ifr_name, sizeof request.ifr_name, "lo");
   request.ifr_flags = IFF_UP | IFF_LOOPBACK | IFF_RUNNING;
-  CHECK_EQ(ioctl(fd, SIOCSIFFLAGS, &request), 0);
+  const bool done = ioctl(fd, SIOCSIFFLAGS, &request) == 0;
   close(fd);
+  return done;
 }
 
 // Established connections from `text`, as the kernel lists them.
@@ -136,9 +134,6 @@ int connections_from(const char *text) {
 }
 
 void one_of_two_is_lost() {
-  loopback_up();
-  address("lo:1", "10.77.1.1", true);
-  address("lo:2", "10.77.2.1", true);
   const plugin::Options options = {{"streams", "2"}, {"interface", "10.77.1.0/24,10.77.2.0/24"}};
   plugin::Identity identity;
   identity.dead_ns = 8'000'000'000;
@@ -176,7 +171,7 @@ void one_of_two_is_lost() {
   CHECK(until(all_there));
   CHECK_EQ(a.rank.count(1).reconnects, 0);
 
-  address("lo:2", "10.77.2.1", false);
+  CHECK(address("lo:2", "10.77.2.1", false));
   post(100);
   CHECK(until(all_there));
   CHECK_EQ(a.rank.count(1).reconnects, 1);
@@ -184,7 +179,7 @@ void one_of_two_is_lost() {
   CHECK_EQ(a.rank.count(0).reconnects, 0);  // the other went on
   CHECK_EQ(connections_from("10.77.1.1"), 4);
 
-  address("lo:2", "10.77.2.1", true);
+  CHECK(address("lo:2", "10.77.2.1", true));
   CHECK(until([&] { return a.rank.count(1).reconnects == 2; }));
   post(100);
   CHECK(until(all_there));
@@ -202,8 +197,10 @@ int main() {
   tcp_ledger::clock_by_steps(100'000);
   plugin::log_level = EPT_LOG_WARNING;
   RUN(ways());
-  if (!enter_namespace()) {
-    std::cout << "  skipped: this system gives no network namespace: " << strerror(errno) << std::endl;
+  if (!enter_namespace() || !loopback_up() || !address("lo:1", "10.77.1.1", true) ||
+      !address("lo:2", "10.77.2.1", true)) {
+    std::cout << "  skipped: this system gives no network namespace with addresses of one's own: " << strerror(errno)
+              << std::endl;
     return kSkipped;
   }
   backend();
