@@ -72,7 +72,8 @@ def why_not() -> str | None:
             os.close(device)
         except OSError as error:
             os.write(writer, str(error).encode())
-        os._exit(0)
+        finally:
+            os._exit(0)
     os.close(writer)
     os.waitpid(child, 0)
     with os.fdopen(reader, "rb") as told:
