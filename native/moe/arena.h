@@ -87,10 +87,10 @@ struct Arena {
   uint64_t attempt() const { return uint64_t(attempts_under_ & 0xffff) << 32 | (attempts_ & 0xffff) << 16; }
   uint64_t resets_ = 0;
   Reports reports_;
-  uint32_t expected_ = 0;  // AllToAlls still to be made by this rank alone
+  std::atomic<uint32_t> expected_{0};  // AllToAlls still to be made by this rank alone
   mutable std::mutex members_mutex_;
   std::shared_ptr<const Members> members_;
-  uint64_t step_ = 0;
+  std::atomic<uint64_t> step_{0};
   std::vector<uint8_t> returned_;  // [world] is back, and not taken in by a reset yet
   uint32_t objects_ = 0;
   std::atomic<bool> closed_{false};

@@ -38,7 +38,7 @@ void Arena::set_members(uint32_t number, const uint8_t *active, uint64_t step) {
     if (now->has(r) && !members_->has(r)) returned_[r] = 1;
   }
   returned_[rank] = 0;
-  step_ = std::max(step_, step);
+  step_ = std::max<uint64_t>(step_, step);
   members_ = std::move(now);
 }
 

@@ -281,11 +281,11 @@ void Resetting::agree() {
     if (!up[r]) continue;
     const Report &report = arena.reports_.of(r).reports[0];
     arena.attempts_ = std::max(arena.attempts_, report.attempts);
-    arena.step_ = std::max(arena.step_, report.step);
+    arena.step_ = std::max<uint64_t>(arena.step_, report.step);
   }
   for (auto &lane : arena.lanes) {
     uint64_t next[2] = {lane->next[0], lane->next[1]};
-    for (uint32_t p = 0; p < EPT_PHASES; p++) next[p] = std::max(next[p], arena.step_);
+    for (uint32_t p = 0; p < EPT_PHASES; p++) next[p] = std::max<uint64_t>(next[p], arena.step_);
     for (uint32_t r = 0; r < arena.world; r++)
       for (uint32_t p = 0; p < EPT_PHASES && up[r]; p++)
         next[p] = std::max(next[p], arena.reports_.of(r).reports[lane->index].next[p]);
@@ -341,7 +341,8 @@ int32_t Arena::reset(uint64_t timeout) {
   if (closed_) fail(EPT_E_CLOSED, -1, "the arena was closed");
   if (expected_)
     fail(EPT_E_INVALID, -1,
-         "reset: the other ranks have %u AllToAlls more than this one, which is back: make them first", expected_);
+         "reset: the other ranks have %u AllToAlls more than this one, which is back: make them first",
+         expected_.load());
   if (lanes.empty()) return EPT_OK;
   Resetting reset(*this, timeout == UINT64_MAX ? timeout_ns : timeout);
   Holds holds;

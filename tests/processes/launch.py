@@ -36,11 +36,11 @@ class Died(Exception):
     pass
 
 
-def open_group(rank: int, world: int, folder: str, **fields: Any) -> ept.Group:
+def open_group(rank: int, world: int, folder: str, *, rejoin: bool = False, **fields: Any) -> ept.Group:
     """A group over TCP on this machine; the ranks meet in a file."""
     store = torch.distributed.FileStore(str(Path(folder) / "store"), world)
     fields = {"backend": "tcp", "timeout_s": 20.0, "dead_s": 5.0, "threads": 1, **fields}
-    return ept.Group(ept.Settings(**fields), store=store, rank=rank, world_size=world)
+    return ept.Group(ept.Settings(**fields), store=store, rank=rank, world_size=world, rejoin=rejoin)
 
 
 def _child(function: Callable[..., Any], rank: int, world: int, folder: str, args: tuple[Any, ...], pipe: Any) -> None:
@@ -62,9 +62,11 @@ def run(
     folder: Path,
     *args: Any,
     dies: frozenset[int] = frozenset(),
+    again: Callable[..., Any] | None = None,
     limit_s: float,
 ) -> list[Any]:
-    """function(rank, world, folder, held, *args) in `world` processes; the answers, None for each rank in `dies`.
+    """function(rank, world, folder, held, *args) in `world` processes; the answers, None for each rank in `dies`. With
+    `again` a rank in `dies` is started once more when it has died, with that function, and its answer is that one's.
 
     Raises if another rank dies or fails, or if an answer is not there after `limit_s`: then a rank hangs.
     """
@@ -77,6 +79,15 @@ def run(
         there.close()
         pipes.append(here)
         processes.append(process)
+    for rank in sorted(dies) if again else ():
+        processes[rank].join(limit_s)
+        pipes[rank], there = CONTEXT.Pipe()
+        processes[rank] = CONTEXT.Process(
+            target=_child, args=(again, rank, world, str(folder), args, there), daemon=True
+        )
+        processes[rank].start()
+        there.close()
+    dies = dies if again is None else frozenset()
     answers: list[Any] = [None] * world
     waiting = {pipes[rank]: rank for rank in range(world) if rank not in dies}
     deadline = time.monotonic() + limit_s
