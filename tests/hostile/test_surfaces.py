@@ -31,7 +31,7 @@ names = st.sampled_from(sorted(ept.Settings.model_fields)) | st.text(max_size=12
 shell = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(fields=st.dictionaries(names, anything, max_size=3))
 @example(fields={"proxy_cpus": "0-99999999999"})
 @example(fields={"port_range": "9" * 5000})
@@ -43,7 +43,7 @@ def test_settings_from_arguments(fields: dict[str, Any]) -> None:
         ept.Settings(**fields)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     name=st.sampled_from([f"EPT_{name.upper()}" for name in ept.Settings.model_fields])
     | st.sampled_from(["EPT_TCP_STREAMS", "EPT_TCP_INTERFACE", "EPT_LOOPBACK_ADVERSARY", "EPT_", "EPT_NO_SUCH"]),
@@ -56,7 +56,7 @@ def test_settings_from_the_environment(name: str, value: str) -> None:
         ept.Settings()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     arguments=st.lists(st.sampled_from(["--clause", "--seed", "--option", "--timeout", "--junit"]) | shell, max_size=5)
 )
