@@ -32,7 +32,7 @@ struct Way {
 };
 
 // A clock for the plugins that goes by steps, so that no test depends on how fast a machine is. A step takes some 5 us.
-void clock_by_steps(uint64_t step_ns = 20'000);
+void clock_by_steps(uint64_t step_ns = 50'000);
 void tick();
 
 class Pair {
