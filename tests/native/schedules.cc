@@ -374,7 +374,7 @@ class Schedule {
 }  // namespace
 
 int main(int argc, char **argv) {
-  const uint64_t count = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 200;
+  const uint64_t count = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 100;
   const uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
   const std::string backend = argc > 3 ? argv[3] : "loopback";
   for (uint64_t seed = first; seed < first + count; seed++) {
