@@ -62,6 +62,11 @@ int32_t eptb_engine_stream(ept_engine *engine, uint32_t peer, uint32_t side, uin
 int32_t eptb_engine_rate(ept_engine *from, uint32_t from_rank, ept_engine *to, uint32_t to_rank, uint64_t bytes,
                          uint64_t count, uint32_t batch, double *seconds, uint64_t timeout_ns);
 
+/* ---- counting (records.cc) ----------------------------------------------------------------------------------------
+ * ns[6]: nanoseconds of one record of each kind: an operation posted, completed, received; a message of a phase; its
+ * arrival; a wait. */
+int32_t eptb_record_costs(uint64_t count, double *ns);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

@@ -25,6 +25,9 @@ constexpr uint64_t proxy_look_ns = 1'000'000;
 constexpr int proxy_looks = 20;
 /* Polling longer than a wake-up costs (some 5 to 50 us on the machines measured) cannot win. */
 constexpr uint64_t default_spin_ns = 50'000;
+/* Gauges and the rails' counters are copied into the page that often at most: some 200 ns a peer and a rail, so a
+ * thousandth of a core at 50 of them. */
+constexpr uint64_t refresh_ns = 10'000'000;
 /* SENDs that a peer may have in flight to us: set-up sends a handful at a time, a paged write one. */
 constexpr uint32_t default_send_credits = 64;
 /* And those that take no credit: HELLO, GOODBYE, heartbeats. */
@@ -119,6 +122,7 @@ int32_t ept_engine::open(const ept_engine_config &config, ept_error *error) {
     return fail(error, EPT_E_NOMEM, "open", -1,
                 "the system gives no more file descriptors (eventfd: %s); raise ulimit -n", std::strerror(errno));
   }
+  metrics.open({rank, world, epoch, job, plugin_name}, rails, "/dev/shm", host.log);
   chans.emplace_back();
   peers = std::vector<Peer>(world);
   for (uint32_t i = 0; i < world; i++) {
@@ -250,6 +254,8 @@ int32_t ept_engine::step(ept_error *error) {
   ept_event events[event_batch];
   int32_t count = plugin->poll(worker, events, event_batch);
   if (count < 0) return plugin_error(count, "poll", -1, error);
+  now = now_ns(); /* one clock call for the batch */
+  if (count) step_ns = now;
   for (int32_t i = 0; i < count; i++) {
     const ept_event &event = events[i];
     switch (event.kind) {
@@ -258,9 +264,15 @@ int32_t ept_engine::step(ept_error *error) {
         break;
       case EPT_EVENT_IMM:
         bulk = event.length >= 64 << 10;
+        if (event.peer < world) {
+          add_alone(metrics.peer(event.peer).rx_operations, 1);
+          add_alone(metrics.peer(event.peer).rx_bytes, event.length);
+        }
+        set(metrics.page()->last_progress_ns, now); /* heartbeats are none */
         on_immediate(event);
         break;
       case EPT_EVENT_RECV:
+        if (event.peer < world) add_alone(metrics.peer(event.peer).rx_sends, 1);
         on_message(event);
         break;
       case EPT_EVENT_PEER:
@@ -279,15 +291,11 @@ int32_t ept_engine::step(ept_error *error) {
         break;
     }
     if (event.peer < world && (event.kind == EPT_EVENT_IMM || event.kind == EPT_EVENT_RECV)) {
-      peers[event.peer].last_sign = 0; /* stamped below: one clock call for the batch */
+      peers[event.peer].last_sign = now;
+      peers[event.peer].unanswered = 0;
     }
   }
-  now = now_ns();
-  for (int32_t i = 0; i < count; i++) {
-    if (events[i].peer >= world || peers[events[i].peer].last_sign) continue;
-    peers[events[i].peer].last_sign = now;
-    peers[events[i].peer].unanswered = 0;
-  }
+  if (count && now - refreshed_ns > refresh_ns) refresh_metrics(now);
   if (now >= next_tick) tick(count < static_cast<int32_t>(event_batch));
   if (!dirty.empty()) pump_dirty();
   if (!answers.empty()) answer_quiesces();
@@ -318,6 +326,7 @@ int32_t ept_engine::drive_once(Hold &hold, uint64_t &idle_since, uint64_t until,
     hold.lock();
     return 0;
   }
+  if (now - refreshed_ns > refresh_ns) refresh_metrics(now);
   sleep(hold, until);
   return 0;
 }
@@ -412,9 +421,14 @@ void ept_engine::run_proxy() {
     if (progress_mode == EPT_PROGRESS_AUTO) {
       /* Nobody waits, so nobody is in a hurry: sleep as soon as there is nothing to do. */
       count = step(&error);
-      if (count == 0) sleep(hold, forever);
+      if (count == 0) {
+        if (step_ns >= refreshed_ns) refresh_metrics(now_ns()); /* nobody may come for a long time */
+        sleep(hold, forever);
+      }
     } else {
-      count = drive_once(hold, idle_since, forever, &error);
+      /* What is not in the page yet goes there soon, though nobody may come for a long time. */
+      const bool stale = step_ns >= refreshed_ns;
+      count = drive_once(hold, idle_since, stale ? now + 2 * refresh_ns : forever, &error);
     }
     if (driver == Driver::proxy) driver = Driver::none;
     if (count < 0) {
@@ -464,6 +478,7 @@ int32_t ept_engine_close(ept_engine *engine, uint64_t timeout, ept_error *error)
       }
     }
     engine->pump_dirty();
+    Waiting about{"engine_close", "until what is in flight has arrived"};
     int32_t waited = engine->wait(
         hold, timeout,
         [&]() -> int32_t {
@@ -473,14 +488,14 @@ int32_t ept_engine_close(ept_engine *engine, uint64_t timeout, ept_error *error)
           }
           return EPT_OK;
         },
-        error);
+        error, &about);
     if (waited == EPT_OK && engine->worker) {
       /* What is complete here may still be on its way (LOCAL_DONE says nothing of the target): see it there. */
       const uint64_t nonce = engine->next_nonce++;
       engine->quiescing[nonce].plugin_waiting = 1;
       if (engine->plugin->quiesce(engine->worker, nobody, EPT_SCOPE_REMOTE, nonce) == EPT_OK) {
         waited = engine->wait(
-            hold, timeout, [&] { return engine->quiescing[nonce].plugin_waiting ? EPT_LATER : EPT_OK; }, error);
+            hold, timeout, [&] { return engine->quiescing[nonce].plugin_waiting ? EPT_LATER : EPT_OK; }, error, &about);
       }
       engine->quiescing.erase(nonce);
     }

@@ -20,7 +20,8 @@
  *
  * The files: engine.cc life and progress; peers.cc HELLO, status, messages; membership.cc how a link ends and another
  * begins; heartbeat.cc signs of life; memory.cc memory and regions; transfers.cc the way out (queue, credits, pieces);
- * signals.cc the way in (immediates, prefix, grants).
+ * signals.cc the way in (immediates, prefix, grants); metrics.cc and refresh.cc what is counted; why_stuck.cc
+ * the report.
  */
 #pragma once
 
@@ -36,8 +37,11 @@
 
 #include "engine/error.h"
 #include "engine/host.h"
+#include "engine/metrics.h"
 #include "engine/plugin.h"
 #include "engine/slots.h"
+#include "engine/spans.h"
+#include "engine/why_stuck.h"
 #include "eptransport/eptransport.h"
 #include "eptransport/wire.h"
 
@@ -156,7 +160,8 @@ struct InFlight {
   Uses uses; /* no transfer: it was told of the end already */
   uint32_t peer = nobody;
   uint32_t link = 0;
-  uint32_t immediate = 0;                      /* 0: a message or a grant */
+  uint32_t immediate = 0; /* 0: a message or a grant */
+  uint64_t posted_ns = 0;
   std::unique_ptr<std::vector<uint8_t>> bytes; /* of a SEND */
 };
 
@@ -176,6 +181,7 @@ struct Signal {
   uint32_t chan = 0;             /* 0: not exported */
   uint64_t notify_at = forever;
   uint32_t waiters = 0;
+  uint32_t phase = EPT_METRICS_TRANSFER; /* whose waits count and report themselves here; moe/ does its own */
 };
 
 /* plain: transfers that raise no signal, counted for their credits. */
@@ -224,6 +230,7 @@ struct Link {
   uint32_t plain_chan = 0; /* at the peer */
   uint64_t plain_next = 0;
   uint32_t next_rail = 0;
+  bool had_no_room = false; /* the plugin, when `staged` was posted last */
 
   uint32_t own_credit_chan = 0, own_send_credit_chan = 0; /* here: where the peer's grants come in */
   uint32_t own_plain_chan = 0;
@@ -345,6 +352,10 @@ struct ept_engine {
   std::vector<uint8_t> anchor; /* 64 bytes that every peer may name, and none has reason to write */
   ept_mem *anchor_mem = nullptr;
   uint32_t join_round = 0;
+  ept::Metrics metrics;
+  std::vector<const ept::Waiting *> waiting;
+  std::unique_ptr<ept::Spans> spans;      /* set once, before what adds to it is made */
+  uint64_t step_ns = 0, refreshed_ns = 0; /* clock of the last step that brought something; of the last refresh */
   bool joined = false;
   uint32_t membership = 0;               /* the highest epoch told or heard */
   uint64_t last_tick = 0, next_tick = 0; /* heartbeat.cc */
@@ -361,7 +372,8 @@ struct ept_engine {
   void close_plugin();
   int32_t step(ept_error *error); /* one poll, its events, and what they set free; events or an error */
   template <class Done>
-  int32_t wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_error *error); /* wait.h */
+  int32_t wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_error *error,
+               ept::Waiting *about = nullptr); /* wait.h */
   int32_t drive_once(ept::Hold &hold, uint64_t &idle_since, uint64_t until, ept_error *error);
   void sleep(ept::Hold &hold, uint64_t until);
   void wake_sleepers();
@@ -371,6 +383,14 @@ struct ept_engine {
   int32_t usable(const char *operation, ept_error *error);
   int32_t usable_peer(uint32_t peer, const char *operation, ept_error *error);
   void say(int32_t level, const std::string &text) { host.log.say(level, text); }
+
+  /* refresh.cc, why_stuck.cc */
+  void refresh_metrics(uint64_t now);
+  std::string why_stuck(const std::string &first);
+  void describe_wait(const ept::Waiting &wait, uint64_t now, std::string &to);
+  void keep_expired(const ept::Waiting &wait);
+  void begin_wait(ept::Waiting &wait, uint64_t now);
+  void end_wait(const ept::Waiting &wait, int32_t code, uint64_t now);
 
   /* peers.cc */
   int32_t connect(const void *const *addresses, const size_t *lengths, ept_error *error);
@@ -425,6 +445,7 @@ struct ept_engine {
   void stage_pieces(ept::Peer &peer, ept::Work &work);
   ept_op &stage(ept::Peer &peer, int32_t kind, ept::InFlight **record);
   bool post_staged(ept::Peer &peer);
+  void count_posted(const ept::Peer &peer, const ept_op *ops, size_t count);
   void operation_ended(uint64_t cookie, int32_t code, int32_t provider_errno, const char *text);
   void let_go(const ept::Uses &uses, uint64_t operations, uint32_t peer, int32_t code, int32_t provider_errno,
               const char *text);

@@ -299,6 +299,8 @@ int32_t ept_engine_wait_peer(ept_engine *engine, uint32_t rank, uint64_t timeout
     if (int32_t code = check_peer(engine, rank, "wait_peer", error)) return code;
     const Peer &peer = engine->peers[rank];
     const uint64_t begin = now_ns();
+    const Awaited awaited{rank};
+    Waiting about{"wait_peer", "until it is up", &awaited, 1};
     int32_t code = engine->wait(
         hold, timeout,
         [&]() -> int32_t {
@@ -306,7 +308,7 @@ int32_t ept_engine_wait_peer(ept_engine *engine, uint32_t rank, uint64_t timeout
           if (peer.ended()) return EPT_E_PEER_LOST;
           return peer.status == EPT_PEER_UP ? EPT_OK : EPT_LATER;
         },
-        error);
+        error, &about);
     if (code != EPT_E_TIMEOUT && code != EPT_E_PEER_LOST && code != EPT_E_CLOSED) return code;
     fail(error, code, "wait_peer", static_cast<int32_t>(rank), "rank %u waited %.3f s for a link to rank %u; %s",
          engine->rank, static_cast<double>(now_ns() - begin) * 1e-9, rank,

@@ -296,6 +296,7 @@ int32_t ept_engine_quiesce(ept_engine *engine, ept_memory_id id, int32_t scope, 
     };
     /* 1. what this rank posted */
     uint64_t busy = 0;
+    Waiting about{"quiesce", scope == EPT_SCOPE_REMOTE ? "here and at the peers" : "here"};
     int32_t code = engine->wait(
         hold, limit,
         [&]() -> int32_t {
@@ -308,7 +309,7 @@ int32_t ept_engine_quiesce(ept_engine *engine, ept_memory_id id, int32_t scope, 
           }
           return busy ? EPT_LATER : EPT_OK;
         },
-        error);
+        error, &about);
     if (code == EPT_E_TIMEOUT) {
       return fail(error, code, "quiesce", -1, "rank %u: %llu operations are still under way after %.1f s", engine->rank,
                   static_cast<unsigned long long>(busy), static_cast<double>(limit) * 1e-9);
@@ -369,7 +370,7 @@ int32_t ept_engine_quiesce(ept_engine *engine, ept_memory_id id, int32_t scope, 
           /* Who died or was masked is fenced, so that nothing of that life can land any more. */
           return scope == EPT_SCOPE_REMOTE && engine->fencing(nobody) ? EPT_LATER : EPT_OK;
         },
-        error);
+        error, &about);
     const PendingQuiesce ended = engine->quiescing[nonce];
     engine->quiescing.erase(nonce);
     if (code == EPT_E_STUCK) {

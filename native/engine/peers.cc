@@ -342,6 +342,7 @@ int32_t ept_engine_wait_connected(ept_engine *engine, uint64_t timeout, ept_erro
   return guarded(error, "wait_connected", [&]() -> int32_t {
     Hold hold(engine->lock);
     const Peer *failed = nullptr;
+    Waiting about{"wait_connected", "until every peer is up"};
     int32_t code = engine->wait(
         hold, timeout,
         [&]() -> int32_t {
@@ -355,7 +356,7 @@ int32_t ept_engine_wait_connected(ept_engine *engine, uint64_t timeout, ept_erro
           }
           return all ? EPT_OK : EPT_LATER;
         },
-        error);
+        error, &about);
     if (failed) {
       fail(error, code, "wait_connected", static_cast<int32_t>(failed->rank), "%s", engine->describe(*failed).c_str());
       if (error) error->provider_errno = failed->why_errno;
@@ -422,13 +423,15 @@ int32_t ept_engine_send(ept_engine *engine, uint32_t rank, uint64_t tag, const v
     }
     Peer &peer = engine->peers[rank];
     const uint32_t link = peer.link;
+    const Awaited awaited{rank};
+    Waiting about{"send", "room for a message", &awaited, 1};
     int32_t code = engine->wait(
         hold, timeout,
         [&]() -> int32_t {
           if (peer.status != EPT_PEER_UP || peer.link != link) return EPT_E_PEER_LOST;
           return peer.messages.size() < message_queue ? EPT_OK : EPT_LATER;
         },
-        error);
+        error, &about);
     if (code == EPT_E_PEER_LOST) return fail(error, code, "send", number, "%s", peer.last_end.c_str());
     if (code == EPT_E_TIMEOUT) {
       return fail(error, code, "send", number, "rank %u holds %zu messages for rank %u, which reads none; %s",
@@ -453,6 +456,11 @@ int32_t ept_engine_recv(ept_engine *engine, uint32_t from, uint64_t tag, void *d
     Received taken{};
     size_t capacity = *length;
     const uint32_t link = from == nobody ? 0 : engine->peers[from].link;
+    const Awaited awaited{from};
+    char what[48];
+    std::snprintf(what, sizeof what, "a message with tag %llx", static_cast<unsigned long long>(tag));
+    Waiting about{"recv", what, &awaited, 1};
+    const bool ours = tag & EPT_TAG_OURS; /* who asks for those tells what it waits for */
     int32_t code = engine->wait(
         hold, timeout,
         [&]() -> int32_t {
@@ -477,7 +485,7 @@ int32_t ept_engine_recv(ept_engine *engine, uint32_t from, uint64_t tag, void *d
           }
           return EPT_LATER;
         },
-        error);
+        error, ours ? nullptr : &about);
     const auto number = from == nobody ? -1 : static_cast<int32_t>(from);
     if (code == EPT_E_LIMIT) {
       return fail(error, code, "recv", number, "the message has %zu bytes and does not fit %zu", *length, capacity);

@@ -230,9 +230,9 @@ const char *ept_code_name(int32_t code) {
       "EPT_OK",       "EPT_E_INVALID", "EPT_E_CONFIG",   "EPT_E_UNAVAILABLE", "EPT_E_UNSUPPORTED",
       "EPT_E_LIMIT",  "EPT_E_NOMEM",   "EPT_E_IO",       "EPT_E_TIMEOUT",     "EPT_E_PEER_LOST",
       "EPT_E_ACCESS", "EPT_E_AUTH",    "EPT_E_VERSION",  "EPT_E_MISMATCH",    "EPT_E_CLOSED",
-      "EPT_E_STUCK",  "EPT_E_FAULT",   "EPT_E_CAPACITY", "EPT_E_INTERNAL"};
+      "EPT_E_STUCK",  "EPT_E_FAULT",   "EPT_E_CAPACITY", "EPT_E_INTERNAL",    "EPT_E_SUSPENDED"};
   if (code == EPT_LATER) return "EPT_LATER";
-  if (code > 0 || code < EPT_E_INTERNAL) return "unknown code";
+  if (code > 0 || code < EPT_E_SUSPENDED) return "unknown code";
   return names[-code];
 }
 

@@ -73,6 +73,7 @@ void ept_engine::on_immediate(const ept_event &event) {
     case ChanKind::credits:
       /* Never more than the window: it would only overrun its own, but a count may not wrap. */
       peer.credits = std::min(peer.credits + EPT_GRANT_QUANTUM, peer.most_credits);
+      add_alone(metrics.peer(chan.source).credits_granted, EPT_GRANT_QUANTUM);
       mark_dirty(peer);
       return;
     case ChanKind::send_credits:
@@ -190,6 +191,8 @@ int32_t ept::wait_signal_or_news(ept_engine *engine, ept_signal_id id, uint64_t 
     const uint32_t link = peer.link;
     uint64_t seen = 0;
     bool warned = false, told = false;
+    const Awaited awaited{signal->source, signal->phase, id, target, 0};
+    Waiting about{"signal_wait", signal->label.c_str(), &awaited, 1};
     signal->waiters++;
     int32_t code = engine->wait(
         hold, timeout,
@@ -215,7 +218,7 @@ int32_t ept::wait_signal_or_news(ept_engine *engine, ept_signal_id id, uint64_t 
           }
           return EPT_LATER;
         },
-        error);
+        error, signal->phase == EPT_METRICS_TRANSFER ? &about : nullptr);
     signal->waiters--;
     if (told) return EPT_LATER;
     if (code != EPT_E_TIMEOUT && code != EPT_E_PEER_LOST && code != EPT_E_CLOSED) return code;

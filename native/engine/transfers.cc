@@ -89,7 +89,9 @@ int32_t ept_engine::admit(const ept_write &write, const char *operation, Uses &u
     }
   }
   const Peer &peer = peers[write.peer];
-  return peer.queue.size() < queued_writes && peer.queued < queued_operations ? EPT_OK : EPT_LATER;
+  if (peer.queue.size() < queued_writes && peer.queued < queued_operations) return EPT_OK;
+  add_alone(metrics.peer(write.peer).refused, 1);
+  return EPT_LATER;
 }
 
 Transfer *ept_engine::new_transfer(uint32_t peer, ept_transfer_id *watched) {
@@ -134,6 +136,7 @@ void ept_engine::take(Work work, Peer &peer) {
   if (operations == 1 && peer.queue.empty() && peer.credits && peer.staged.size() < post_batch) {
     stage_pieces(peer, work);
   } else {
+    add_alone(metrics.peer(peer.rank).held, 1);
     peer.queued += operations;
     peer.queue.push_back(std::move(work));
   }
@@ -258,14 +261,42 @@ void ept_engine::stage_pieces(Peer &peer, Work &work) {
   }
 }
 
+void ept_engine::count_posted(const Peer &peer, const ept_op *ops, size_t count) {
+  if (!count) return;
+  ept_metrics_peer &seen = metrics.peer(peer.rank);
+  const uint64_t now = now_ns();
+  uint64_t bytes = 0, sends = 0, credited = 0;
+  for (size_t i = 0; i < count; i++) {
+    InFlight *record = in_flight.find(ops[i].cookie);
+    record->posted_ns = now;
+    if (record->immediate) credited++;
+    if (ops[i].kind == EPT_OP_SEND) {
+      sends++;
+    } else {
+      bytes += ops[i].length;
+    }
+  }
+  add_alone(seen.tx_bytes, bytes);
+  add_alone(seen.tx_operations, count - sends);
+  if (sends) add_alone(seen.tx_sends, sends);
+  add_alone(seen.credits_spent, credited);
+}
+
 /* True: all staged operations were taken. */
 bool ept_engine::post_staged(Peer &peer) {
   while (peer.staged_head < peer.staged.size()) {
     size_t posted = 0;
     const ept_op *ops = peer.staged.data() + peer.staged_head;
+    if (peer.had_no_room) add_alone(metrics.peer(peer.rank).retries, 1);
+    peer.had_no_room = false;
     int32_t code = plugin->post(worker, ops, peer.staged.size() - peer.staged_head, &posted);
+    count_posted(peer, ops, posted);
     peer.staged_head += posted;
-    if (code == EPT_LATER) return false;
+    if (code == EPT_LATER) {
+      add_alone(metrics.peer(peer.rank).later, 1);
+      peer.had_no_room = true;
+      return false;
+    }
     if (code < 0 && peer.staged_head < peer.staged.size()) {
       ept_error said{};
       said.size = sizeof said;
@@ -292,6 +323,12 @@ void ept_engine::operation_ended(uint64_t cookie, int32_t code, int32_t provider
   const uint32_t link = found->link;
   const Uses uses = found->uses;
   const uint32_t immediate = found->immediate;
+  ept_metrics_peer &seen = metrics.peer(peer.rank);
+  if (code == EPT_OK) {
+    record_alone(seen.completions, step_ns > found->posted_ns ? step_ns - found->posted_ns : 0);
+  } else {
+    add_alone(seen.failed, 1);
+  }
   const bool message = found->bytes != nullptr;
   in_flight.remove(cookie);
   if (link == peer.link) {
@@ -470,6 +507,8 @@ int32_t ept_transfer_wait(ept_engine *engine, ept_transfer_id id, uint64_t timeo
     }
     const uint64_t begin = now_ns();
     bool ended = false;
+    const Awaited awaited{engine->transfers.find(id)->peer};
+    Waiting about{"transfer_wait", "a write's local completion", &awaited, 1};
     int32_t code = engine->wait(
         hold, timeout,
         [&]() -> int32_t {
@@ -479,7 +518,7 @@ int32_t ept_transfer_wait(ept_engine *engine, ept_transfer_id id, uint64_t timeo
           if (!ended) return EPT_LATER;
           return transfer->failure ? transfer->failure->code : EPT_OK;
         },
-        error);
+        error, &about);
     Transfer *transfer = engine->transfers.find(id);
     if (!transfer) return fail(error, EPT_E_INVALID, "transfer_wait", -1, "another thread took this transfer's end");
     const auto number = static_cast<int32_t>(transfer->peer);

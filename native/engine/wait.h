@@ -11,10 +11,11 @@ namespace ept {
 constexpr uint64_t look_ns = 100'000'000;
 }  // namespace ept
 
-/* `done` runs under the lock and returns LATER to go on waiting; any other code ends the wait. TIMEOUT when `timeout`
+/* `about`: who waits for whom, for reports and the wait matrix; NULL where the caller tells that itself.
+ * `done` runs under the lock and returns LATER to go on waiting; any other code ends the wait. TIMEOUT when `timeout`
  * passed (the caller writes the sentence). What LATER means is told once in the log after warn_ns. */
 template <class Done>
-int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_error *error) {
+int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_error *error, ept::Waiting *about) {
   int32_t code = done();
   if (code != EPT_LATER) return code;
   if (timeout == 0) {
@@ -29,6 +30,7 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
   const uint64_t deadline = length > ept::forever - begin ? ept::forever : begin + length;
   uint64_t idle_since = begin, asked = begin;
   bool driving = false;
+  if (about) begin_wait(*about, begin);
   while (code == EPT_LATER) {
     if (!driving && progress_mode != EPT_PROGRESS_THREAD && driver != ept::Driver::caller) {
       driver = ept::Driver::caller;
@@ -57,9 +59,11 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
     }
     if (now - asked >= ept::look_ns) asked = now;
   }
+  const uint64_t end = ept::now_ns();
+  if (about) end_wait(*about, code, end);
   if (driving) {
     driver = ept::Driver::none;
-    last_drive = ept::now_ns();
+    last_drive = end;
     if (moved_waiters) moved.notify_all();
     if (proxy_parked) proxy_turn.notify_one();
   }

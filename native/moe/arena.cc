@@ -42,7 +42,7 @@ LaneMemory::~LaneMemory() {
   if (ept_memory_deregister(engine_, id_, &error) == EPT_OK) munmap(base_, bytes_);
 }
 
-Arena::Arena(ept_engine *of) : engine(of) {
+Arena::Arena(ept_engine *of) : engine(of), metrics(metrics_of(of)), spans(spans_of(of)) {
   Error error;
   ept_engine_info info{};
   info.size = sizeof info;
@@ -60,9 +60,15 @@ Arena::Arena(ept_engine *of) : engine(of) {
 
 Arena::~Arena() = default;
 
+void Arena::begin_attempt(const Members &with) {
+  if (with.epoch != attempts_under_) attempts_ = 0, attempts_under_ = with.epoch;
+  attempts_++;
+}
+
 std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<Lane *> &its_lanes) {
   std::lock_guard<std::mutex> lock(collective_);
   if (closed_) fail(EPT_E_CLOSED, -1, "the arena was closed");
+  refuse_suspended();
   const Deadline deadline(timeout_ns);
   Members with;
   if (expected_) {  // the others have it already
@@ -71,15 +77,15 @@ std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<
   } else {
     with = *members_of_step();
   }
-  if (with.epoch != attempts_under_) attempts_ = 0, attempts_under_ = with.epoch;
-  attempts_++;
+  begin_attempt(with);
   std::shared_ptr<Object> object = agree(config, with, deadline);
   const LaneMap needs = lane_map(object->shape);
   const LaneMap larger = {
       at_least(map.dispatch_recv, needs.dispatch_recv), at_least(map.combine_recv, needs.combine_recv),
       at_least(map.dispatch_send, needs.dispatch_send), at_least(map.combine_send, needs.combine_send)};
   const auto count = uint32_t(std::max<size_t>(lanes.size(), object->config.lanes));
-  if (count > lanes.size() || larger.bytes(1) != map.bytes(1)) grow(larger, count, with, deadline);
+  if (count > lanes.size() || larger.bytes(1) != map.bytes(1))
+    grow(larger, count, with, deadline, "to enlarge the arena");
   object->number = ++objects_;
   if (expected_) expected_--;
   pool.grow(object->threads);

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "engine/metrics.h"
+#include "engine/spans.h"
 #include "moe/control.h"
 #include "moe/cpu/pool.h"
 #include "moe/lane.h"
@@ -39,6 +41,8 @@ struct Arena {
   ~Arena();
 
   ept_engine *const engine;
+  Metrics &metrics;
+  Spans *const spans;  // NULL: no trace is taken
   uint32_t rank = 0, world = 0;
   std::atomic<uint32_t> epoch{0};  // the life of this rank
   uint64_t timeout_ns = 0;
@@ -52,7 +56,11 @@ struct Arena {
   // LATER: the membership moves; learn of it and call again.
   int32_t reset(uint64_t timeout_ns);
   void close(uint64_t timeout_ns);
+  void suspend(uint64_t timeout_ns);
+  void resume(uint64_t timeout_ns);
   bool closed() const { return closed_; }
+  // SUSPENDED from suspend until resume.
+  void refuse_suspended() const;
 
   // ---- who takes part (mask.cc) ----
   // As agreed above, in the order of epochs; an older one than the last is ignored. `step`: the lanes go on with a
@@ -76,14 +84,15 @@ struct Arena {
   friend struct Resetting;
   struct Growth;
   std::shared_ptr<Object> agree(const ept_moe_config &config, const Members &with, const Deadline &deadline);
-  Holds until_idle(const Members &with, const Deadline &deadline);
-  void grow(const LaneMap &larger, uint32_t lanes, const Members &with, const Deadline &deadline);
+  Holds until_idle(const Members &with, const Deadline &deadline, const char *what);
+  void grow(const LaneMap &larger, uint32_t lanes, const Members &with, const Deadline &deadline, const char *what);
 
   std::mutex collective_;
   std::vector<std::unique_ptr<LaneMemory>> memories_;  // [lanes]
   // Collective calls so far under this membership. A rank that learns of a mask inside such a call begins it again,
   // another one learns before it: so each membership counts its own.
   uint32_t attempts_ = 0, attempts_under_ = 0;
+  void begin_attempt(const Members &with);  // of a collective call
   uint64_t attempt() const { return uint64_t(attempts_under_ & 0xffff) << 32 | (attempts_ & 0xffff) << 16; }
   uint64_t resets_ = 0;
   Reports reports_;
@@ -93,7 +102,7 @@ struct Arena {
   std::atomic<uint64_t> step_{0};
   std::vector<uint8_t> returned_;  // [world] is back, and not taken in by a reset yet
   uint32_t objects_ = 0;
-  std::atomic<bool> closed_{false};
+  std::atomic<bool> closed_{false}, suspended_{false};
 };
 
 }  // namespace ept::moe

@@ -260,6 +260,7 @@ class CombineRecv {
       if (rows < source_.rows(s)) until = std::min<uint64_t>(until, source_.sent[source_.begin[s] + rows]);
     }
     if (until <= summed_) return false;
+    const Span span(lane_.arena.spans, "sum", EPT_METRICS_COMBINE, lane_.index, EPT_NO_PEER, exchange_.generation);
     sums_.sum(summed_, until);
     summed_ = until;
     return true;

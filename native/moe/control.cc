@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "moe/control.h"
 
+#include "engine/why_stuck.h"
+
 #include <algorithm>
 
 namespace ept::moe {
@@ -110,6 +112,14 @@ class Talks {
       if (with(r) && !talks_[r].done()) return r;
     return UINT32_MAX;
   }
+  // Pieces that each rank which has not said all still owes.
+  std::vector<Awaited> awaited() const {
+    std::vector<Awaited> all;
+    for (uint32_t r = 0; r < talks_.size(); r++)
+      if (with(r) && !talks_[r].done())
+        all.push_back({r, EPT_METRICS_TRANSFER, 0, std::max<uint64_t>(1, talks_[r].in.size()), talks_[r].got});
+    return all;
+  }
   bool all_sent() const {
     for (uint32_t r = 0; r < talks_.size(); r++)
       if (with(r) && talks_[r].sent < talks_[r].pieces_out) return false;
@@ -152,6 +162,7 @@ std::vector<std::string> exchange(ept_engine *engine, uint32_t rank, const Membe
   Talks talks(engine, rank, members, tag);
   for (uint32_t r = 0; r < members.active.size(); r++)
     if (talks.with(r)) talks.say(r, to(r));
+  Published waiting(engine);
   // Sending and receiving take turns: if all only sent first, all could wait for room in all inboxes.
   while (talks.silent() != UINT32_MAX || !talks.all_sent()) {
     const bool sent = talks.send_some();
@@ -159,8 +170,10 @@ std::vector<std::string> exchange(ept_engine *engine, uint32_t rank, const Membe
     while (talks.receive(0)) moved = true;
     if (moved) continue;
     talks.find_lost(what);
+    waiting.say("set-up", what, talks.awaited(), deadline.start);
     const uint64_t left = deadline.remaining();
     if (left == 0) {
+      waiting.expired();
       const uint32_t silent = talks.silent();
       fail(EPT_E_TIMEOUT, silent == UINT32_MAX ? -1 : int32_t(silent),
            "rank %u waited %.1f s for rank %d, %s: every rank must make this call", rank, deadline.waited_s(),

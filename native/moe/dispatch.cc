@@ -358,7 +358,10 @@ void unpack_all(Lane &lane, Exchange &exchange, UnpackRows &unpack, Wait &wait) 
       chunks.push_back(chunk);
     }
     harmless(lane, [&] { lane.refuse_cut(exchange); });
-    unpack.take(batch);
+    if (!batch.empty()) {
+      const Span span(lane.arena.spans, "unpack", EPT_METRICS_DISPATCH, lane.index, EPT_NO_PEER, exchange.generation);
+      unpack.take(batch);
+    }
     for (size_t i = 0; i < batch.size(); i++) lane.take(exchange, batch[i].source, chunks[i]);
     moved |= !batch.empty();
     moved |= lane.serve();
@@ -395,7 +398,10 @@ void dispatch_recv(Moe &moe, Lane &lane, const ept_dispatch_outputs &outputs, ep
   UnpackRows unpack(*moe.object, moe.arena->pool, outputs, *made, exchange.counts.data(), arrival.scale_bytes,
                     arrival.has_weights);
   unpack_all(lane, exchange, unpack, wait);
-  unpack.finish();
+  {
+    const Span span(lane.arena.spans, "unpack", EPT_METRICS_DISPATCH, lane.index, EPT_NO_PEER, exchange.generation);
+    unpack.finish();
+  }
   lane.finish(exchange);
   if (routing) *routing = made.release();
 }

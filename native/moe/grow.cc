@@ -78,8 +78,8 @@ void Arena::Growth::make(const LaneMap &map, uint32_t lanes) {
   for (uint32_t i = 0; i < lanes; i++) {
     regions.emplace_back(arena.world, 0);
     const bool is_new = i >= arena.lanes.size();
-    memories.push_back(is_new || larger ? std::make_unique<LaneMemory>(arena.engine, map.bytes(page_bytes()))
-                                        : nullptr);
+    const bool needs = is_new || larger || !arena.memories_[i];
+    memories.push_back(needs ? std::make_unique<LaneMemory>(arena.engine, map.bytes(page_bytes())) : nullptr);
     if (!is_new) continue;
     fresh.push_back(std::make_unique<Lane>(arena, i));
     for (uint32_t r = 0; r < arena.world; r++) {
@@ -126,7 +126,7 @@ bool abandoned(const Exchange &exchange) {
 // Holds every lane when no rank has a step under way in any. Nobody waits for a lane, since its holder may wait for a
 // rank whose lanes are held for the vote: the ranks vote on what they could get, and if the vote is against it, let go
 // and try again.
-Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline) {
+Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline, const char *what) {
   for (uint64_t round = 0;; round++) {
     Holds holds;
     bool idle = true, faulted = false;
@@ -150,7 +150,7 @@ Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline) {
     mine.put(uint8_t(faulted ? kFaulted : idle ? kIdle : kBusy)).put_text(vote.all().data(), vote.all().size());
     const auto said = exchange(
         engine, rank, with, kTagIdle | attempt() | (round & 0xffff), [&](uint32_t) { return mine.all(); }, deadline,
-        "to enlarge the arena");
+        what);
     for (uint32_t r = 0; r < world; r++) {
       if (r == rank || !with.has(r)) continue;
       Bytes theirs(said[r]);
@@ -161,16 +161,17 @@ Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline) {
     if (faulted) fail(EPT_E_FAULT, int32_t(rank), "a lane of rank %u is faulted: reset first", rank);
     if (idle) return holds;
     if (deadline.remaining() == 0)
-      fail(EPT_E_TIMEOUT, -1, "rank %u waited %.1f s to enlarge the arena: a step is under way on some rank", rank,
-           deadline.waited_s());
+      fail(EPT_E_TIMEOUT, -1, "rank %u waited %.1f s %s: a step is under way on some rank", rank, deadline.waited_s(),
+           what);
     holds.clear();
     const timespec pause = {0, 500'000};
     nanosleep(&pause, nullptr);
   }
 }
 
-void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, const Deadline &deadline) {
-  const Holds holds = until_idle(with, deadline);
+void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, const Deadline &deadline,
+                 const char *what) {
+  const Holds holds = until_idle(with, deadline, what);
   Growth growth(*this, with);
   Failure failed{Error()};
   std::vector<std::string> offers(world);
@@ -183,7 +184,7 @@ void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, con
   }
   const auto offered = exchange(
       engine, rank, with, kTagMemory | attempt(), [&](uint32_t to) { return status(failed).all() + offers[to]; },
-      deadline, "to enlarge the arena");
+      deadline, what);
   if (failed.error.code) throw failed;
   std::vector<Bytes> bytes;
   throw_theirs(offered, rank, with, bytes);
@@ -194,8 +195,7 @@ void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, con
     failed = failure;
   }
   const auto ready = exchange(
-      engine, rank, with, kTagReady | attempt(), [&](uint32_t) { return status(failed).all(); }, deadline,
-      "to enlarge the arena");
+      engine, rank, with, kTagReady | attempt(), [&](uint32_t) { return status(failed).all(); }, deadline, what);
   if (failed.error.code) throw failed;
   bytes.clear();
   throw_theirs(ready, rank, with, bytes);

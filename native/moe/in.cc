@@ -37,6 +37,8 @@ bool Lane::look(Exchange &exchange, uint32_t source, uint32_t ahead, Chunk *chun
   chunk->last = chunk->header.flags & EPT_MOE_LAST;
   if (!in.begun) {
     in.begun = true;
+    if (source != arena.rank)
+      record(arena.metrics.phase(source, seen_phase(exchange.kind)).arrivals, now_ns() - exchange.since);
     in.first = chunk->header;
     in.rows = chunk->header.total_rows;
     if (exchange.kind == Kind::dispatch) {
@@ -59,6 +61,12 @@ void Lane::take(Exchange &exchange, uint32_t source, const Chunk &chunk) {
   link.taken[exchange.phase][exchange.slot][in.chunk % 2]++;
   in.got += chunk.count;
   in.chunk++;
+  if (source != arena.rank) {
+    ept_metrics_phase &seen = arena.metrics.phase(source, seen_phase(exchange.kind));
+    add(seen.rx_messages, 1);
+    add(seen.rx_bytes, exchange.header_bytes(arena.rank) + chunk.count * chunk.header.row_bytes);
+    add(seen.rx_rows, chunk.count);
+  }
   if (chunk.last) {
     in.finished = true;
     exchange.unread--;

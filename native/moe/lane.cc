@@ -197,6 +197,7 @@ bool Lane::pay_grants(uint32_t peer, uint32_t phase) {
       const int32_t code = ept_engine_write(arena.engine, &grant, nullptr, &error);
       if (code == EPT_LATER) return moved;
       check(code, error);
+      add(arena.metrics.phase(peer, phase).tx_grants, 1);
     }
     link.grants_owed[phase]--;
     link.grants_given[phase]++;
@@ -217,6 +218,7 @@ void Lane::tell(Exchange &exchange, Wait &wait) {
     check(ept_engine_send(arena.engine, r, kTagAck + index, &ack, sizeof ack, wait.remaining(), &error), error);
     for (uint32_t p = 0; p < EPT_PHASES; p++) link.told[p] = ack.consumed[p];
     exchange.object->counters.acks.fetch_add(1, std::memory_order_relaxed);
+    add(arena.metrics.phase(r, seen_phase(exchange.kind)).tx_acks, 1);
   }
 }
 

@@ -36,6 +36,7 @@
 #include <thread>
 #include <vector>
 
+#include "engine/why_stuck.h"
 #include "eptransport/eptransport.h"
 #include "moe/fail.h"
 #include "moe/members.h"
@@ -48,6 +49,12 @@ class Wait;
 
 enum class Kind : uint8_t { dispatch, late_weights, combine };
 const char *kind_name(Kind kind);
+// The ept_metrics_phase_id under which its messages are counted and traced.
+constexpr uint32_t seen_phase(Kind kind) {
+  return kind == Kind::dispatch  ? EPT_METRICS_DISPATCH
+         : kind == Kind::combine ? EPT_METRICS_COMBINE
+                                 : EPT_METRICS_WEIGHTS;
+}
 
 constexpr uint64_t kTagAck = EPT_TAG_OURS | 1ull << 48;  // + lane
 
@@ -229,11 +236,16 @@ class Wait {
  public:
   Wait(Lane &lane, const char *operation);
   Wait(Lane &lane, const char *operation, uint64_t timeout_ns);
+  ~Wait() { stood(Standing()); }
   // Nothing moved: sleeps until something may have, or throws TIMEOUT or PEER_LOST with who, what and since when.
   void for_chunk(Exchange &exchange);  // a chunk of any source that has none here
   void for_room(Exchange &exchange);   // an ack, a grant, or the engine's queue
   void for_transfer(uint32_t peer, uint32_t phase, uint32_t slot, uint32_t where);
-  void moved() { slice_ = kFirstSlice; }
+  void moved() {
+    slice_ = kFirstSlice;
+    patient_ = false;
+    published_.take_back();
+  }
   uint64_t remaining() const { return deadline_.remaining(); }
   const Deadline &deadline() const { return deadline_; }
   const char *operation() const { return operation_; }
@@ -246,6 +258,18 @@ class Wait {
   static constexpr uint64_t kLook = 1'000'000'000, kLongLook = 11'000'000'000;
 
   uint64_t slice();
+  // Time that goes by for one peer: what the wait matrix, the trace and reports tell. Several looks in a row for the
+  // same one are one wait.
+  struct Standing {
+    uint32_t peer = UINT32_MAX, phase = 0;
+    uint64_t ns = 0;
+  };
+  template <class Sleep>
+  void stand(Exchange &exchange, uint32_t peer, Sleep &&sleep);
+  void stood(const Standing &next);
+  void publish(const Exchange &exchange);
+  void publish(const Exchange &exchange, uint32_t peer, uint64_t signal, uint64_t expected, uint64_t seen);
+
   void signal(uint32_t peer, ept_signal_id id, uint64_t target, uint64_t length, const std::string &what);
   [[noreturn]] void expired(uint32_t peer, const std::string &what, uint64_t expected, uint64_t seen);
   void look_around(Exchange &exchange, uint64_t slept);
@@ -257,6 +281,11 @@ class Wait {
   Deadline deadline_;
   uint64_t slice_ = kFirstSlice;
   uint32_t looks_ = 0;
+  // A wait is published (two microseconds) when it has lasted so long: then that is a thousandth of it at most.
+  static constexpr uint64_t kUnpublished = 2'000'000;
+  bool patient_ = false;
+  Standing standing_;
+  Published published_;
 };
 
 }  // namespace ept::moe

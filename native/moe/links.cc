@@ -10,9 +10,13 @@ void make_signals(ept_engine *engine, Lane &lane, uint32_t source) {
     const std::string phase = p == EPT_PHASE_DISPATCH ? "dispatch" : "combine";
     const std::string data = phase + " of lane " + std::to_string(lane.index);
     const std::string grants = "grants of " + data;
-    for (uint32_t i = 0; i < 4; i++)
-      check(ept_signal_create(engine, source, data.c_str(), nullptr, &link.arrived[p][i / 2][i % 2], &error), error);
-    check(ept_signal_create(engine, source, grants.c_str(), nullptr, &link.granted[p], &error), error);
+    // Our own waits tell more than the engine's could (wait.cc), and the phases have the same numbers.
+    const auto create = [&](const std::string &label, ept_signal_id *id) {
+      check(ept_signal_create(engine, source, label.c_str(), nullptr, id, &error), error);
+      check(ept_signal_phase(engine, *id, p, &error), error);
+    };
+    for (uint32_t i = 0; i < 4; i++) create(data, &link.arrived[p][i / 2][i % 2]);
+    create(grants, &link.granted[p]);
   }
 }
 

@@ -71,8 +71,13 @@ int32_t on_lane(ept_moe *moe, uint32_t index, const char *operation, ept_error *
     Wait wait(lane, operation);
     const Lane::Held held(lane, wait.deadline(), operation);
     if (moe->moe.arena->closed()) fail(EPT_E_CLOSED, -1, "the arena was closed");
+    moe->moe.arena->refuse_suspended();
     if (lane.faulted) throw_fault(lane);
     lane.committed = false;
+    // moe_check is none of what takes time.
+    ept::Spans *spans = operation[0] == 'm' ? nullptr : moe->moe.arena->spans;
+    const ept::Span span(spans, operation, operation[0] == 'd' ? EPT_METRICS_DISPATCH : EPT_METRICS_COMBINE,
+                         lane.index);
     try {
       body(lane, wait);
     } catch (...) {
@@ -123,6 +128,14 @@ int32_t ept_arena_expect(ept_arena *arena, uint32_t objects, ept_error *error) {
 
 int32_t ept_arena_step(ept_arena *arena, uint64_t *step, ept_error *error) {
   return guarded("arena_step", error, [&] { *step = arena->arena->step(); });
+}
+
+int32_t ept_arena_suspend(ept_arena *arena, uint64_t timeout_ns, ept_error *error) {
+  return guarded("suspend", error, [&] { arena->arena->suspend(timeout_ns); });
+}
+
+int32_t ept_arena_resume(ept_arena *arena, uint64_t timeout_ns, ept_error *error) {
+  return guarded("resume", error, [&] { arena->arena->resume(timeout_ns); });
 }
 
 int32_t ept_moe_create(ept_arena *arena, const ept_moe_config *config, ept_moe **moe, ept_error *error) {

@@ -70,6 +70,7 @@ bool Lane::settle(Link &link, uint32_t phase, uint32_t slot, uint32_t where, uin
 }
 
 void Lane::pack(Exchange &exchange, uint32_t peer) {
+  const Span span(arena.spans, "pack", seen_phase(exchange.kind), index, peer, exchange.generation);
   Outgoing &out = exchange.out[peer];
   const Region region = out.single ? out.staging : position(out.staging, out.chunk % 2);
   char *to = base + region.offset;
@@ -98,6 +99,7 @@ void Lane::pack(Exchange &exchange, uint32_t peer) {
 
 // False: the engine's queue is full.
 bool Lane::write(Exchange &exchange, uint32_t peer, uint32_t where) {
+  const Span span(arena.spans, "post", seen_phase(exchange.kind), index, peer, exchange.generation);
   const Outgoing &out = exchange.out[peer];
   Link &link = links[peer];
   Error error;
@@ -118,7 +120,9 @@ bool Lane::write(Exchange &exchange, uint32_t peer, uint32_t where) {
   write.signal = link.raise[exchange.phase][exchange.slot][where];
   const int32_t code =
       ept_engine_write(arena.engine, &write, &link.in_flight[exchange.phase][exchange.slot][where], &error);
+  ept_metrics_phase &seen = arena.metrics.phase(peer, seen_phase(exchange.kind));
   if (code == EPT_LATER) {
+    add(seen.tx_later, 1);
     link.in_flight[exchange.phase][exchange.slot][where] = 0;
     return false;
   }
@@ -130,6 +134,9 @@ bool Lane::write(Exchange &exchange, uint32_t peer, uint32_t where) {
   counters.messages[exchange.phase].fetch_add(1, std::memory_order_relaxed);
   counters.bytes[exchange.phase].fetch_add(out.packed, std::memory_order_relaxed);
   counters.rows[exchange.phase].fetch_add(out.packed_rows, std::memory_order_relaxed);
+  add(seen.tx_messages, 1);
+  add(seen.tx_bytes, out.packed);
+  add(seen.tx_rows, out.packed_rows);
   return true;
 }
 

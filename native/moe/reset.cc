@@ -339,6 +339,7 @@ int32_t Resetting::run() {
 int32_t Arena::reset(uint64_t timeout) {
   std::lock_guard<std::mutex> lock(collective_);
   if (closed_) fail(EPT_E_CLOSED, -1, "the arena was closed");
+  refuse_suspended();
   if (expected_)
     fail(EPT_E_INVALID, -1,
          "reset: the other ranks have %u AllToAlls more than this one, which is back: make them first",

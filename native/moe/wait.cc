@@ -21,18 +21,65 @@ ept_peer_info info_of(ept_engine *engine, uint32_t rank) {
   return info;
 }
 
-std::string name_of(const Exchange &exchange, uint32_t lane, uint32_t chunk) {
+std::string name_of(const Exchange &exchange, uint32_t lane) {
   char text[96];
-  snprintf(text, sizeof text, "%s %llu of lane %u, chunk %u", kind_name(exchange.kind),
-           (unsigned long long)exchange.generation, lane, chunk);
+  snprintf(text, sizeof text, "%s %llu of lane %u", kind_name(exchange.kind), (unsigned long long)exchange.generation,
+           lane);
   return text;
+}
+
+std::string name_of(const Exchange &exchange, uint32_t lane, uint32_t chunk) {
+  return name_of(exchange, lane) + ", chunk " + std::to_string(chunk);
 }
 
 }  // namespace
 
 Wait::Wait(Lane &lane, const char *operation) : Wait(lane, operation, lane.arena.timeout_ns) {}
 Wait::Wait(Lane &lane, const char *operation, uint64_t timeout_ns)
-    : lane_(lane), operation_(operation), deadline_(timeout_ns) {}
+    : lane_(lane), operation_(operation), deadline_(timeout_ns), published_(lane.arena.engine) {}
+
+template <class Sleep>
+void Wait::stand(Exchange &exchange, uint32_t peer, Sleep &&sleep) {
+  const Standing next = {peer, seen_phase(exchange.kind), 0};
+  if (standing_.peer != next.peer || standing_.phase != next.phase) stood(next);
+  const Span span(lane_.arena.spans, "wait", next.phase, lane_.index, peer, exchange.generation);
+  struct Clock {
+    uint64_t &to;
+    const uint64_t begin = now_ns();
+    ~Clock() { to += now_ns() - begin; }
+  } clock{standing_.ns};
+  sleep();
+}
+
+void Wait::stood(const Standing &next) {
+  if (standing_.peer < lane_.arena.world && standing_.ns)
+    record(lane_.arena.metrics.phase(standing_.peer, standing_.phase).waits, standing_.ns);
+  standing_ = next;
+}
+
+// All that are missing, not the chosen one alone: it may itself be waiting for another of them.
+void Wait::publish(const Exchange &exchange) {
+  const Lane &lane = lane_;
+  std::vector<Awaited> awaited;
+  for (uint32_t s = 0; s < lane.arena.world; s++) {
+    const Incoming &in = exchange.in[s];
+    if (s == lane.arena.rank || in.finished) continue;
+    const uint32_t where = in.chunk % 2;
+    const Link &link = lane.links[s];
+    const ept_signal_id id = link.arrived[exchange.phase][exchange.slot][where];
+    const uint64_t taken = link.taken[exchange.phase][exchange.slot][where];
+    uint64_t value = 0;
+    Error error;
+    check(ept_signal_value(lane.arena.engine, id, &value, &error), error);
+    if (value <= taken) awaited.push_back({s, seen_phase(exchange.kind), id, taken + 1, value});
+  }
+  published_.say(operation_, name_of(exchange, lane.index), std::move(awaited), deadline_.start);
+}
+
+void Wait::publish(const Exchange &exchange, uint32_t peer, uint64_t id, uint64_t expected, uint64_t seen) {
+  published_.say(operation_, "room for " + name_of(exchange, lane_.index),
+                 {{peer, seen_phase(exchange.kind), id, expected, seen}}, deadline_.start);
+}
 
 uint64_t Wait::slice() {
   const uint64_t length = slice_;
@@ -68,10 +115,19 @@ void Wait::for_chunk(Exchange &exchange) {
   const Incoming &in = exchange.in[chosen];
   const uint32_t where = in.chunk % 2;
   const Link &link = lane.links[chosen];
-  const uint64_t length = alone ? std::min(remaining(), looks_ ? kLongLook : kLook) : slice();
-  if (alone) looks_++;
-  signal(chosen, link.arrived[exchange.phase][exchange.slot][where],
-         link.taken[exchange.phase][exchange.slot][where] + 1, length, name_of(exchange, lane.index, in.chunk));
+  uint64_t length = alone ? std::min(remaining(), looks_ ? kLongLook : kLook) : slice();
+  // Most waits of a step are over before anybody could ask for them.
+  if (!patient_ && remaining() > kUnpublished) {
+    length = std::min(length, kUnpublished);
+    patient_ = alone || slice_ > kUnpublished;
+  } else {
+    if (alone) looks_++;
+    publish(exchange);
+  }
+  stand(exchange, chosen, [&] {
+    signal(chosen, link.arrived[exchange.phase][exchange.slot][where],
+           link.taken[exchange.phase][exchange.slot][where] + 1, length, name_of(exchange, lane.index, in.chunk));
+  });
   look_around(exchange, length);
 }
 
@@ -84,8 +140,11 @@ void Wait::for_room(Exchange &exchange) {
   if (peer != UINT32_MAX && exchange.out[peer].chunk >= 2 && !exchange.out[peer].packed) {
     const Link &link = lane.links[peer];
     const uint64_t target = link.grants_before[exchange.phase] + exchange.out[peer].chunk - 1;
-    signal(peer, link.granted[exchange.phase], target, length,
-           "room for " + name_of(exchange, lane.index, exchange.out[peer].chunk));
+    publish(exchange, peer, link.granted[exchange.phase], target, 0);
+    stand(exchange, peer, [&] {
+      signal(peer, link.granted[exchange.phase], target, length,
+             "room for " + name_of(exchange, lane.index, exchange.out[peer].chunk));
+    });
   } else {
     // An ack may come; so may completions and room in the engine's queue, which have no count to wait for.
     if (remaining() == 0 && peer != UINT32_MAX)
@@ -98,8 +157,14 @@ void Wait::for_room(Exchange &exchange) {
     ept_lane_ack ack;
     size_t size = sizeof ack;
     uint32_t from = 0;
-    const int32_t code = ept_engine_recv(lane.arena.engine, UINT32_MAX, kTagAck + lane.index, &ack, &size, &from,
-                                         std::max<uint64_t>(length, 1), &error);
+    if (peer != UINT32_MAX)
+      publish(exchange, peer, 0, exchange.generation ? exchange.generation - 1 : 0,
+              lane.links[peer].consumed[exchange.phase]);
+    int32_t code = EPT_OK;
+    stand(exchange, peer, [&] {
+      code = ept_engine_recv(lane.arena.engine, UINT32_MAX, kTagAck + lane.index, &ack, &size, &from,
+                             std::max<uint64_t>(length, 1), &error);
+    });
     if (code != EPT_E_TIMEOUT && code != EPT_LATER) check(code, error);
     if (code == EPT_OK && size == sizeof ack && from < lane.arena.world)
       for (uint32_t p = 0; p < EPT_PHASES; p++)
@@ -133,6 +198,7 @@ void Wait::signal(uint32_t peer, ept_signal_id id, uint64_t target, uint64_t len
 }
 
 void Wait::expired(uint32_t peer, const std::string &what, uint64_t expected, uint64_t seen) {
+  published_.expired();
   const ept_peer_info info = info_of(lane_.arena.engine, peer);
   Failure failure{Error()};
   ept_error &error = failure.error;

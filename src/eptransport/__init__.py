@@ -38,12 +38,15 @@ if TYPE_CHECKING:
         OutOfMemory,
         PeerLost,
         StuckError,
+        Suspended,
         Timeout,
         TransportError,
         UnsupportedError,
         VersionError,
     )
     from eptransport.group import Group, Store
+    from eptransport.metrics import Metrics, WaitFor
+    from eptransport.prometheus import prometheus_text
     from eptransport.settings import Settings
 
 __version__ = "0.1.0"
@@ -72,12 +75,15 @@ _HOMES = {
         "OutOfMemory",
         "PeerLost",
         "StuckError",
+        "Suspended",
         "Timeout",
         "TransportError",
         "UnsupportedError",
         "VersionError",
     ),
     "group": ("Group", "Store"),
+    "metrics": ("Metrics", "WaitFor"),
+    "prometheus": ("prometheus_text",),
     "settings": ("Settings",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -105,6 +111,9 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "choose",
     "include_dir",
     "registry",
+    "Metrics",
+    "WaitFor",
+    "prometheus_text",
     "AccessDenied",
     "AuthError",
     "BackendUnavailable",
@@ -122,6 +131,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "OutOfMemory",
     "PeerLost",
     "StuckError",
+    "Suspended",
     "Timeout",
     "TransportError",
     "UnsupportedError",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cffi import FFI
 
-HEADERS = ("backend.h", "eptransport.h")
+HEADERS = ("backend.h", "metrics.h", "eptransport.h")
 
 # What a waiting native thread asks Python: see _call.py.
 CALLBACKS = 'extern "Python" int32_t ept_python_interrupted(void *);'

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eptransport._call import FOREVER, call, ffi, lib, new_error, sized, text, timeout_ns
 from eptransport._guard import Guard
 from eptransport.backends import Plugin, native_values
-from eptransport.errors import Code
+from eptransport.errors import Code, Timeout
 
 if TYPE_CHECKING:
     from eptransport.settings import Settings
@@ -21,6 +21,7 @@ logger = logging.getLogger("eptransport")
 CLOSE_S = 5.0
 """How long an orderly close waits for what is in flight, unless told otherwise."""
 LOG_LINE_BYTES = 1200
+REPORT_BYTES = 16 << 10
 
 _PROGRESS = {"auto": lib.EPT_PROGRESS_AUTO, "thread": lib.EPT_PROGRESS_THREAD, "inline": lib.EPT_PROGRESS_INLINE}
 
@@ -51,11 +52,45 @@ class NativeEngine:
         self.guard.enter()
         try:
             return call(function, self.pointer, *args, allow=allow)
+        except Timeout as error:
+            self.tell_why(error)
+            raise
         except Exception:
             self.drain_log()
             raise
         finally:
             self.guard.leave()
+
+    def call_arena(self, function: Callable[..., int], arena: Any, *args: Any) -> int:
+        """`function(arena, *args, error)`, for what belongs to the engine."""
+        self.guard.enter()
+        try:
+            return call(function, arena, *args)
+        except Timeout as error:
+            self.tell_why(error)
+            raise
+        except Exception:
+            self.drain_log()
+            raise
+        finally:
+            self.guard.leave()
+
+    def tell_why(self, error: Timeout) -> None:
+        """Hands the report of this thread's expired wait to its error. For who is inside the guard."""
+        self.drain_log()
+        error.why_stuck = self.why_stuck(expired=True)
+
+    def why_stuck(self, expired: bool = False) -> str:
+        """For who is inside the guard. Empty where this thread has no wait that expired, if that is asked for."""
+        room = REPORT_BYTES
+        while True:
+            report, length = ffi.new("char[]", room), ffi.new("size_t *", room)
+            code = call(lib.ept_engine_why_stuck, self.pointer, expired, report, length, allow=Code.LIMIT)
+            if code == Code.OK:
+                return text(report)
+            if code == Code.LATER:
+                return ""
+            room = 2 * length[0]
 
     def plain(self, function: Callable[..., int], *args: Any) -> int:
         """`function(engine, *args)`, for calls that have no error to fill."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from eptransport._call import call, ffi, lib, new_error, text
+from eptransport._call import ffi, lib, new_error, text
 from eptransport._guard import Guard
 from eptransport.errors import LaneFault, PeerLost, Timeout
 
@@ -48,14 +48,9 @@ def create_moe(group: Group, config: Any) -> NativeMoe:
     arena = group.arena()
     group._members.learn_if_told()
     handle = ffi.new("ept_moe **")
-    engine.guard.enter()
     try:
-        call(lib.ept_moe_create, arena, config, handle)
-    except Exception as error:
-        engine.drain_log()
-        if isinstance(error, (PeerLost, LaneFault, Timeout)):
-            group._members.after(error, group.settings.on_lost)
+        engine.call_arena(lib.ept_moe_create, arena, config, handle)
+    except (PeerLost, LaneFault, Timeout) as error:
+        group._members.after(error, group.settings.on_lost)
         raise
-    finally:
-        engine.guard.leave()
     return NativeMoe(handle[0], engine.children, group.rank)

@@ -558,6 +558,8 @@ class AllToAll(Closing):
             return call(function, native.pointer, *args)
         except BaseException as error:  # also KeyboardInterrupt: the lane is faulted all the same
             self._note_fault(lane)
+            if isinstance(error, Timeout):
+                self.group.engine._native.tell_why(error)
             if isinstance(error, _BY_MEMBERSHIP):
                 self._members.after(error, self.group.settings.on_lost)
             raise
@@ -570,7 +572,8 @@ class AllToAll(Closing):
         if lane is None:
             return
         error = new_error()
-        if lib.ept_moe_check(self._native.pointer, lane, error) < 0:
+        code = lib.ept_moe_check(self._native.pointer, lane, error)
+        if code < 0 and code != Code.SUSPENDED:
             self.group.fault.fill_(error.code or lib.EPT_E_FAULT)
             self._lanes[lane].clear()
 

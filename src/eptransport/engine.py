@@ -21,7 +21,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
 
 from eptransport._buffers import view
-from eptransport._call import error_of, ffi, lib, new_error, size, sized, text, timeout_ns
+from eptransport._call import call, error_of, ffi, lib, new_error, size, sized, text, timeout_ns
 from eptransport._closing import Closing
 from eptransport._engine_native import CLOSE_S, NativeEngine, create_engine
 from eptransport._notify import Notifier
@@ -29,6 +29,7 @@ from eptransport.backends import Plugin
 from eptransport.errors import ClosedError, Code, EptError, InvalidArgument, Timeout
 from eptransport.handles import BLOB_BYTES, Memory, Region, RemoteSignal, Signal
 from eptransport.info import EngineInfo, PeerInfo, PeerStatus, Rail, RailCounters, RailInfo
+from eptransport.metrics import Metrics, read_page
 from eptransport.peer import Peer, Write
 from eptransport.transfer import Transfer
 
@@ -283,6 +284,26 @@ class Engine(Closing):
                 Rail(about, RailCounters(**{each.name: getattr(counters, each.name) for each in fields(RailCounters)}))
             )
         return tuple(found)
+
+    def metrics(self) -> Metrics:
+        """What it has counted so far. Doesn't block."""
+        page = ffi.new("ept_metrics_page const **")
+        self._native.guard.enter()
+        try:
+            call(lib.ept_engine_metrics, self._native.pointer, page)
+            found = read_page(page[0])
+        finally:
+            self._native.guard.leave()
+        assert found is not None
+        return found
+
+    def why_stuck(self) -> str:
+        """See `Group.why_stuck`."""
+        self._native.guard.enter()
+        try:
+            return self._native.why_stuck()
+        finally:
+            self._native.guard.leave()
 
     def drain_log(self) -> None:
         """Hands what native code has to say to the logger `eptransport`. Calls that wait, or fail, do it by

@@ -23,6 +23,7 @@ __all__ = [
     "OutOfMemory",
     "PeerLost",
     "StuckError",
+    "Suspended",
     "Timeout",
     "TransportError",
     "UnsupportedError",
@@ -54,6 +55,7 @@ class Code(IntEnum):
     FAULT = -16
     CAPACITY = -17
     INTERNAL = -18
+    SUSPENDED = -19
 
 
 class EptError(Exception):
@@ -61,7 +63,8 @@ class EptError(Exception):
 
     `operation` is the call or the phase ("write", "dispatch_recv"), `peer` the rank concerned (None: no one rank),
     `provider_errno` the network's or the system's own number (0: none). An expired wait also has `expected` and `seen`,
-    the counts it waited for and saw, and `silent_s`, how long ago the peer last made progress.
+    the counts it waited for and saw, `silent_s`, how long ago the peer last made progress, and `why_stuck`, the report
+    of the whole engine at that time (empty where nothing was waited for).
     """
 
     default_code = Code.INTERNAL
@@ -77,6 +80,7 @@ class EptError(Exception):
         expected: int | None = None,
         seen: int | None = None,
         silent_s: float | None = None,
+        why_stuck: str = "",
     ) -> None:
         super().__init__(message)
         self.code = self.default_code if code is None else code
@@ -86,6 +90,7 @@ class EptError(Exception):
         self.expected = expected
         self.seen = seen
         self.silent_s = silent_s
+        self.why_stuck = why_stuck
 
     @property
     def message(self) -> str:
@@ -102,6 +107,7 @@ class EptError(Exception):
             "expected": self.expected,
             "seen": self.seen,
             "silent_s": self.silent_s,
+            "why_stuck": self.why_stuck,
         }
 
     def __str__(self) -> str:
@@ -228,6 +234,12 @@ class CapacityError(EptError):
     default_code = Code.CAPACITY
 
 
+class Suspended(EptError):
+    """The group gave its memory back (`suspend`); `resume` it on every rank. Nothing was done."""
+
+    default_code = Code.SUSPENDED
+
+
 class InternalError(EptError):
     """A bug of eptransport; the message says where."""
 
@@ -264,5 +276,6 @@ _CLASSES: dict[int, type[EptError]] = {
         LaneFault,
         CapacityError,
         InternalError,
+        Suspended,
     )
 }

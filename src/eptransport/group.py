@@ -16,6 +16,8 @@ from eptransport._members import Members, check_rank
 from eptransport._membership import Membership
 from eptransport._place import find_place
 from eptransport._process import cores
+from eptransport._seeing import Seeing
+from eptransport._stuck import forget, watch
 from eptransport._trace import Trace
 from eptransport.engine import PeerStatus
 from eptransport.errors import ConfigError, InvalidArgument, Masked
@@ -31,7 +33,7 @@ logger = logging.getLogger("eptransport")
 _GONE = (PeerStatus.LEFT, PeerStatus.LOST, PeerStatus.MASKED)
 
 
-class Group(Closing):
+class Group(Seeing, Closing):
     """All ranks of an expert-parallel job, connected. Everything else is made from it.
 
     Collective: every rank makes it, with the same `name` and world size; blocks until all are connected, at most
@@ -94,7 +96,9 @@ class Group(Closing):
                 raise
         self._arena_lock = threading.Lock()
         self._arena: Any = None
-        self.trace = Trace(self.settings.trace, place.rank) if self.settings.trace else None
+        self.trace = Trace(self.settings.trace, place.rank, self.engine) if self.settings.trace else None
+        if self.settings.stuck_signal:
+            watch(self.engine)
         self._fault: torch.Tensor | None = None
         self._active_mask: torch.Tensor | None = None
         self._announce(local)
@@ -175,8 +179,9 @@ class Group(Closing):
     def close(self, timeout: float | None = None) -> None:
         """Closes the AllToAlls of the group, says goodbye to the peers, frees everything. Blocks at most `timeout` s
         for what is in flight. Not collective; closing twice is fine."""
-        if self.trace is not None and not self.engine.closed:
-            self.trace.write()
+        if self.trace is not None:
+            self.trace.close()
+        forget(self.engine)
         self.engine.close() if timeout is None else self.engine.close(timeout)
 
     def __repr__(self) -> str:

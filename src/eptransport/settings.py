@@ -66,7 +66,12 @@ class Settings(BaseSettings):
     log: Literal["debug", "info", "warning", "error"] | None = Field(
         None, description="level of the Python logger eptransport; as the application set it if not given"
     )
-    trace: str | None = Field(None, description="file that a Chrome trace of the AllToAll calls is written to")
+    trace: str | None = Field(
+        None, description="file of a Chrome trace of the AllToAll calls; .rankN comes before its extension"
+    )
+    stuck_signal: bool = Field(
+        True, description="SIGUSR1 logs why nothing goes on, where the program has no handler for it"
+    )
     credits: int | None = Field(
         None, ge=128, le=1024, description="operations with a signal that one peer may have in flight to this rank"
     )

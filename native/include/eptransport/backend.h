@@ -79,7 +79,8 @@ typedef enum ept_code {
   EPT_E_STUCK = -15,      /* quiesce: can't be shown quiet; the sentence names the smallest thing to tear down */
   EPT_E_FAULT = -16,      /* a lane is faulted; reset it */
   EPT_E_CAPACITY = -17,   /* more rows or tokens than a buffer holds */
-  EPT_E_INTERNAL = -18    /* a bug of ours; the sentence says where */
+  EPT_E_INTERNAL = -18,   /* a bug of ours; the sentence says where */
+  EPT_E_SUSPENDED = -19   /* the group gave its memory back; resume it */
 } ept_code;
 
 /* An error as a value. The caller owns it; `text` is always terminated. */

@@ -16,6 +16,7 @@
 #define EPTRANSPORT_H
 
 #include "eptransport/backend.h"
+#include "eptransport/metrics.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -185,6 +186,37 @@ int32_t ept_engine_tell_membership(ept_engine *engine, uint32_t epoch, ept_error
 int32_t ept_engine_membership(ept_engine *engine, uint32_t *epoch, ept_error *error);
 
 /* ---- progress, log, notification ----------------------------------------------------------------------------------*/
+/* The page of metrics.h, its gauges fresh; lives until ept_engine_close. */
+int32_t ept_engine_metrics(ept_engine *engine, const ept_metrics_page **page, ept_error *error);
+/* Removes pages that dead processes of this user left; how many. Each engine does so when it opens. */
+uint32_t ept_metrics_sweep(void);
+/* A trace of what AllToAlls do: taken from the call on, at most `capacity` spans between two readings (more are lost,
+ * and counted). Before the arena is made. Times are CLOCK_MONOTONIC. */
+#define EPT_NO_PEER 4294967295
+typedef struct ept_span {
+  const char *name; /* a call ("dispatch_send") or a part of it: pack, post, wait, unpack, sum; lives for ever */
+  uint64_t begin_ns, end_ns;
+  uint64_t generation;
+  uint32_t phase; /* ept_metrics_phase_id */
+  uint32_t lane;
+  uint32_t peer; /* EPT_NO_PEER: no one */
+  uint32_t reserved;
+} ept_span;
+int32_t ept_engine_trace(ept_engine *engine, size_t capacity, ept_error *error);
+/* *count: room on entry, spans on return, in the order in which they ended. */
+int32_t ept_engine_spans(ept_engine *engine, ept_span *spans, size_t *count, uint64_t *lost, ept_error *error);
+
+/* Why nothing goes on: every pending wait with peer, phase, count expected and seen, each peer's queues, the rails, and
+ * when the network last moved. `expired`: begins with the wait of the calling thread that ran into its deadline last,
+ * and tells it once; LATER where there is none. *length: capacity on entry, the text's with its 0 on return; LIMIT
+ * where it does not fit (another call may need more). May be called from any thread, also while others wait. */
+int32_t ept_engine_why_stuck(ept_engine *engine, int32_t expired, char *text, size_t *length, ept_error *error);
+
+/* Signal `number` (SIGUSR1) then makes *fd readable: 8 bytes, blocking, for a thread that reads it and asks for
+ * why_stuck. One for the process. OK; LATER: the program has a handler for it, or ignores it, and keeps it. Off gives
+ * the default back unless another handler has come since. */
+int32_t ept_stuck_signal(int32_t number, int32_t *fd, ept_error *error);
+int32_t ept_stuck_signal_off(void);
 
 /* Moves the network on once without waiting; returns the number of events, or an error. For EPT_PROGRESS_INLINE. */
 int32_t ept_engine_progress(ept_engine *engine, ept_error *error);
@@ -232,6 +264,8 @@ int32_t ept_signal_raise(ept_engine *engine, ept_signal_id id, ept_error *error)
 /* Until the count is at least `target`. TIMEOUT and PEER_LOST say who waited for whom and what was seen. */
 int32_t ept_signal_wait(ept_engine *engine, ept_signal_id id, uint64_t target, uint64_t timeout_ns, ept_error *error);
 int32_t ept_signal_notify(ept_engine *engine, ept_signal_id id, uint64_t target, ept_error *error);
+/* Waits for it belong to this ept_metrics_phase_id: others than TRANSFER are counted and reported by their caller. */
+int32_t ept_signal_phase(ept_engine *engine, ept_signal_id id, uint32_t phase, ept_error *error);
 
 /* ---- transfers ----------------------------------------------------------------------------------------------------
  */
@@ -365,6 +399,12 @@ int32_t ept_moe_plan_get(const ept_moe_config *config, ept_moe_plan *plan, ept_e
 typedef struct ept_arena ept_arena;
 int32_t ept_arena_create(ept_engine *engine, ept_arena **arena, ept_error *error);
 int32_t ept_arena_close(ept_arena *arena, uint64_t timeout_ns, ept_error *error);
+/* Collective, between steps: all memory of the lanes is given back on every rank, and taken again. In between every
+ * call on an AllToAll of the arena, and making one, answers SUSPENDED. What is open stays so: routings, generations,
+ * faults (a faulted lane must be reset before). Suspending twice, and resuming what is not suspended, does nothing. A
+ * resume that one rank has no memory for fails on every rank, which stay suspended. */
+int32_t ept_arena_suspend(ept_arena *arena, uint64_t timeout_ns, ept_error *error);
+int32_t ept_arena_resume(ept_arena *arena, uint64_t timeout_ns, ept_error *error);
 
 /* Who takes part: the epoch of the membership that is agreed, and the ranks it names, by rank 1 or 0. Told after the
  * engine has carried it out (ept_engine_mask, ept_engine_readmit). From the next dispatch_send on nothing goes to a

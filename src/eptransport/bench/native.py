@@ -22,6 +22,7 @@ __all__ = [
     "engine_rate",
     "engine_stream",
     "mesh_exchange",
+    "record_costs",
     "tcp_pingpong",
     "tcp_stream",
 ]
@@ -69,6 +70,16 @@ def atomics_pingpong(shared: Shared, side: int, iterations: int) -> array[float]
         _u64(TIMEOUT_NS),
     )
     return samples
+
+
+RECORDS = ("post", "completion", "receive", "message", "arrival", "wait")
+
+
+def record_costs(count: int) -> dict[str, float]:
+    """Nanoseconds of one record of each kind."""
+    costs = array("d", bytes(8 * len(RECORDS)))
+    _call("eptb_record_costs", _u64(count), _pointer(costs.buffer_info()[0]))
+    return dict(zip(RECORDS, costs, strict=True))
 
 
 def copy_rate(size: int, count: int, ring: int) -> float:

@@ -13,6 +13,7 @@ from eptransport.cli.bench import bench
 from eptransport.cli.conformance import conformance
 from eptransport.cli.demo import demo
 from eptransport.cli.doctor import doctor, settings
+from eptransport.cli.top import prometheus, top
 from eptransport.errors import ConfigError, EptError, InvalidArgument
 
 
@@ -41,6 +42,8 @@ app.command()(demo)
 app.command()(conformance)
 app.command()(doctor)
 app.command()(settings)
+app.command()(top)
+app.command()(prometheus)
 
 
 def _print_version(wanted: bool) -> None:

@@ -119,6 +119,30 @@ def p2p(
         report.p2p_picture(picture, result)
 
 
+@bench.command()
+def seeing(
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks, threads of this process.")] = 2,
+    backend: Annotated[str, typer.Option(help="loopback, or another that works inside one process.")] = "loopback",
+    tokens: Annotated[int, typer.Option(min=1, help="Of each rank in a step.")] = 128,
+    hidden: Annotated[int, typer.Option(min=8, help="Elements of a token.")] = 7168,
+    iterations: Annotated[int, typer.Option(min=1, help="Steps, a round.")] = 20,
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """What counting costs: nanoseconds a record, times the records of a step, beside the step."""
+    from eptransport.bench.seeing import SeeingJob, measure, table
+
+    need_torch("bench seeing")
+    check_outputs(None, json_file)
+    result = measure(SeeingJob(ranks, backend, tokens, hidden, iterations, rounds))
+    to_stdout = str(json_file) == "-"
+    Console(stderr=to_stdout, highlight=False).print(table(result))
+    if to_stdout:
+        typer.echo(json.dumps(result.as_json(), indent=2))
+    elif json_file:
+        json_file.write_text(json.dumps(result.as_json(), indent=2) + "\n")
+
+
 def _p2p_against(
     against: str,
     ranks: int,
