@@ -112,7 +112,7 @@ def test_reset_with_half_a_step_in_flight(make_groups: Make) -> None:
 
 def test_a_rank_that_is_slow_but_alive_is_waited_for(make_groups: Make) -> None:
     """Longer than dead_s and warn_s, well within the deadline."""
-    groups = make_groups(3, timeout_s=60.0, dead_s=0.5, warn_s=0.5)
+    groups = make_groups(3, timeout_s=60.0, dead_s=1.5, warn_s=0.5)
     moes = all_to_alls(groups, CONFIG)
     scenario = ordinary()
 
@@ -183,7 +183,7 @@ def test_max_rows_bounds_the_outputs(make_groups: Make) -> None:
 def test_a_rank_that_disappears_is_named(make_groups: Make, lost: int) -> None:
     """Loopback's adversary takes it away; whoever waits for it hears within dead_s or so, not at the deadline."""
     groups = make_groups(
-        3, timeout_s=30.0, dead_s=1.0, adversary=3, options={"loopback.lose_rank": lost, "loopback.lose_after": 400}
+        3, timeout_s=30.0, dead_s=3.0, adversary=3, options={"loopback.lose_rank": lost, "loopback.lose_after": 400}
     )
     moes = all_to_alls(groups, CONFIG)
     said: dict[int, ept.EptError] = {}

@@ -140,7 +140,7 @@ def test_killed_while_streaming(tmp_path: Path) -> None:
 
 def slow(rank: int, world: int, folder: str, held: list[Any]) -> float:
     """Far longer than dead_s between two calls, while the others wait for it."""
-    group = launch.open_group(rank, world, folder, timeout_s=30.0, dead_s=1.0, warn_s=1.0)
+    group = launch.open_group(rank, world, folder, timeout_s=30.0, dead_s=2.0, warn_s=1.0)
     held.append(group)
     moe = all_to_all(group)
     step = scenario()
