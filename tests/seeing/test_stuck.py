@@ -93,7 +93,7 @@ def test_the_missing_ranks_are_named_with_their_counts(ranks: Callable[..., list
 
 
 def test_a_timeout_carries_the_report(ranks: Callable[..., list[ept.Group]]) -> None:
-    groups = ranks(3, timeout_s=1.0)
+    groups = ranks(3, timeout_s=4.0)
     moes = ept.loopback_run(groups, make)
     with pytest.raises(ept.Timeout) as caught:
         dispatch(moes[0])
@@ -129,7 +129,7 @@ def test_waits_of_the_point_to_point_interface(ranks: Callable[..., list[ept.Gro
 
 
 def test_set_up_that_one_rank_does_not_come_to(ranks: Callable[..., list[ept.Group]]) -> None:
-    groups = ranks(3, timeout_s=2.0)
+    groups = ranks(3, timeout_s=4.0)
 
     def run(group: ept.Group) -> str:
         if group.rank == 1:

@@ -135,7 +135,7 @@ def test_every_rank_must_come(ranks: Callable[..., list[ept.Group]]) -> None:
 
 
 def test_a_faulted_lane_must_be_reset_first(ranks: Callable[..., list[ept.Group]]) -> None:
-    groups = ranks(2, timeout_s=1.0)
+    groups = ranks(2, timeout_s=4.0)
     moes = ept.loopback_run(groups, make)
     with pytest.raises(ept.Timeout):
         step(moes[0], 0)

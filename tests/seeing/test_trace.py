@@ -137,7 +137,12 @@ def test_a_wait_for_a_late_rank_is_a_span_of_it(tmp_path: Path) -> None:
     def run(group: ept.Group) -> None:
         moe = ept.AllToAll(group, num_experts=3, top_k=1, hidden=64, max_tokens=4, threads=1)
         if group.rank == 2:
-            time.sleep(0.3)
+            deadline = time.monotonic() + LIMIT_S
+            while not all(
+                any(cell.peer == 2 and cell.now_s > 0.2 for cell in other.metrics().waits()) for other in groups[:2]
+            ):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
         moe.dispatch(torch.ones(4, 64, dtype=torch.bfloat16), torch.zeros(4, 1, dtype=torch.int64))
 
     ept.loopback_run(groups, run)
@@ -150,9 +155,9 @@ def test_a_wait_for_a_late_rank_is_a_span_of_it(tmp_path: Path) -> None:
     for rank in (0, 1):
         spans = tracks(read(tmp_path / f"t.rank{rank}.json"))[rank, "lane 0 dispatch"]
         late = sum(span["dur"] for span in spans if span["name"] == "wait" and span["args"]["peer"] == 2)
-        # The same sleeps, timed by each side of the same call.
-        assert float(late) / 1e6 == pytest.approx(totals[rank], rel=0.2)
-        assert late > 50_000
+        # The same sleeps, timed from outside and from inside.
+        assert float(late) / 1e6 >= totals[rank] - 1e-5
+        assert totals[rank] > 0.1
 
 
 SERVES = """
