@@ -7,7 +7,8 @@ using namespace ept;
 /* Under the lock. */
 void ept_engine::refresh_metrics(uint64_t now) {
   ept_metrics_page *page = metrics.page();
-  for (uint32_t i = 0; i < rails.size(); i++) {
+  /* Another life of the rank may find more rails than the page was laid out for. */
+  for (uint32_t i = 0; i < rails.size() && i < page->rails; i++) {
     ept_rail_counters counters{};
     counters.size = sizeof counters;
     if (!worker || plugin->counters(worker, i, &counters)) continue;

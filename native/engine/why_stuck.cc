@@ -77,7 +77,7 @@ std::string ept_engine::why_stuck(const std::string &first) {
   }
   refresh_metrics(now);
   line(text, "rails:");
-  for (uint32_t i = 0; i < rails.size(); i++) {
+  for (uint32_t i = 0; i < rails.size() && i < metrics.page()->rails; i++) {
     ept_metrics_rail &rail = metrics.rail(i);
     line(text, "  %s: %llu bytes out, %llu in, %llu times no room, %llu errors, %llu reconnects", rail.name,
          ull(get(rail.tx_bytes)), ull(get(rail.rx_bytes)), ull(get(rail.later)), ull(get(rail.errors)),
