@@ -53,11 +53,12 @@ class Trace:
         self._written = 0
         self._lost = 0
         self._stop = threading.Event()
-        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the trace)
+        self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 (open as long as the trace)
         head = f'{{"displayTimeUnit": "ns", "otherData": {{"rank": {rank}}}, "traceEvents": [\n'
-        self._file.write(head + self._metadata("process_name", f"rank {rank}") + _END)
-        self._file.flush()
-        self._end = self._file.tell() - len(_END)
+        head += self._metadata("process_name", f"rank {rank}")
+        self._end = 0
+        self._put(head + _END)
+        self._end = len(head)
         self._native.call(lib.ept_engine_trace, CAPACITY)
         self._thread = threading.Thread(target=self._run, name=f"ept trace {rank}", daemon=True)
         self._thread.start()
@@ -99,10 +100,16 @@ class Trace:
 
     def _append(self, events: list[str]) -> None:
         added = ",\n" + ",\n".join(events)
-        self._file.seek(self._end)
-        self._file.write(added + _END)
-        self._file.flush()
+        self._put(added + _END)
         self._end += len(added)
+
+    def _put(self, text: str) -> None:
+        """In one call of the system, which a signal that kills does not cut: a buffered file would make several. All is
+        ASCII, so characters are bytes."""
+        left, at = text.encode("ascii"), self._end
+        while left:
+            wrote = os.pwrite(self._file.fileno(), left, at)
+            left, at = left[wrote:], at + wrote
 
     def _run(self) -> None:
         while not self._stop.wait(FLUSH_S):
