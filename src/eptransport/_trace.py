@@ -15,6 +15,7 @@ import json
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ class Trace:
         self.path = f"{base}.rank{rank}{extension or '.json'}"
         self._rank = rank
         self._native = engine._native  # not the engine, which ends when its owner drops it
-        self._outer: list[tuple[str, int, int, int, int]] = []
+        self._outer: deque[tuple[str, int, int, int, int]] = deque()
         self._lock = threading.Lock()
         self._tracks: set[int] = set()
         self._written = 0
@@ -79,8 +80,9 @@ class Trace:
             if self._file.closed:
                 return
             events = self._native_events()
-            outer, self._outer = self._outer, []
-            events += [self._event(name, lane, phase, begin, end, {}) for name, lane, phase, begin, end in outer]
+            for _ in range(len(self._outer)):  # more may come meanwhile
+                name, lane, phase, begin, end = self._outer.popleft()
+                events.append(self._event(name, lane, phase, begin, end, {}))
             room = MOST_EVENTS - self._written
             self._lost += max(0, len(events) - room)
             events = events[:room]

@@ -111,7 +111,8 @@ def test_spans_of_every_phase_nest_in_tracks_of_their_own(tmp_path: Path, backen
         for name in ("combine", "combine_send", "combine_recv"):
             assert count(combine, name) == STEPS
         for spans, call in ((dispatch, "dispatch_send"), (combine, "combine_send")):
-            assert count(spans, "pack") == count(spans, "post") == 2 * STEPS  # a message a rank, its own included
+            assert count(spans, "pack") == 2 * STEPS  # a message a rank, its own included
+            assert count(spans, "post") >= 2 * STEPS  # again where the queue was full
             assert set(parents(spans, "pack")) == set(parents(spans, "post")) == {call}
             packed = [(span["args"]["peer"], span["args"]["generation"]) for span in spans if span["name"] == "pack"]
             assert sorted(packed) == [(peer, generation) for peer in range(2) for generation in range(STEPS)]
@@ -124,7 +125,8 @@ def test_spans_of_every_phase_nest_in_tracks_of_their_own(tmp_path: Path, backen
         assert count(late, "pack") == count(late, "post") == 2
         assert count(found[rank, "lane 1 dispatch"], "dispatch") == 0  # halves have no whole call around them
         waits = [span for spans in found.values() for span in spans if span["name"] == "wait"]
-        assert all(span["args"]["peer"] == 1 - rank for span in waits)
+        # One that waits for no rank in particular (room in the engine) names none.
+        assert all(span["args"].get("peer", 1 - rank) == 1 - rank for span in waits)
     total = merge(files, tmp_path / "both.json")
     both = read(tmp_path / "both.json")
     assert total == len(both) == sum(len(read(file)) for file in files)
