@@ -21,6 +21,17 @@ ept_peer_info info_of(ept_engine *engine, uint32_t rank) {
   return info;
 }
 
+// Who is waited for may be alive, and itself stuck for want of a rank that this one needs no more.
+std::string lost_ranks(ept_engine *engine, uint32_t world, uint32_t own) {
+  std::string text;
+  for (uint32_t r = 0; r < world; r++) {
+    if (r == own) continue;
+    const ept_peer_info info = info_of(engine, r);
+    if (info.status == EPT_PEER_LOST) text += "; rank " + std::to_string(r) + " is lost: " + info.why;
+  }
+  return text;
+}
+
 std::string name_of(const Exchange &exchange, uint32_t lane) {
   char text[96];
   snprintf(text, sizeof text, "%s %llu of lane %u", kind_name(exchange.kind), (unsigned long long)exchange.generation,
@@ -209,9 +220,10 @@ void Wait::expired(uint32_t peer, const std::string &what, uint64_t expected, ui
   error.silent_ns = info.silent_ns;
   snprintf(error.text, sizeof error.text,
            "%s: rank %u waited %.3f s for rank %u: %s (count %llu expected, %llu seen); rank %u last made progress "
-           "%.3f s ago",
+           "%.3f s ago%s",
            operation_, lane_.arena.rank, deadline_.waited_s(), peer, what.c_str(), (unsigned long long)expected,
-           (unsigned long long)seen, peer, double(info.silent_ns) * 1e-9);
+           (unsigned long long)seen, peer, double(info.silent_ns) * 1e-9,
+           lost_ranks(lane_.arena.engine, lane_.arena.world, lane_.arena.rank).c_str());
   throw failure;
 }
 

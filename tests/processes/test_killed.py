@@ -135,7 +135,8 @@ def killed_while_streaming(rank: int, world: int, folder: str, held: list[Any]) 
 
 def test_killed_while_streaming(tmp_path: Path) -> None:
     answers = launch.run(WORLD, killed_while_streaming, tmp_path, dies=frozenset({VICTIM}), limit_s=TIMEOUT_S + 40)
-    expect(answers, TIMEOUT_S)
+    # Who had all of the victim's chunks waits for a survivor that had not: until the deadline, which names both.
+    expect(answers, TIMEOUT_S + 10)
 
 
 def slow(rank: int, world: int, folder: str, held: list[Any]) -> float:
