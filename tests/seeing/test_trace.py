@@ -177,7 +177,7 @@ ept.loopback_run(groups, serve)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_that_is_killed_leaves_a_whole_document(tmp_path: Path, how: signal.Signals) -> None:
+def test_a_process_that_is_killed_leaves_a_trace(tmp_path: Path, how: signal.Signals) -> None:
     file = tmp_path / "trace.rank1.json"
     child = subprocess.Popen([sys.executable, "-c", SERVES, str(tmp_path / "trace.json")])
     deadline = time.monotonic() + LIMIT_S
@@ -188,9 +188,38 @@ def test_a_process_that_is_killed_leaves_a_whole_document(tmp_path: Path, how: s
     os.kill(child.pid, how)
     child.wait(LIMIT_S)
     for rank in range(2):
-        spans = tracks(read(tmp_path / f"trace.rank{rank}.json"))
+        merge([tmp_path / f"trace.rank{rank}.json"], tmp_path / "merged.json")  # it may have died amid a flush
+        spans = tracks(read(tmp_path / "merged.json"))
         assert (rank, "lane 0 dispatch") in spans or rank == 0
     assert len(spans[1, "lane 0 combine"]) > 100
+
+
+def test_a_flush_that_was_cut_loses_no_event_before_it(tmp_path: Path) -> None:
+    groups = ept.loopback_groups(2, ept.Settings(backend="loopback", trace=str(tmp_path / "t.json"), threads=1))
+    ept.loopback_run(groups, serve)
+    for group in groups:
+        group.close()
+    document = (tmp_path / "t.rank0.json").read_text()
+    assert merge([tmp_path / "t.rank0.json"], tmp_path / "merged.json") == len(read(tmp_path / "t.rank0.json"))
+    assert read(tmp_path / "merged.json") == read(tmp_path / "t.rank0.json")
+    at, ends = document.index("\n") + 1, []
+    for line in document.split("\n")[1:]:
+        if line.startswith("{"):
+            ends.append(at + len(line.removesuffix(",")))
+        at += len(line) + 1
+    for cut in range(len(document) - 700, len(document)):
+        (tmp_path / "cut.json").write_text(document[:cut])
+        assert merge([tmp_path / "cut.json"], tmp_path / "merged.json") == sum(end <= cut for end in ends)
+        read(tmp_path / "merged.json")
+
+
+def test_what_is_no_trace_is_not_merged(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"traceEvents": []}')
+    with pytest.raises(ValueError, match="is no trace that EPT_TRACE wrote"):
+        merge([tmp_path / "other.json"], tmp_path / "merged.json")
+    (tmp_path / "torn.json").write_text('{"traceEvents": [\n{"name":\n]}\n')
+    with pytest.raises(ValueError, match="line 2, is no event"):
+        merge([tmp_path / "torn.json"], tmp_path / "merged.json")
 
 
 def test_without_a_trace_there_is_none(tmp_path: Path) -> None:
