@@ -200,7 +200,20 @@ ept_routing *Runner::receive(const Step &step) {
   OK(code, error);
   memmove(out.x.data(), x, out.slots * config_.hidden * wire);
   verify(step, out, places);
+  verify_lost(step, routing);
   return routing;
+}
+
+void Runner::verify_lost(const Step &step, const ept_routing *routing) const {
+  const std::vector<int32_t> &ids = step.inputs[config_.rank].ids;
+  const auto masked = [&](uint32_t rank) { return !step.masked.empty() && step.masked[rank]; };
+  uint32_t membership = UINT32_MAX;
+  std::vector<uint8_t> ranks(config_.world, 7), lost(ids.size(), 7);
+  CHECK_EQ(ept_routing_lost(routing, &membership, ranks.data(), lost.data()), EPT_OK);
+  CHECK_EQ(membership, step.membership);
+  for (uint32_t r = 0; r < config_.world; r++) CHECK_EQ(ranks[r] == 1, masked(r));
+  for (size_t i = 0; i < ids.size(); i++)
+    CHECK_EQ(int(lost[i]), ids[i] >= 0 && masked(homes_.rank[size_t(ids[i])]) ? 1 : 0);
 }
 
 void Runner::verify(const Step &step, const Outputs &out, const moe_model::Places &places) const {
@@ -347,10 +360,19 @@ void Runner::combine(const Step &step, ept_routing *routing, bool receive) {
   }
 }
 
-void Runner::run(const Step &step) {
+void Runner::begin(const Step &step) {
+  std::vector<moe_model::Input> inputs = step.inputs;  // as they are without the ranks that take no part
+  for (uint32_t r = 0; r < step.masked.size(); r++)
+    if (step.masked[r]) inputs[r] = {};
+  for (moe_model::Input &input : inputs)
+    for (int32_t &id : input.ids)
+      if (id >= 0 && !step.masked.empty() && step.masked[homes_.rank[size_t(id)]]) id = -1;
   rows_.clear();
-  for (uint32_t r = 0; r < config_.world; r++)
-    rows_.push_back(moe_model::rows_at(homes_, r, config_.top_k, step.inputs));
+  for (uint32_t r = 0; r < config_.world; r++) rows_.push_back(moe_model::rows_at(homes_, r, config_.top_k, inputs));
+}
+
+void Runner::run(const Step &step) {
+  begin(step);
   const uint8_t abandon = step.abandon[config_.rank];
   // Whoever abandons, all ranks make the same sends: so an abandoned dispatch has no combine anywhere.
   bool combines = true;

@@ -29,6 +29,9 @@ struct Step {
   std::vector<uint32_t> slack;                         // [world] rows that outputs hold beyond what is needed
   std::vector<moe_model::Input> inputs;                // [world]
   std::vector<std::vector<uint8_t>> scales;            // [world] [tokens, caller_scale_bytes] where quantised
+
+  std::vector<uint8_t> masked;  // [world] 1: takes no part, so its tokens and its experts are left out; empty: all do
+  uint32_t membership = 0;      // under which the dispatch is
 };
 
 struct Draw {
@@ -43,6 +46,12 @@ class Runner {
  public:
   Runner(ept_moe *moe, const ept_moe_config &config, const int32_t *placement);
   void run(const Step &step);
+  // One call at a time: first begin, then as the halves go.
+  void begin(const Step &step);
+  void send(const Step &step, ept_routing *routing);
+  // nullptr where another rank has abandoned the stream.
+  ept_routing *receive(const Step &step);
+  void combine(const Step &step, ept_routing *routing, bool receive);
 
  private:
   struct Outputs {
@@ -54,12 +63,10 @@ class Runner {
     std::vector<float> weights;
   };
   std::vector<int64_t> shape(const Outputs &out, std::vector<int64_t> rest) const;
-  void send(const Step &step, ept_routing *routing);
-  ept_routing *receive(const Step &step);
   void payload(const Step &step, const moe_model::Row &row, std::vector<uint8_t> &x,
                std::vector<uint8_t> &scales) const;
   void verify(const Step &step, const Outputs &out, const moe_model::Places &places) const;
-  void combine(const Step &step, ept_routing *routing, bool receive);
+  void verify_lost(const Step &step, const ept_routing *routing) const;
   // Where another rank abandons a stream in this half, ours ends with CLOSED, names it, and leaves the lane usable.
   bool cut_short(const Step &step, uint8_t half, int32_t code, const Error &error) const;
   std::vector<float> sums(const Step &step, uint32_t token, std::vector<float> &beside) const;
