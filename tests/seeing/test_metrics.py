@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from late_rank import dispatch_with_rank_2_late
 
 import eptransport as ept
 from eptransport.cli.top import serve
@@ -136,18 +137,7 @@ def test_no_room_is_counted_and_tried_again(ranks: Callable[..., list[ept.Group]
 def test_the_wait_matrix_names_who_was_late(ranks: Callable[..., list[ept.Group]]) -> None:
     groups = ranks(3)
 
-    def run(group: ept.Group) -> None:
-        moe = ept.AllToAll(group, num_experts=3, top_k=1, hidden=64, max_tokens=4, threads=1)
-        if group.rank == 2:
-            deadline = time.monotonic() + LIMIT_S
-            while not all(
-                any(cell.peer == 2 and cell.now_s > 0.2 for cell in other.metrics().waits()) for other in groups[:2]
-            ):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-        moe.dispatch(torch.ones(4, 64, dtype=torch.bfloat16), torch.zeros(4, 1, dtype=torch.int64))
-
-    ept.loopback_run(groups, run)
+    dispatch_with_rank_2_late(groups)
     cells = {(cell.rank, cell.peer, cell.phase): cell for cell in groups[0].wait_matrix()}
     for rank in (0, 1):
         late = cells[rank, 2, "dispatch"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from late_rank import dispatch_with_rank_2_late
 
 import eptransport as ept
 from eptransport._trace import merge
@@ -136,18 +137,7 @@ def test_spans_of_every_phase_nest_in_tracks_of_their_own(tmp_path: Path, backen
 def test_a_wait_for_a_late_rank_is_a_span_of_it(tmp_path: Path) -> None:
     groups = ept.loopback_groups(3, ept.Settings(backend="loopback", trace=str(tmp_path / "t.json"), threads=1))
 
-    def run(group: ept.Group) -> None:
-        moe = ept.AllToAll(group, num_experts=3, top_k=1, hidden=64, max_tokens=4, threads=1)
-        if group.rank == 2:
-            deadline = time.monotonic() + LIMIT_S
-            while not all(
-                any(cell.peer == 2 and cell.now_s > 0.2 for cell in other.metrics().waits()) for other in groups[:2]
-            ):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-        moe.dispatch(torch.ones(4, 64, dtype=torch.bfloat16), torch.zeros(4, 1, dtype=torch.int64))
-
-    ept.loopback_run(groups, run)
+    dispatch_with_rank_2_late(groups)
     totals = [
         sum(cell.total_s for cell in group.metrics().waits() if cell.phase == "dispatch" and cell.peer == 2)
         for group in groups
