@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "library.h"
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstring>
+#include <fstream>
+#include <set>
+#include <vector>
+
+namespace libfabric {
+namespace {
+
+// Every release since 1.4 keeps FABRIC_1.3, the layout of headers up to 1.17. Later headers describe the default
+// version of a library of their own release only.
+constexpr bool kOldHeaders = kApi <= FI_VERSION(1, 17);
+constexpr const char *kOldVersion = "FABRIC_1.3";
+
+std::string release_of(uint32_t version) {
+  return std::to_string(FI_MAJOR(version)) + "." + std::to_string(FI_MINOR(version));
+}
+
+class Opened final : public Library {
+ public:
+  // Empty: all symbols are there. Else which is not.
+  std::string bind(void *handle) {
+    handle_ = handle;
+    bool all = take("fi_getinfo", &getinfo_, true) && take("fi_freeinfo", &freeinfo_, true) &&
+               take("fi_dupinfo", &dupinfo_, true) && take("fi_fabric", &fabric_, false) &&
+               take("fi_strerror", &strerror_, false) && take("fi_version", &version_, false);
+    if (!all) return missing_;
+    link_map *map = nullptr;
+    if (dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0 && map != nullptr) path_ = map->l_name;
+    if (!kOldHeaders && FI_VERSION(FI_MAJOR(version()), FI_MINOR(version())) != kApi)
+      return "is release " + release_of(version()) + ", and this plugin was built with the headers of " +
+             release_of(kApi) + ", which fit that release only (headers up to 1.17 fit all)";
+    return "";
+  }
+
+  int getinfo(uint32_t api, const char *node, const char *service, uint64_t flags, const fi_info *hints,
+              fi_info **infos) override {
+    return getinfo_(api, node, service, flags, hints, infos);
+  }
+  void freeinfo(fi_info *infos) override { freeinfo_(infos); }
+  fi_info *dupinfo(const fi_info *info) override { return dupinfo_(info); }
+  int fabric(fi_fabric_attr *attributes, fid_fabric **fabric, void *context) override {
+    return fabric_(attributes, fabric, context);
+  }
+  const char *strerror(int number) override { return strerror_(number); }
+  uint32_t version() override { return version_(); }
+  const std::string &path() override { return path_; }
+
+ private:
+  template <class Function>
+  bool take(const char *name, Function **function, bool versioned) {
+    void *symbol = versioned && kOldHeaders ? dlvsym(handle_, name, kOldVersion) : dlsym(handle_, name);
+    if (symbol == nullptr) {
+      missing_ = std::string("has no ") + name + (versioned && kOldHeaders ? "@FABRIC_1.3" : "");
+      return false;
+    }
+    memcpy(function, &symbol, sizeof symbol);
+    return true;
+  }
+
+  void *handle_ = nullptr;
+  std::string missing_, path_;
+  int (*getinfo_)(uint32_t, const char *, const char *, uint64_t, const fi_info *, fi_info **) = nullptr;
+  void (*freeinfo_)(fi_info *) = nullptr;
+  fi_info *(*dupinfo_)(const fi_info *) = nullptr;
+  int (*fabric_)(fi_fabric_attr *, fid_fabric **, void *) = nullptr;
+  const char *(*strerror_)(int) = nullptr;
+  uint32_t (*version_)() = nullptr;
+};
+
+std::set<std::string> mapped_files() {
+  std::set<std::string> files;
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    size_t slash = line.find('/');
+    if (slash == std::string::npos) continue;
+    std::string file = line.substr(slash);
+    size_t name = file.rfind('/') + 1;
+    if (file.compare(name, 15, "libfabric.so.1.") == 0 || file.compare(name, std::string::npos, "libfabric.so.1") == 0)
+      files.insert(file);
+  }
+  return files;
+}
+
+}  // namespace
+
+std::shared_ptr<Library> open_library(const std::string &wanted, Refusal *refusal) {
+  std::vector<std::string> places;
+  if (!wanted.empty()) {
+    places = {wanted};
+  } else {
+    for (const std::string &file : mapped_files()) places.push_back(file);
+    for (const char *file :
+         {"/opt/amazon/efa/lib64/libfabric.so.1", "/opt/amazon/efa/lib/libfabric.so.1", "libfabric.so.1"})
+      places.push_back(file);
+  }
+  std::string reasons;
+  for (const std::string &place : places) {
+    // RTLD_NODELETE: providers start threads and leave handlers behind that must not outlive their code.
+    void *handle = dlopen(place.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+    std::string reason;
+    if (handle == nullptr) {
+      const char *text = dlerror();
+      reason = text != nullptr ? text : "can't be opened";
+    } else {
+      auto opened = std::make_shared<Opened>();
+      reason = opened->bind(handle);
+      if (reason.empty()) return opened;
+      dlclose(handle);
+      reason = place + " " + reason;
+    }
+    reasons += (reasons.empty() ? "" : "; ") + reason;
+  }
+  refusal->why = reasons;
+  refusal->mend =
+      "install libfabric (apt-get install libfabric1, AWS's EFA installer, or pip install mpich), or give "
+      "EPT_LIBFABRIC_LIBRARY=/path/to/libfabric.so.1";
+  return nullptr;
+}
+
+std::string mapped_libraries() {
+  std::string list;
+  for (const std::string &file : mapped_files()) list += (list.empty() ? "" : ", ") + file;
+  return list;
+}
+
+}  // namespace libfabric
