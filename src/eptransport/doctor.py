@@ -12,7 +12,7 @@ from typing import Any
 
 import eptransport
 from eptransport._process import cores
-from eptransport.backends import AUTO_ORDER, PLANNED, Registry, choose, registry
+from eptransport.backends import AUTO_ORDER, PLANNED, Registry, absent, choose, registry
 from eptransport.errors import ConfigError, EptError
 from eptransport.settings import Explained, Settings
 
@@ -124,8 +124,7 @@ def _backends(plugins: Registry, settings: Settings) -> Sequence[Backend]:
 def _backend(name: str, plugins: Registry, settings: Settings) -> Backend:
     plugin = plugins.plugins.get(name)
     if plugin is None:
-        finding = "this build has no such plugin"
-        mend = "put its .so, or the folder of it, into EPT_PLUGIN_PATH"
+        finding, mend = absent(name)
         return Backend(name, False, "", "", "", finding, mend, "", ())
     options = tuple(
         f"EPT_{name}_{setting.name}".upper() + f"={setting.default}: {setting.doc}" for setting in plugin.settings

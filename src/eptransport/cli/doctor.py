@@ -48,10 +48,12 @@ def doctor(
             finding += [f"{backend.version}, {backend.source}: {backend.path}", *backend.options]
         state = "[green]usable[/]" if backend.usable else "[yellow]no[/]"
         table.add_row(backend.name, state, "\n".join(map(_plain, finding)), _plain(backend.mend))
-    absent = [backend for backend in found.backends if not backend.path]
-    if absent:
-        names = ", ".join(backend.name for backend in absent)
-        table.add_row(names, "[yellow]no[/]", absent[0].finding, _plain(absent[0].mend))
+    absent: dict[tuple[str, str], list[str]] = {}
+    for backend in found.backends:
+        if not backend.path:
+            absent.setdefault((backend.finding, backend.mend), []).append(backend.name)
+    for (why, mend), names in absent.items():
+        table.add_row(", ".join(names), "[yellow]no[/]", _plain(why), _plain(mend))
     console.print(table)
     for source, reason in found.refused.items():
         console.print(f"[yellow]refused[/] {_plain(source)}: {_plain(reason)}", soft_wrap=True)
