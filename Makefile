@@ -32,15 +32,15 @@ test-sanitizers: build/asan/build.ninja build/tsan/build.ninja
 	meson test -C build/tsan --print-errorlogs --timeout-multiplier 10
 
 lint: $(VENV)/test.installed
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples native
+	$(BIN)/ruff format --check src tests examples native
 	$(BIN)/mypy
-	git ls-files '*.c' '*.cc' '*.h' '*.inc' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.c' '*.cc' '*.cu' '*.cuh' '*.h' '*.inc' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/test.installed
-	$(BIN)/ruff check --fix src tests examples
-	$(BIN)/ruff format src tests examples
-	git ls-files '*.c' '*.cc' '*.h' '*.inc' | xargs $(BIN)/clang-format -i
+	$(BIN)/ruff check --fix src tests examples native
+	$(BIN)/ruff format src tests examples native
+	git ls-files '*.c' '*.cc' '*.cu' '*.cuh' '*.h' '*.inc' | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/demo.installed
 	$(BIN)/eptransport bench p2p
