@@ -201,8 +201,8 @@ def test_bare_loops_give_a_sample_a_turn() -> None:
         assert len(samples) == 50
         assert min(samples) > 0
         seconds, _ = on_threads(
-            lambda: native.tcp_stream(a.fileno(), 0, 1 << 16, 20, 4),
-            lambda: native.tcp_stream(b.fileno(), 1, 1 << 16, 20, 4),
+            lambda: native.tcp_stream(a.fileno(), 0, native.Buffer(1 << 18), 1 << 16, 20, 4),
+            lambda: native.tcp_stream(b.fileno(), 1, native.Buffer(1 << 18), 1 << 16, 20, 4),
         )
         assert seconds > 0
     shared = native.Shared(mmap.mmap(-1, native.Shared.BYTES))

@@ -149,8 +149,9 @@ class End {
   ept_remote_signal_id remote_signal_ = 0;
 };
 
-int32_t pingpong(End &end, uint32_t side, uint64_t bytes, uint32_t iterations, double *samples, uint64_t timeout_ns,
-                 ept_error *error) {
+// `risen`: how often this side's signal has been raised before. The same of stream.
+int32_t pingpong(End &end, uint32_t side, uint64_t bytes, uint32_t iterations, uint64_t risen, double *samples,
+                 uint64_t timeout_ns, ept_error *error) {
   const ept_write write = end.write(0, bytes);
   Deadline deadline(timeout_ns);
   for (uint32_t i = 0; i < iterations; ++i) {
@@ -159,7 +160,7 @@ int32_t pingpong(End &end, uint32_t side, uint64_t bytes, uint32_t iterations, d
     end.source()[0] = mark;  // free again: the answer to the last turn's write has come, so that write is done
     int32_t code = EPT_OK;
     if (side == 0) code = end.post(write, nullptr, deadline, error);
-    if (code == EPT_OK) code = end.wait(i + 1, timeout_ns, error);
+    if (code == EPT_OK) code = end.wait(risen + i + 1, timeout_ns, error);
     if (code == EPT_OK && end.landing()[0] != mark)
       return fail(EPT_E_INTERNAL, "ping-pong: the signal of turn %u rose before its bytes were there", i);
     if (code == EPT_OK && side == 1) code = end.post(write, nullptr, deadline, error);
@@ -170,7 +171,7 @@ int32_t pingpong(End &end, uint32_t side, uint64_t bytes, uint32_t iterations, d
 }
 
 int32_t stream(ept_engine *engine, End &end, uint32_t side, uint64_t bytes, uint32_t count, uint32_t ring,
-               double *seconds, uint64_t timeout_ns, ept_error *error) {
+               uint64_t risen, double *seconds, uint64_t timeout_ns, ept_error *error) {
   Deadline deadline(timeout_ns);
   std::vector<ept_transfer_id> transfers(ring);
   const uint64_t before = now_ns();
@@ -183,9 +184,9 @@ int32_t stream(ept_engine *engine, End &end, uint32_t side, uint64_t bytes, uint
     }
     for (uint32_t i = 0; i < ring && i < count; ++i)
       if (code = ept_transfer_wait(engine, transfers[i], timeout_ns, error); code != EPT_OK) return code;
-    code = end.wait(1, timeout_ns, error);
+    code = end.wait(risen + 1, timeout_ns, error);
   } else {
-    code = end.wait(count, timeout_ns, error);
+    code = end.wait(risen + count, timeout_ns, error);
     if (code == EPT_OK) code = end.post(end.write(0, 0), nullptr, deadline, error);
   }
   *seconds = static_cast<double>(now_ns() - before) / 1e9;
@@ -196,33 +197,65 @@ int32_t stream(ept_engine *engine, End &end, uint32_t side, uint64_t bytes, uint
   return code;
 }
 
+int32_t ended(int32_t code, const ept_error &error) {
+  return code == EPT_OK || error.code == EPT_OK ? code : fail(error);
+}
+
 }  // namespace
 }  // namespace ept::bench
 
 using namespace ept::bench;
 
+struct eptb_pair {
+  eptb_pair(ept_engine *opened, uint32_t peer, uint32_t which, uint64_t most, uint64_t set_up)
+      : engine(opened), side(which), bytes(most), tag(set_up), end(opened, peer) {}
+  int32_t too_small(uint64_t asked) const {
+    return fail(EPT_E_INVALID, "%llu bytes do not fit the pair's %llu", static_cast<unsigned long long>(asked),
+                static_cast<unsigned long long>(bytes));
+  }
+
+  ept_engine *engine;
+  uint32_t side;
+  uint64_t bytes, tag;
+  uint64_t risen = 0;  // how often the signal of this side has been raised
+  End end;
+};
+
 extern "C" {
 
-int32_t eptb_engine_pingpong(ept_engine *engine, uint32_t peer, uint32_t side, uint64_t bytes, uint32_t iterations,
-                             double *samples, uint64_t tag, uint64_t timeout_ns) {
+int32_t eptb_pair_open(ept_engine *engine, uint32_t peer, uint32_t side, uint64_t bytes, uint64_t tag,
+                       uint64_t timeout_ns, eptb_pair **pair) {
   ept_error error = empty_error();
-  End end(engine, peer);
-  int32_t code = end.open(bytes, &error);
-  if (code == EPT_OK) code = end.meet(tag, timeout_ns, &error);
-  if (code == EPT_OK) code = pingpong(end, side, bytes, iterations, samples, timeout_ns, &error);
-  if (code == EPT_OK) code = end.part(tag, timeout_ns, &error);
-  return code == EPT_OK || error.code == EPT_OK ? code : fail(error);
+  auto made = std::make_unique<eptb_pair>(engine, peer, side, bytes, tag);
+  int32_t code = made->end.open(bytes, &error);
+  if (code == EPT_OK) code = made->end.meet(tag, timeout_ns, &error);
+  if (code == EPT_OK) *pair = made.release();
+  return ended(code, error);
 }
 
-int32_t eptb_engine_stream(ept_engine *engine, uint32_t peer, uint32_t side, uint64_t bytes, uint32_t count,
-                           uint32_t ring, double *seconds, uint64_t tag, uint64_t timeout_ns) {
+int32_t eptb_pair_pingpong(eptb_pair *pair, uint64_t bytes, uint32_t iterations, double *samples, uint64_t timeout_ns) {
+  if (bytes > pair->bytes) return pair->too_small(bytes);
   ept_error error = empty_error();
-  End end(engine, peer);
-  int32_t code = end.open(bytes * ring, &error);
-  if (code == EPT_OK) code = end.meet(tag, timeout_ns, &error);
-  if (code == EPT_OK) code = stream(engine, end, side, bytes, count, ring, seconds, timeout_ns, &error);
-  if (code == EPT_OK) code = end.part(tag, timeout_ns, &error);
-  return code == EPT_OK || error.code == EPT_OK ? code : fail(error);
+  const int32_t code = pingpong(pair->end, pair->side, bytes, iterations, pair->risen, samples, timeout_ns, &error);
+  pair->risen += iterations;
+  pair->end.source()[0] = pair->end.expected(0);
+  return ended(code, error);
+}
+
+int32_t eptb_pair_stream(eptb_pair *pair, uint64_t bytes, uint32_t count, uint32_t ring, double *seconds,
+                         uint64_t timeout_ns) {
+  if (bytes * ring > pair->bytes) return pair->too_small(bytes * ring);
+  ept_error error = empty_error();
+  const int32_t code =
+      stream(pair->engine, pair->end, pair->side, bytes, count, ring, pair->risen, seconds, timeout_ns, &error);
+  pair->risen += pair->side == 0 ? 1 : count;
+  return ended(code, error);
+}
+
+int32_t eptb_pair_close(eptb_pair *pair, uint64_t timeout_ns) {
+  const std::unique_ptr<eptb_pair> owner(pair);
+  ept_error error = empty_error();
+  return ended(owner->end.part(owner->tag, timeout_ns, &error), error);
 }
 
 int32_t eptb_engine_rate(ept_engine *from, uint32_t from_rank, ept_engine *to, uint32_t to_rank, uint64_t bytes,

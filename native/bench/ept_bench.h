@@ -41,9 +41,10 @@ int32_t eptb_copy_ranges(uint8_t *destination, const uint8_t *source, const uint
 int32_t eptb_tcp_pingpong(int32_t fd, uint32_t side, uint64_t bytes, uint32_t iterations, double *samples,
                           uint64_t timeout_ns);
 /* Side 0 writes `count` messages of `bytes`, blocking, from `ring` buffers in turn; side 1 reads them into `ring`
- * buffers in turn and answers one byte at the end. *seconds: side 0's, first write to the answer. */
-int32_t eptb_tcp_stream(int32_t fd, uint32_t side, uint64_t bytes, uint32_t count, uint32_t ring, double *seconds,
-                        uint64_t timeout_ns);
+ * buffers in turn and answers one byte at the end. `buffers`: ring times bytes, the caller's, so that making them is
+ * no part of what is measured. *seconds: side 0's, first write to the answer. */
+int32_t eptb_tcp_stream(int32_t fd, uint32_t side, uint8_t *buffers, uint64_t bytes, uint32_t count, uint32_t ring,
+                        double *seconds, uint64_t timeout_ns);
 /* One phase of an all-to-all: to each peer send_bytes[peer] from `send` (packed in rank order, each range aligned to
  * 64), from each peer recv_bytes[peer] into `recv` (the same). fds[rank] is not looked at. Sleeps in poll when no
  * socket can move. */
@@ -51,12 +52,18 @@ int32_t eptb_mesh_exchange(const int32_t *fds, uint32_t world, uint32_t rank, co
                            const uint64_t *recv_bytes, const uint8_t *send, uint8_t *recv, uint64_t timeout_ns);
 
 /* ---- engine (engine.cc) -------------------------------------------------------------------------------------------
- * `tag` keeps the set-up messages of one run apart from those of another; both sides pass the same. */
-int32_t eptb_engine_pingpong(ept_engine *engine, uint32_t peer, uint32_t side, uint64_t bytes, uint32_t iterations,
-                             double *samples, uint64_t tag, uint64_t timeout_ns);
+ * A pair: `bytes` to write from and as many to land in, a signal, and the peer's counterpart of both. Opened once for
+ * many runs, as every other side of the tables is, so that set-up is no part of what is measured. Both sides make the
+ * same calls. `tag` keeps the set-up messages of one pair apart from those of another; both sides pass the same. */
+typedef struct eptb_pair eptb_pair;
+int32_t eptb_pair_open(ept_engine *engine, uint32_t peer, uint32_t side, uint64_t bytes, uint64_t tag,
+                       uint64_t timeout_ns, eptb_pair **pair);
+int32_t eptb_pair_pingpong(eptb_pair *pair, uint64_t bytes, uint32_t iterations, double *samples, uint64_t timeout_ns);
 /* As eptb_tcp_stream: at most `ring` writes in flight, each from and into its own buffer. */
-int32_t eptb_engine_stream(ept_engine *engine, uint32_t peer, uint32_t side, uint64_t bytes, uint32_t count,
-                           uint32_t ring, double *seconds, uint64_t tag, uint64_t timeout_ns);
+int32_t eptb_pair_stream(eptb_pair *pair, uint64_t bytes, uint32_t count, uint32_t ring, double *seconds,
+                         uint64_t timeout_ns);
+/* When the peer closes too; frees in any case. */
+int32_t eptb_pair_close(eptb_pair *pair, uint64_t timeout_ns);
 /* Two engines of one process driven by this one thread: `count` writes of `bytes` with a signal from `from` to `to`,
  * `batch` at a time by one ept_engine_scatter (batch 1: by ept_engine_write). */
 int32_t eptb_engine_rate(ept_engine *from, uint32_t from_rank, ept_engine *to, uint32_t to_rank, uint64_t bytes,

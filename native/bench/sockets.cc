@@ -129,11 +129,9 @@ int32_t eptb_tcp_pingpong(int32_t fd, uint32_t side, uint64_t bytes, uint32_t it
   return EPT_OK;
 }
 
-int32_t eptb_tcp_stream(int32_t fd, uint32_t side, uint64_t bytes, uint32_t count, uint32_t ring, double *seconds,
-                        uint64_t timeout_ns) {
+int32_t eptb_tcp_stream(int32_t fd, uint32_t side, uint8_t *buffers, uint64_t bytes, uint32_t count, uint32_t ring,
+                        double *seconds, uint64_t timeout_ns) {
   bound_blocking(fd, timeout_ns);
-  std::vector<uint8_t> buffers(bytes * ring);
-  for (size_t i = 0; i < buffers.size(); ++i) buffers[i] = static_cast<uint8_t>(i * 131 + 7);
   uint8_t answer = 0x5a;
   // The receiver's buffers are ready before the first byte: a start byte the other way.
   if (side == 1) {
@@ -143,7 +141,7 @@ int32_t eptb_tcp_stream(int32_t fd, uint32_t side, uint64_t bytes, uint32_t coun
   }
   const uint64_t before = now_ns();
   for (uint32_t i = 0; i < count; ++i) {
-    uint8_t *buffer = buffers.data() + i % ring * bytes;
+    uint8_t *buffer = buffers + i % ring * bytes;
     const int32_t code = side == 0 ? send_blocking(fd, buffer, bytes) : recv_blocking(fd, buffer, bytes);
     if (code != EPT_OK) return code;
   }

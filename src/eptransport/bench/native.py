@@ -9,18 +9,19 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from eptransport.errors import UnsupportedError, error_class
+from eptransport._closing import Closing
+from eptransport.errors import InvalidArgument, UnsupportedError, error_class
 
 __all__ = [
+    "Buffer",
+    "Pair",
     "Shared",
     "atomics_pingpong",
     "barrier",
     "break_barrier",
     "copy_ranges",
     "copy_rate",
-    "engine_pingpong",
     "engine_rate",
-    "engine_stream",
     "mesh_exchange",
     "record_costs",
     "tcp_pingpong",
@@ -109,13 +110,29 @@ def tcp_pingpong(fd: int, side: int, size: int, iterations: int) -> array[float]
     return samples
 
 
-def tcp_stream(fd: int, side: int, size: int, count: int, ring: int) -> float:
-    """Seconds from the first byte to the answer."""
+class Buffer:
+    """Memory that was written to, so that no page is missing when it is measured with."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._bytes = (ctypes.c_char * length)()
+        ctypes.memset(self._bytes, 0x5A, length)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._bytes)
+
+
+def tcp_stream(fd: int, side: int, buffer: Buffer, size: int, count: int, ring: int) -> float:
+    """Seconds from the first byte to the answer. The buffer holds `ring` times `size`."""
+    if size * ring > buffer.length:
+        raise InvalidArgument(f"a ring of {ring} times {size} bytes does not fit a buffer of {buffer.length}")
     seconds = ctypes.c_double()
     _call(
         "eptb_tcp_stream",
         _i32(fd),
         _u32(side),
+        _pointer(buffer.address),
         _u64(size),
         _u32(count),
         _u32(ring),
@@ -142,39 +159,54 @@ def mesh_exchange(
     )
 
 
-def engine_pingpong(engine: int, peer: int, side: int, size: int, iterations: int, tag: int) -> array[float]:
-    """As tcp_pingpong, by a write with a signal each way."""
-    samples = array("d", bytes(8 * iterations))
-    _call(
-        "eptb_engine_pingpong",
-        _pointer(engine),
-        _u32(peer),
-        _u32(side),
-        _u64(size),
-        _u32(iterations),
-        _pointer(samples.buffer_info()[0]),
-        _u64(tag),
-        _u64(TIMEOUT_NS),
-    )
-    return samples
+class Pair(Closing):
+    """Memory of `most` bytes, a signal and the peer's counterpart of both, over an `ept_engine` (its address). Set up
+    once, so that it is no part of what is measured; both sides make the same calls."""
 
+    def __init__(self, engine: int, peer: int, side: int, most: int, tag: int = 0) -> None:
+        self._pair = ctypes.c_void_p()
+        _call(
+            "eptb_pair_open",
+            _pointer(engine),
+            _u32(peer),
+            _u32(side),
+            _u64(most),
+            _u64(tag),
+            _u64(TIMEOUT_NS),
+            ctypes.byref(self._pair),
+        )
 
-def engine_stream(engine: int, peer: int, side: int, size: int, count: int, ring: int, tag: int) -> float:
-    """As tcp_stream, by writes with a signal, at most `ring` in flight."""
-    seconds = ctypes.c_double()
-    _call(
-        "eptb_engine_stream",
-        _pointer(engine),
-        _u32(peer),
-        _u32(side),
-        _u64(size),
-        _u32(count),
-        _u32(ring),
-        ctypes.byref(seconds),
-        _u64(tag),
-        _u64(TIMEOUT_NS),
-    )
-    return seconds.value
+    def pingpong(self, size: int, iterations: int) -> array[float]:
+        """As tcp_pingpong, by a write with a signal each way."""
+        samples = array("d", bytes(8 * iterations))
+        _call(
+            "eptb_pair_pingpong",
+            self._pair,
+            _u64(size),
+            _u32(iterations),
+            _pointer(samples.buffer_info()[0]),
+            _u64(TIMEOUT_NS),
+        )
+        return samples
+
+    def stream(self, size: int, count: int, ring: int) -> float:
+        """As tcp_stream, by writes with a signal, at most `ring` in flight."""
+        seconds = ctypes.c_double()
+        _call(
+            "eptb_pair_stream",
+            self._pair,
+            _u64(size),
+            _u32(count),
+            _u32(ring),
+            ctypes.byref(seconds),
+            _u64(TIMEOUT_NS),
+        )
+        return seconds.value
+
+    def close(self) -> None:
+        pair, self._pair = self._pair, ctypes.c_void_p()
+        if pair:
+            _call("eptb_pair_close", pair, _u64(TIMEOUT_NS))
 
 
 def engine_rate(

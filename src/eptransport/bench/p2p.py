@@ -152,6 +152,7 @@ def _measure(job: P2pJob, rank: Rank) -> _RankResult:
                 done += 1
                 rank.progress(done)
             regime.append(pair.probe())
+        pair.pair.close()
         rank.barrier()
     return _RankResult(pair.side, group.backend, regime, runs)
 
@@ -166,7 +167,9 @@ class _Pair:
         self.fd = -1 if mesh is None else mesh.fds[self.peer]
         self.latency_floor = "shared memory" if mesh is None else "bare TCP ping-pong"
         self.bandwidth_floor = "copies" if mesh is None else "bare TCP stream"
-        self.tag = 0
+        most = max(*job.latency_bytes, *(RING * size for size in job.bandwidth_bytes))
+        self.buffer = native.Buffer(most)
+        self.pair = native.Pair(_engine(group), self.peer, self.side, most)
 
     def probe(self) -> float:
         """The speed of the cores, by ranks 0 and 1 while the others wait."""
@@ -209,9 +212,7 @@ class _Pair:
 
     def _our_latency(self, run: _Run) -> Callable[[int], list[float]]:
         def timed(count: int) -> list[float]:
-            engine = _engine(self.group)
-            samples = native.engine_pingpong(engine, self.peer, self.side, run.bytes, count, self._tag())
-            return [sample / 1e3 for sample in samples]
+            return [sample / 1e3 for sample in self.pair.pingpong(run.bytes, count)]
 
         return timed
 
@@ -220,19 +221,14 @@ class _Pair:
             if self.job.threads:
                 seconds = native.copy_rate(run.bytes, count, RING) if self.side == 0 else 1.0
             else:
-                seconds = native.tcp_stream(self.fd, self.side, run.bytes, count, RING)
+                seconds = native.tcp_stream(self.fd, self.side, self.buffer, run.bytes, count, RING)
             return [run.bytes * count / seconds / 1e9]
 
         def ours(count: int) -> list[float]:
-            engine = _engine(self.group)
-            seconds = native.engine_stream(engine, self.peer, self.side, run.bytes, count, RING, self._tag())
+            seconds = self.pair.stream(run.bytes, count, RING)
             return [run.bytes * count / seconds / 1e9]
 
         return floor, ours
-
-    def _tag(self) -> int:
-        self.tag += 16
-        return self.tag
 
     def _counters(self) -> tuple[int, int]:
         return sent(self.group)

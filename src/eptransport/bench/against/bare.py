@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eptransport.bench import native
-from eptransport.bench.against.side import Recipe, Side
+from eptransport.bench.against.side import MOST_BYTES, Recipe, Side
 from eptransport.bench.processes import ProcessRank
 from eptransport.bench.ranks import Mesh
 
@@ -36,12 +36,13 @@ class _One(Side):
     def __init__(self, rank: ProcessRank) -> None:
         self._side, self._mesh = rank.rank, Mesh(rank)
         self._fd = self._mesh.fds[1 - rank.rank]
+        self._buffer = native.Buffer(MOST_BYTES)
 
     def latency(self, size: int, count: int) -> Sequence[float]:
         return [sample / 1e3 for sample in native.tcp_pingpong(self._fd, self._side, size, count)]
 
     def stream(self, size: int, count: int, depth: int) -> float:
-        return native.tcp_stream(self._fd, self._side, size, count, depth)
+        return native.tcp_stream(self._fd, self._side, self._buffer, size, count, depth)
 
     def close(self) -> None:
         self._mesh.close()

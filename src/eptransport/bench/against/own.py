@@ -57,20 +57,18 @@ class _Native(Side):
     def __init__(self, rank: ProcessRank, group: Any) -> None:
         from eptransport._call import ffi
 
-        self._side, self._peer, self._group = rank.rank, 1 - rank.rank, group
-        self._engine = int(ffi.cast("uintptr_t", group.engine.handle))
-        self._tag = 0
+        self._group = group
+        engine = int(ffi.cast("uintptr_t", group.engine.handle))
+        self._pair = native.Pair(engine, 1 - rank.rank, rank.rank, MOST_BYTES)
 
     def latency(self, size: int, count: int) -> Sequence[float]:
-        self._tag += 16  # keeps the set-up messages of one run apart from the next one's
-        samples = native.engine_pingpong(self._engine, self._peer, self._side, size, count, self._tag)
-        return [sample / 1e3 for sample in samples]
+        return [sample / 1e3 for sample in self._pair.pingpong(size, count)]
 
     def stream(self, size: int, count: int, depth: int) -> float:
-        self._tag += 16
-        return native.engine_stream(self._engine, self._peer, self._side, size, count, depth, self._tag)
+        return self._pair.stream(size, count, depth)
 
     def close(self) -> None:
+        self._pair.close()
         self._group.close()
 
 
