@@ -55,6 +55,9 @@
 #include <cstring>
 #include <thread>
 #define EPT_DEVICE inline
+#ifndef EPT_SPIN /* what a CPU does between two looks; fibers bring their own */
+#define EPT_SPIN() std::this_thread::yield()
+#endif
 #endif
 
 namespace ept::device {
@@ -113,6 +116,7 @@ struct Hardware {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns) : : "memory");
     return ns;
   }
+  static EPT_DEVICE void spin() {}
   static EPT_DEVICE void rest() { asm volatile("nanosleep.u32 100;" : : : "memory"); }
 #else
   static uint64_t acquire_system(const uint64_t *at) { return ref(at).load(std::memory_order_acquire); }
@@ -134,7 +138,8 @@ struct Hardware {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return static_cast<uint64_t>(t.tv_sec) * 1000000000 + static_cast<uint64_t>(t.tv_nsec);
   }
-  static void rest() { std::this_thread::yield(); }
+  static void spin() { EPT_SPIN(); }
+  static void rest() { EPT_SPIN(); }
 
  private:
   template <class T>
@@ -195,29 +200,34 @@ struct Block { /* of one dimension */
 EPT_DEVICE uint64_t deadline_in(uint64_t ns) { return Hardware::now() + ns; }
 
 struct Seen {
-  int32_t code; /* EPT_OK; EPT_E_TIMEOUT; or the peer's status: PEER_LOST, ... */
+  int32_t code; /* EPT_OK; EPT_E_TIMEOUT; or what `stop` held */
   uint64_t count;
   EPT_DEVICE bool came() const { return code == EPT_OK; }
 };
 
-/* How long a wait lets clock and peer be: a look at the peer's status is a way over PCIe, which would halve the rate at
- * which the signal itself is looked at. 32 looks take some 20 us at most; a peer's end is noticed after that. */
-constexpr uint32_t ept_looks = 32;
+/* How many looks at the signal pass between two at the clock and at `stop`, which may be a way over PCIe. 32 looks take
+ * some 20 to 40 us: so much later than it could a wait learns that its peer has ended. */
+constexpr uint32_t looks_between = 32;
 
-/* Until the count at `signal` is at least `target` (counts wrap: until it is not behind it). One thread calls; after
- * a barrier its team reads what the signal promised. Whoever is told TIMEOUT sets its fault word: nothing traps here.
- */
+/* Until the count at `signal` is at least `target` (counts wrap: until it is not behind it), or `deadline`, or `stop`
+ * (may be NULL) holds something else than 0: a peer's status, a lane's fault. One thread calls; after a barrier its
+ * team reads what the signal promised. Whoever is told TIMEOUT sets its fault word: nothing traps here. */
 template <class M = Hardware>
-EPT_DEVICE Seen wait(const uint64_t *signal, uint64_t target, uint64_t deadline,
-                     const ept_device_progress *peer = nullptr) {
+EPT_DEVICE Seen wait(const uint64_t *signal, uint64_t target, uint64_t deadline, const int32_t *stop = nullptr) {
   for (uint32_t look = 1;; look++) {
     const uint64_t count = M::acquire_system(signal);
     if (reached(count, target)) return {EPT_OK, count};
-    if (look % ept_looks) continue;
-    const int32_t status = peer ? M::relaxed_system(&peer->status) : EPT_OK;
-    if (status != EPT_OK) return {status, count};
+    M::spin();
+    if (look % looks_between) continue;
+    const int32_t stopped = stop ? M::relaxed_system(stop) : EPT_OK;
+    if (stopped != EPT_OK) return {stopped, count};
     if (reached(M::now(), deadline)) return {EPT_E_TIMEOUT, count};
   }
+}
+
+/* The status of a path's peer, to stop a wait for it. */
+EPT_DEVICE const int32_t *status(const ept_path &path) {
+  return path.progress ? &address<ept_device_progress>(path.progress)->status : nullptr;
 }
 
 /* Counts `more` in, says the count before: with each of n blocks counting itself in after a barrier, the one that is
@@ -245,9 +255,9 @@ EPT_DEVICE Put push(const ept_path &path, const ept_command &command, uint64_t d
     if (reached(head, M::acquire_device(&ring->seen) + capacity)) { /* full, as far as is known here */
       const uint64_t consumed = M::acquire_system(address<uint64_t>(ring->consumed));
       if (reached(head, consumed + capacity)) {
-        const auto *peer = address<ept_device_progress>(path.progress);
-        const int32_t status = peer ? M::relaxed_system(&peer->status) : EPT_OK;
-        if (status != EPT_OK) return {status, 0};
+        const int32_t *stop = status(path);
+        const int32_t stopped = stop ? M::relaxed_system(stop) : EPT_OK;
+        if (stopped != EPT_OK) return {stopped, 0};
         if (reached(M::now(), deadline)) return {EPT_E_TIMEOUT, 0};
         M::rest();
         head = M::relaxed_device(&ring->head);
