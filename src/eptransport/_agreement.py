@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import eptransport
 from eptransport import _record as record
-from eptransport._bootstrap import Bootstrap
 from eptransport._process import host_id, process
 from eptransport.backends import Candidate, Choice, candidates, unavailable, why
 from eptransport.errors import EptError, MismatchError
@@ -18,7 +17,13 @@ __all__ = ["HELLO", "agree", "compare", "first_words"]
 SECRET_BYTES = 32
 
 
-def first_words(bootstrap: Bootstrap, given: Settings | None, rank: int) -> tuple[Settings, dict[str, Any]]:
+class Teller(Protocol):
+    """Who can tell the others an error: a Bootstrap, for one."""
+
+    def say(self, stage: str, content: dict[str, Any] | None, error: EptError | None = None) -> None: ...
+
+
+def first_words(bootstrap: Teller, given: Settings | None, rank: int) -> tuple[Settings, dict[str, Any]]:
     """The settings, and what this rank tells the others about itself. An error is told too, so that none waits for
     it."""
     try:

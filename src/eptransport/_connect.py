@@ -16,7 +16,7 @@ from eptransport.settings import Settings
 if TYPE_CHECKING:
     from eptransport.group import Group
 
-__all__ = ["ADDRESS", "addresses_of", "connect", "make_engine"]
+__all__ = ["ADDRESS", "addresses_of", "connect", "make_engine", "secret_of"]
 
 ADDRESS = {"address": record.hexadecimal}
 
@@ -32,7 +32,7 @@ def make_engine(group: Group, generation: int, choice: Choice, said: list[dict[s
         rank=group.rank,
         world_size=group.world_size,
         job=f"{group.name}/{generation}/{said[0]['group']}",
-        secret=_secret(group.settings, said),
+        secret=secret_of(group.settings, said),
         settings=group.settings,
         epoch=life,
         spin_s=_spin(group.settings, local),
@@ -106,7 +106,8 @@ def _wait_connected(bootstrap: Bootstrap, engine: Engine, timeout_s: float) -> N
             return
 
 
-def _secret(settings: Settings, said: list[dict[str, Any]]) -> bytes:
+def secret_of(settings: Settings, said: list[dict[str, Any]]) -> bytes:
+    """The job's: the one given, or the one that rank 0 has made."""
     if settings.secret is None:
         made = bytes.fromhex(said[0]["made"] or "")
         if not made:

@@ -57,6 +57,9 @@ class Link:
     bytes_per_s: float = 0.0
     """0: as fast as the wire's process."""
     down: bool = False
+    mute: bool = False
+    """A firewall: what the rank sends is dropped, but for TCP from or to `mute_but`; what it receives is not."""
+    mute_but: int = 0
 
 
 def why_not() -> str | None:
@@ -195,6 +198,9 @@ class _Switch:
         port.counts["seen"] += frame[12:14] == IPV4
         self.homes[frame[6:12]] = rank
         known = self.homes.get(frame[:6])
+        if port.link.mute and not _of_port(frame, port.link.mute_but):
+            port.counts["dropped"] += 1
+            return
         due = self._pass(port, frame, now)
         if due is None:
             return
@@ -234,6 +240,14 @@ class _Switch:
             _, _, target, frame = heapq.heappop(self.waiting)
             with contextlib.suppress(OSError):  # its queue is full, or its rank has gone: a lost frame
                 os.write(self.ports[target].device, frame)
+
+
+def _of_port(frame: bytes, number: int) -> bool:
+    """Whether it is TCP from or to this port, or no IPv4: a firewall doesn't stop questions for hardware addresses."""
+    if frame[12:14] != IPV4:
+        return True
+    ports = 14 + 4 * (frame[14] & 15)
+    return frame[23] == socket.IPPROTO_TCP and number in struct.unpack_from("!HH", frame, ports)
 
 
 def run_wire(folder: Path, links: dict[int, Link], ready: Any = None, seed: int = 1) -> None:

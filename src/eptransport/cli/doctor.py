@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from eptransport.errors import InvalidArgument
+
 __all__ = ["doctor", "settings"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -20,9 +22,23 @@ def doctor(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also where plugins are and their settings.")
     ] = False,
+    listen: Annotated[
+        str | None,
+        typer.Option(metavar="[HOST:]PORT", help="Test the network with a doctor that dials here."),
+    ] = None,
+    peer: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Test the network with the doctor that listens there.")
+    ] = None,
+    deadline: Annotated[float, typer.Option(min=1, help="Of each stage of the test with another, s.")] = 20.0,
 ) -> None:
     """Which backends can run here, what the others lack and how to get it; which one would be taken; all settings that
-    are not at their default. Exit code 1 if no job could start."""
+    are not at their default. Exit code 1 if no job could start.
+
+    With --listen on one machine and --peer on another: real writes with signals both ways over the backend that both
+    choose, and which direction doesn't get through. Exit code 1 if one doesn't."""
+    if listen is not None or peer is not None:
+        _self_test(listen, peer, deadline, as_json)
+        return
     from eptransport.doctor import diagnose
 
     found = diagnose()
@@ -69,6 +85,35 @@ def doctor(
         console.print(f"  {row}", markup=False, soft_wrap=True)
     if found.problem:
         console.print(f"[bold red]no job can start:[/] {_plain(found.problem)}", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _self_test(listen: str | None, peer: str | None, deadline: float, as_json: bool) -> None:
+    from eptransport import Settings
+    from eptransport.self_test import WRITES, dialled, listened
+
+    if listen is not None and peer is not None:
+        raise InvalidArgument("--listen and --peer: one side listens, the other dials")
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+    def notice(stage: str) -> None:
+        console.print(_plain(stage))
+
+    if listen is not None:
+        found = listened(listen, Settings(), deadline, notice)
+    else:
+        found = dialled(str(peer), Settings(), deadline, notice)
+    if as_json:
+        typer.echo(json.dumps({"passed": found.passed, **dataclasses.asdict(found)}, indent=2))
+        raise typer.Exit(0 if found.passed else 1)
+    if not found.connected:
+        console.print(f"[red]not connected[/] over {found.backend}: {_plain(found.problem)}")
+    for each in found.directions:
+        way = f"rank {each.source} ({found.hosts[each.source]}) to rank {each.target} ({found.hosts[each.target]})"
+        outcome = f"[green]{WRITES} writes came[/]" if each.passed else f"[red]blocked:[/] {_plain(each.problem)}"
+        console.print(f"{_plain(way)} over {found.backend}: {outcome}")
+    if not found.passed:
+        console.print(f"[yellow]mend:[/] {_plain(found.mend)}")
         raise typer.Exit(1)
 
 
