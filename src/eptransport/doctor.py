@@ -13,6 +13,7 @@ from typing import Any
 import eptransport
 from eptransport._process import cores
 from eptransport.backends import AUTO_ORDER, PLANNED, Registry, absent, choose, registry
+from eptransport.efa import Finding, inspect
 from eptransport.errors import ConfigError, EptError
 from eptransport.settings import Explained, Settings
 
@@ -59,6 +60,8 @@ class Diagnosis:
     extras: dict[str, str | None]
     """Versions of optional packages, None where one is missing."""
     backends: tuple[Backend, ...]
+    efa: tuple[Finding, ...]
+    """What AWS EFA needs of this machine; one entry where there is no such card."""
     refused: dict[str, str]
     """Files that were found and are no backend, with the reason."""
     choices: tuple[Choice, ...]
@@ -91,6 +94,7 @@ def diagnose() -> Diagnosis:
         cores=cores(),
         extras={name: _version(name) for name in ("torch", "numpy", "transformers", "safetensors", "matplotlib")},
         backends=tuple(_backends(plugins, settings)),
+        efa=inspect(library=settings.options.get("libfabric.library", "")),
         refused={refusal.source: refusal.reason for refusal in plugins.refusals},
         choices=choices,
         settings=settings.explain(),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from eptransport.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from eptransport.efa import Finding
 
 __all__ = ["doctor", "settings"]
 
@@ -71,6 +75,7 @@ def doctor(
     for (why, mend), names in absent.items():
         table.add_row(", ".join(names), "[yellow]no[/]", _plain(why), _plain(mend))
     console.print(table)
+    _show_efa(console, found.efa, verbose)
     for source, reason in found.refused.items():
         console.print(f"[yellow]refused[/] {_plain(source)}: {_plain(reason)}", soft_wrap=True)
 
@@ -86,6 +91,20 @@ def doctor(
     if found.problem:
         console.print(f"[bold red]no job can start:[/] {_plain(found.problem)}", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _show_efa(console: Console, findings: Sequence[Finding], verbose: bool) -> None:
+    """Nothing about EFA on a machine that is no EC2 instance, unless asked."""
+    if len(findings) == 1 and not findings[0].mend and not verbose:
+        return
+    table = Table(title="AWS EFA", title_justify="left")
+    for name in ("what", "", "seen", "mend"):
+        table.add_column(name, overflow="fold")
+    colours = {"ok": "green", "note": "yellow", "missing": "red"}
+    for each in findings:
+        state = f"[{colours[each.state]}]{each.state}[/]"
+        table.add_row(each.what, state, _plain(each.seen), _plain(each.mend))
+    console.print(table)
 
 
 def _self_test(listen: str | None, peer: str | None, deadline: float, as_json: bool) -> None:
