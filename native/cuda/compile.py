@@ -3,6 +3,7 @@
 
     compile.py find                                          prints which compiler it would take, or why there is none
     compile.py embed OUT.cc INCLUDE_DIR[:INCLUDE_DIR] SOURCE.cu ...   no compiler: OUT.cc has no images, and the reason
+    compile.py none OUT.cc ...                               no images, since the build was told so
     compile.py one SOURCE.cu ARCH OUT INCLUDE_DIR[:...]      one image into a file, for looking at it by hand
 
 CUDA 12.9 and no other release: what it makes loads on drivers from R535 on, where 13.0's needs R580, and 12.9 is the
@@ -27,7 +28,7 @@ RELEASE = (12, 9)
 # Machine code for A100 (and, by it, 8.x), H100/H200, B200; PTX for what comes later, which the driver compiles then.
 TARGETS = ("sm_80", "sm_90", "sm_100", "compute_90")
 GET = "pip install nvidia-cuda-nvrtc-cu12==12.9.86 where the library is built (no GPU is needed), and build it again"
-FLAGS = ("-std=c++20", "-default-device", "--fmad=false", "-lineinfo")
+FLAGS = ("-std=c++20", "-default-device", "--fmad=false")
 # NVRTC has no system headers; of C's, ours take these types alone.
 HEADERS = {
     "stdint.h": """#pragma once
@@ -158,13 +159,14 @@ def _literal(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def embed(out: Path, include: list[str], sources: list[Path]) -> None:
-    """Writes the table of cuda/image.h."""
-    reason, images = "", []
+def embed(out: Path, include: list[str], sources: list[Path], reason: str = "") -> None:
+    """Writes the table of cuda/image.h; without images where there is a reason, or no compiler."""
+    images = []
     try:
-        compiler = find()
-        for source in sources:
-            images += [(source.stem, target, compiler.compile(source, target, include)) for target in TARGETS]
+        if not reason:
+            compiler = find()
+            for source in sources:
+                images += [(source.stem, target, compiler.compile(source, target, include)) for target in TARGETS]
     except Unavailable as why:
         reason = str(why)
     lines = ["// Made by native/cuda/compile.py.", '#include "cuda/image.h"', "namespace ept::cuda {", "namespace {"]
@@ -193,6 +195,8 @@ def main(arguments: list[str]) -> None:
                 raise SystemExit(1) from None
         case ["embed", out, include, *sources]:
             embed(Path(out), include.split(":"), [Path(source) for source in sources])
+        case ["none", out, *_]:
+            embed(Path(out), [], [], f"built without GPU kernels (-Dcuda=disabled): {GET}")
         case ["one", source, target, out, include]:
             Path(out).write_bytes(find().compile(Path(source), target, include.split(":")))
         case _:

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "engine/host.h"
 
-#include <dlfcn.h>
 #include <sys/random.h>
 #include <time.h>
 
 #include <cstdlib>
 
+#include "cuda/driver.h"
 #include "engine/sha256.h"
 
 namespace ept {
@@ -62,11 +62,7 @@ void host_hmac(void *, const void *key, size_t key_length, const void *data, siz
   hmac_sha256(key, key_length, data, length, mac);
 }
 
-void *host_cuda(void *, const char *symbol) {
-  /* dlopen alone makes no CUDA call and no context. */
-  static void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  return driver ? dlsym(driver, symbol) : nullptr;
-}
+void *host_cuda(void *, const char *symbol) { return cuda::symbol(symbol); }
 
 }  // namespace
 

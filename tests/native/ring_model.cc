@@ -1,0 +1,592 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// ring_model.cc: the lines of device.cuh themselves, walked through every interleaving of small scenarios and every
+// value that weak memory allows a load to return.
+//
+// Each thread of a scenario is a fiber that stops before each operation on shared memory. Memory is a history of stores
+// a word: a load may return any store that is not older than what its thread knows of that word. A release hands on
+// what its thread knows, an acquire that reads it takes that in; a plain access must know of every access before it
+// that it conflicts with, or it is a race. States that were seen before are not walked again. What this leaves out: a
+// load that returns a store which comes later (no compiler or machine here does that across an acquire), and a failed
+// compare-and-swap that returns an old value.
+//
+// That it can see: each order and each check of device.cuh is taken away in turn (struct Weak), and the walk must then
+// find a race, a wrong count, a lost or doubled command, or a standstill.
+#include <ucontext.h>
+
+#include <array>
+#include <functional>
+#include <unordered_set>
+#include <vector>
+
+#include "check.h"
+#include "eptransport/device.cuh"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+using namespace ept::device;
+
+namespace {
+
+constexpr size_t kThreads = 3, kWords = 12, kPlain = 12;
+
+// What a thread, or a store that releases, knows: of each word the oldest store it may return, and how many steps of
+// each thread have happened before.
+struct Knows {
+  std::array<uint8_t, kWords> word{};
+  std::array<uint16_t, kThreads> steps{};
+  void take(const Knows &more) {
+    for (size_t i = 0; i < kWords; i++) word[i] = std::max(word[i], more.word[i]);
+    for (size_t i = 0; i < kThreads; i++) steps[i] = std::max(steps[i], more.steps[i]);
+  }
+};
+
+struct Store {
+  uint64_t value;
+  Knows released;  // empty: relaxed
+};
+
+struct Plain {
+  const void *at = nullptr;
+  int writer = -1;
+  uint16_t written = 0;
+  std::array<uint16_t, kThreads> read{};
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(64 << 10);
+  bool done = false, resting = false;
+  bool fresh = false;   // its loads return what is newest
+  bool looked = false;  // it rests although it has seen what is newest
+  bool begun = false;   // stands before an operation, no more before its first line
+  size_t stores = 0;    // in all, when it went to rest
+  Knows knows;
+  // Hashes that are its whole state, with the scenario: of what its loads returned since it rested; of what it kept
+  // from before. A thread that rests looks again at everything, as if for the first time.
+  uint64_t heard = 0, kept = 0;
+};
+
+struct Weak {  // one thing that is taken away
+  bool publish = false, take = false, consumed = false, look = false, seen = false, know = false, full = false;
+  bool raise = false, wait = false, count_in = false, sequence = false, done = false;
+};
+
+struct Walk {
+  using Body = std::function<void(int)>;
+  size_t threads;
+  Body body;
+  std::function<void()> begin, end;
+  Weak weak;
+
+  std::array<Fiber, kThreads> fibers;
+  ucontext_t main;
+  int running = -1;
+  std::vector<const void *> words;
+  std::vector<std::vector<Store>> history;
+  std::array<Plain, kPlain> plain;
+  size_t stores = 0;
+  std::vector<uint32_t> choices, limits;  // of this execution
+  size_t at = 0;
+  std::unordered_set<uint64_t> known_states;
+  const char *fault = nullptr;
+  bool pruned = false;
+  uint64_t executions = 0;
+
+  uint32_t choose(uint32_t limit) {
+    if (at == choices.size()) choices.push_back(0), limits.push_back(limit);
+    CHECK_EQ(limits[at], limit);  // else an execution is not made again as it was
+    return choices[at++];
+  }
+
+  size_t word(const void *address) {
+    for (size_t i = 0; i < words.size(); i++)
+      if (words[i] == address) return i;
+    CHECK(words.size() < kWords);
+    words.push_back(address);
+    history.push_back({{*static_cast<const uint64_t *>(address), {}}});
+    return words.size() - 1;
+  }
+
+  // ---- what a fiber calls ----
+  Fiber &self() { return fibers[size_t(running)]; }
+  void step() { swapcontext(&self().context, &main); }
+  void wrong(const char *what) {
+    if (!fault) fault = what;
+    swapcontext(&self().context, &main);
+  }
+  void hear(uint64_t value) { self().heard = (self().heard ^ value) * 0x9e3779b97f4a7c15ull + 1; }
+  void keep(uint64_t value) {
+    self().kept = (self().kept ^ value) * 0x9e3779b97f4a7c15ull + 1;
+    self().heard = self().kept;
+  }
+
+  uint64_t load(const void *address, bool acquire) {
+    step();
+    const size_t w = word(address);
+    const auto newest = uint32_t(history[w].size() - 1);
+    const uint32_t oldest = self().fresh ? newest : self().knows.word[w];
+    const uint32_t pick = newest - choose(newest - oldest + 1);
+    self().knows.word[w] = uint8_t(pick);
+    const Store store = history[w][pick];
+    if (acquire) self().knows.take(store.released);
+    hear(store.value ^ uint64_t(pick) << 48);
+    return store.value;
+  }
+  void add(size_t w, uint64_t value, bool release, const Knows &before) {
+    Store store{value, before};
+    self().knows.word[w] = uint8_t(history[w].size());
+    if (release) store.released.take(self().knows), self().knows.steps[size_t(running)]++;
+    history[w].push_back(store);
+    CHECK(history[w].size() < 200);
+    stores++;
+    for (Fiber &fiber : fibers) fiber.fresh = fiber.looked = false;
+  }
+  void store(const void *address, uint64_t value, bool release) {
+    step();
+    add(word(address), value, release, {});
+  }
+  // A read-modify-write continues the release sequence of the store that it replaces.
+  template <class Change>
+  uint64_t change(const void *address, bool acquire, bool release, Change &&next) {
+    step();
+    const size_t w = word(address);
+    const Store last = history[w].back();
+    self().knows.word[w] = uint8_t(history[w].size() - 1);
+    if (acquire) self().knows.take(last.released);
+    uint64_t value = last.value;
+    if (next(value)) add(w, value, release, last.released);
+    hear(last.value);
+    return last.value;
+  }
+  void touch(const void *at_, bool write) {
+    Plain *p = nullptr;
+    for (Plain &each : plain)
+      if (each.at == at_ || !each.at) {
+        p = &each;
+        break;
+      }
+    CHECK(p);
+    p->at = at_;
+    const auto me = size_t(running);
+    Knows &knows = self().knows;
+    if (p->writer >= 0 && size_t(p->writer) != me && knows.steps[size_t(p->writer)] < p->written)
+      wrong("a race: it does not know of the last write");
+    if (write) {
+      for (size_t t = 0; t < threads; t++)
+        if (t != me && knows.steps[t] < p->read[t]) wrong("a race: it overwrites what another may still be reading");
+      p->writer = running;
+      p->written = knows.steps[me];
+    } else {
+      p->read[me] = knows.steps[me];
+    }
+  }
+  void rest() {
+    self().resting = true;
+    self().looked = self().fresh;
+    self().fresh = false;
+    self().stores = stores;
+    self().heard = self().kept;
+    step();
+    self().resting = false;
+  }
+
+  // ---- the walk ----
+  static void enter(int index);
+  bool may_run(size_t t) const {
+    const Fiber &f = fibers[t];
+    return !f.done && (!f.resting || f.fresh || stores > f.stores);
+  }
+  uint64_t state() const {
+    uint64_t h = 14695981039346656037ull;
+    const auto mix = [&](uint64_t v) { h = (h ^ v) * 1099511628211ull, h ^= h >> 29; };
+    const auto mix_all = [&](const Knows &k) {
+      for (uint8_t v : k.word) mix(v);
+      for (uint16_t v : k.steps) mix(v);
+    };
+    for (size_t t = 0; t < threads; t++) {
+      const Fiber &f = fibers[t];
+      mix(f.heard), mix(f.begun), mix(f.done), mix(f.resting), mix(f.fresh), mix(f.looked),
+          mix(f.resting && stores > f.stores), mix(f.kept);
+      mix_all(f.knows);
+    }
+    for (const auto &of : history) {
+      mix(of.size());
+      for (const Store &s : of) mix(s.value), mix_all(s.released);
+    }
+    for (const Plain &p : plain) {
+      mix(reinterpret_cast<uintptr_t>(p.at)), mix(uint64_t(p.writer)), mix(p.written);
+      for (uint16_t r : p.read) mix(r);
+    }
+    return h;
+  }
+
+  void execute() {
+    words.clear();
+    history.clear();
+    plain = {};
+    stores = 0;
+    at = 0;
+    pruned = false;
+    begin();
+    for (size_t t = 0; t < threads; t++) {
+      Fiber &f = fibers[t];
+      f.done = f.resting = f.fresh = f.looked = f.begun = false;
+      f.stores = 0, f.heard = f.kept = 0, f.knows = {};
+      f.knows.steps[t] = 1;
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_unpoison_memory_region(f.stack.data(), f.stack.size());
+#endif
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack.data();
+      f.context.uc_stack.ss_size = f.stack.size();
+      f.context.uc_link = &main;
+      makecontext(&f.context, reinterpret_cast<void (*)()>(&Walk::enter), 1, int(t));
+    }
+    while (!fault) {
+      std::array<size_t, kThreads> ready{};
+      uint32_t count = 0;
+      bool alive = false;
+      for (size_t t = 0; t < threads; t++) {
+        alive |= !fibers[t].done;
+        if (may_run(t)) ready[count++] = t;
+      }
+      if (!alive) {
+        end();
+        return;
+      }
+      if (!count) {  // all rest: whoever has not seen what is newest looks again
+        for (size_t t = 0; t < threads; t++) {
+          if (fibers[t].done || fibers[t].looked) continue;
+          fibers[t].fresh = true;
+          ready[count++] = t;
+        }
+        if (!count) {
+          fault = "a standstill";
+          return;
+        }
+      }
+      if (at >= choices.size() && !known_states.insert(state()).second) {
+        pruned = true;
+        return;
+      }
+      running = int(ready[choose(count)]);
+      fibers[size_t(running)].begun = true;
+      swapcontext(&main, &fibers[size_t(running)].context);
+    }
+  }
+
+  // The first fault, or NULL when all has been walked.
+  const char *all() {
+    while (true) {
+      executions++;
+      execute();
+      if (fault) return fault;
+      while (!choices.empty() && choices.back() + 1 >= limits.back()) choices.pop_back(), limits.pop_back();
+      if (choices.empty()) return nullptr;
+      choices.back()++;
+    }
+  }
+};
+
+Walk *walk;
+
+void Walk::enter(int index) {
+  walk->body(index);
+  walk->self().done = true;
+}
+
+// The memory of the model, with device.cuh's own names.
+struct Model {
+  static uint64_t acquire_system(const uint64_t *at) {
+    const Weak &w = walk->weak;
+    return walk->load(at, !(in_slots(at) ? w.take : at == consumed_word ? w.look : w.wait));
+  }
+  static int32_t relaxed_system(const int32_t *) { return 0; }
+  static uint64_t acquire_device(const uint64_t *at) {
+    if (walk->weak.full) return walk->load(at, true) + 64;  // never full
+    return walk->load(at, !walk->weak.know);
+  }
+  static uint64_t relaxed_device(const uint64_t *at) { return walk->load(at, false); }
+  static void release_system(uint64_t *at, uint64_t value) {
+    if (walk->weak.sequence && in_slots(at)) value = 1;  // a mark that says full, not whose
+    walk->store(at, value,
+                !(in_slots(at)      ? walk->weak.publish
+                  : at == done_word ? walk->weak.done
+                                    : walk->weak.consumed));
+  }
+  static void release_device(uint64_t *at, uint64_t value) { walk->store(at, value, !walk->weak.seen); }
+  static void add_release_system(uint64_t *at, uint64_t more) {
+    walk->change(at, false, !walk->weak.raise, [&](uint64_t &v) { return v += more, true; });
+  }
+  static uint32_t add_both_device(uint32_t *at, uint32_t more) {
+    const bool order = !walk->weak.count_in;
+    return uint32_t(walk->change(at, order, order, [&](uint64_t &v) { return v += more, true; }));
+  }
+  static uint64_t exchange_device(uint64_t *at, uint64_t expected, uint64_t desired) {
+    return walk->change(at, false, false, [&](uint64_t &v) { return v == expected && (v = desired, true); });
+  }
+  static uint64_t now() { return 0; }
+  static void spin() { walk->rest(); }
+  static void rest() { walk->rest(); }
+  static void write(ept_command *slot, const ept_command &from) {
+    walk->touch(slot, true);
+    std::memcpy(static_cast<void *>(slot), &from, 48);
+  }
+  static void read(const ept_command *slot, ept_command &to) {
+    walk->touch(slot, false);
+    std::memcpy(static_cast<void *>(&to), slot, 48);
+    walk->hear(to.source);
+  }
+
+  static bool in_slots(const uint64_t *at) {
+    const auto *byte = reinterpret_cast<const char *>(at);
+    return byte >= reinterpret_cast<const char *>(slots) && byte < reinterpret_cast<const char *>(slots + 8);
+  }
+  static ept_command slots[8];
+  static const uint64_t *consumed_word, *done_word;
+};
+ept_command Model::slots[8];
+const uint64_t *Model::consumed_word, *Model::done_word;
+
+// ---- scenarios ----
+
+struct RingState {
+  ept_ring ring;
+  ept_path path;
+  uint64_t consumed;
+  RingEnd end;
+  std::array<uint32_t, 8> got;
+  uint32_t count;
+};
+
+constexpr uint64_t kNever = 1ull << 62;
+
+// `producers` push `each` commands into a ring of `capacity` whose first ticket is `first`; one thread pops them all.
+const char *ring(uint64_t capacity, uint32_t producers, uint32_t each, uint64_t first, Weak weak,
+                 uint64_t *executions) {
+  static RingState s;
+  Walk w;
+  w.threads = producers + 1;
+  w.weak = weak;
+  const uint32_t total = producers * each;
+  w.begin = [&] {
+    s = {};
+    s.ring.slots = reinterpret_cast<uintptr_t>(Model::slots);
+    s.ring.consumed = reinterpret_cast<uintptr_t>(&s.consumed);
+    s.ring.mask = uint32_t(capacity - 1);
+    s.end = begin_ring(s.ring, Model::slots, &s.consumed, first);
+    s.path.kind = EPT_DEVICE_PROXY;
+    s.path.ring = reinterpret_cast<uintptr_t>(&s.ring);
+    Model::consumed_word = &s.consumed;
+  };
+  w.body = [&](int me) {
+    if (uint32_t(me) < producers) {
+      for (uint32_t i = 0; i < each; i++) {
+        ept_command command{};
+        command.source = uint64_t(me) * each + i;
+        const Put put = push<Model>(s.path, command, kNever);
+        if (put.code != EPT_OK) walk->wrong("a push failed");
+        walk->keep(i + 1);
+      }
+      return;
+    }
+    while (s.count < total) {
+      ept_command command;
+      if (!pop<Model>(s.end, command)) {
+        Model::rest();
+        continue;
+      }
+      if (command.sequence != first + s.count) walk->wrong("another ticket than the next");
+      s.count++;
+      walk->keep(command.source);
+      if (command.source >= total || s.got[command.source]++) walk->wrong("a command twice, or one that nobody pushed");
+      for (uint64_t i = 0; i < command.source % each; i++) {
+        if (!s.got[command.source - i - 1]) walk->wrong("a producer's commands out of order");
+      }
+    }
+  };
+  w.end = [&] {
+    for (uint32_t i = 0; i < total; i++)
+      if (s.got[i] != 1) w.fault = "a command is lost";
+  };
+  walk = &w;
+  const char *found = w.all();
+  if (executions) *executions = w.executions;
+  return found;
+}
+
+// Two threads each write a row and raise the signal; the third waits for both.
+const char *mapped(Weak weak, uint64_t *executions) {
+  static uint64_t signal, rows[2];
+  static ept_path path;
+  Walk w;
+  w.threads = 3;
+  w.weak = weak;
+  w.begin = [&] {
+    signal = 0;
+    path = {};
+    path.kind = EPT_DEVICE_MAPPED;
+    path.signals = reinterpret_cast<uintptr_t>(&signal);
+    path.signal_count = 1;
+    Model::consumed_word = nullptr;
+  };
+  w.body = [&](int me) {
+    if (me < 2) {
+      walk->touch(&rows[me], true);
+      if (put<Model>(Thread(), path, nullptr, 0, 0, 0, kNever).code != EPT_OK) walk->wrong("a put failed");
+      return;
+    }
+    const Seen seen = wait<Model>(&signal, 2, kNever);
+    if (!seen.came() || seen.count != 2) walk->wrong("a wrong count");
+    walk->touch(&rows[0], false);
+    walk->touch(&rows[1], false);
+  };
+  w.end = [] {};
+  walk = &w;
+  const char *found = w.all();
+  if (executions) *executions = w.executions;
+  return found;
+}
+
+// Two blocks each write a row and count themselves in; the last raises the signal for both.
+const char *blocks(Weak weak, uint64_t *executions) {
+  static uint64_t signal, rows[2], counter;
+  static ept_path path;
+  Walk w;
+  w.threads = 3;
+  w.weak = weak;
+  w.begin = [&] {
+    signal = counter = 0;
+    path = {};
+    path.kind = EPT_DEVICE_MAPPED;
+    path.signals = reinterpret_cast<uintptr_t>(&signal);
+    path.signal_count = 1;
+    Model::consumed_word = nullptr;
+  };
+  w.body = [&](int me) {
+    if (me < 2) {
+      walk->touch(&rows[me], true);
+      if (count_in<Model>(reinterpret_cast<uint32_t *>(&counter)) == 1)
+        put<Model>(Thread(), path, nullptr, 0, 0, 0, kNever);
+      return;
+    }
+    if (!wait<Model>(&signal, 1, kNever).came()) walk->wrong("no signal");
+    walk->touch(&rows[0], false);
+    walk->touch(&rows[1], false);
+  };
+  w.end = [] {};
+  walk = &w;
+  const char *found = w.all();
+  if (executions) *executions = w.executions;
+  return found;
+}
+
+// The network reads a source, the proxy says done; flush, then the source is written again.
+const char *reuse(Weak weak) {
+  static uint64_t row;
+  static ept_device_progress progress;
+  static ept_path path;
+  Walk w;
+  w.threads = 2;
+  w.weak = weak;
+  w.begin = [&] {
+    progress = {};
+    path = {};
+    path.kind = EPT_DEVICE_PROXY;
+    path.progress = reinterpret_cast<uintptr_t>(&progress);
+    Model::consumed_word = nullptr;
+    Model::done_word = &progress.done;
+  };
+  w.body = [&](int me) {
+    if (me == 0) {
+      walk->step();
+      walk->touch(&row, false);
+      Model::release_system(&progress.done, 1);
+      return;
+    }
+    if (!flush<Model>(path, 0, kNever).came()) walk->wrong("no flush");
+    walk->touch(&row, true);
+  };
+  w.end = [] {};
+  walk = &w;
+  return w.all();
+}
+
+void say(const char *name, const char *found, uint64_t executions) {
+  std::printf("%-28s %8llu executions: %s\n", name, static_cast<unsigned long long>(executions),
+              found ? found : "right");
+}
+
+[[maybe_unused]] void as_it_stands() {
+  uint64_t n = 0;
+  const uint64_t near_end = UINT64_MAX - 1;  // tickets pass 2^64
+  const struct {
+    const char *name;
+    uint64_t capacity;
+    uint32_t producers, each;
+    uint64_t first;
+  } rings[] = {{"one slot, two producers", 1, 2, 1, 0},
+               {"one slot, over 2^64", 1, 1, 3, near_end},
+               {"one slot, over 2^32", 1, 1, 3, 0xffffffffull},
+               {"two slots, two producers", 2, 2, 2, near_end}};
+  for (const auto &r : rings) {
+    const char *found = ring(r.capacity, r.producers, r.each, r.first, {}, &n);
+    say(r.name, found, n);
+    CHECK(!found);
+  }
+  const char *found = mapped({}, &n);
+  say("mapped", found, n);
+  CHECK(!found);
+  found = blocks({}, &n);
+  say("count_in", found, n);
+  CHECK(!found);
+  CHECK(!reuse({}));
+}
+
+// Without any one of its orders or checks it is wrong, and the walk sees it.
+[[maybe_unused]] void each_is_needed() {
+  Weak w;
+  const auto ring_needs = [&](const char *name, bool Weak::*what) {
+    w = {};
+    w.*what = true;
+    uint64_t n = 0;
+    const char *found = ring(1, 2, 1, 0, w, &n);
+    if (!found) found = ring(1, 2, 2, 0, w, &n);
+    say(name, found, n);
+    CHECK(found);
+  };
+  ring_needs("without publish's release", &Weak::publish);
+  ring_needs("without pop's acquire", &Weak::take);
+  ring_needs("without consumed's release", &Weak::consumed);
+  ring_needs("without a look's acquire", &Weak::look);
+  ring_needs("without the test for full", &Weak::full);
+  ring_needs("without seen's release", &Weak::seen);
+  ring_needs("without seen's acquire", &Weak::know);
+  ring_needs("with a mark for a ticket", &Weak::sequence);
+  w = {}, w.raise = true;
+  CHECK(mapped(w, nullptr));
+  w = {}, w.wait = true;
+  CHECK(mapped(w, nullptr));
+  w = {}, w.count_in = true;
+  CHECK(blocks(w, nullptr));
+  w = {}, w.done = true;
+  CHECK(reuse(w));
+  w = {}, w.wait = true;
+  CHECK(reuse(w));
+}
+
+}  // namespace
+
+int main() {
+#if defined(__SANITIZE_THREAD__)
+  std::printf("one thread of fibers: nothing here for TSan, and it follows no fiber\n");
+  return 77;
+#else
+  RUN(as_it_stands());
+  RUN(each_is_needed());
+  return 0;
+#endif
+}
