@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
@@ -100,6 +100,8 @@ def p2p(
     from eptransport.bench import report
     from eptransport.bench.p2p import P2pJob, run
 
+    if against is None and ranks == 2 and _backend(backend, ranks) == "libfabric":
+        against = "libfabric"  # its floor is a bare loop over the same provider, not one over sockets
     if against is not None:
         _p2p_against(against, ranks, backend, size, bandwidth_size, iterations, stream_mib, rounds, json_file, picture)
         return
@@ -164,20 +166,36 @@ def _p2p_against(
         raise InvalidArgument(f"--against measures one pair: --ranks {ranks} must be 2")
     if bandwidth_size and len(bandwidth_size) > 1:
         raise InvalidArgument("--against takes one --bandwidth-size")
+    chosen = _backend(backend, ranks)
+    options: dict[str, Any] = {}
+    if chosen == "libfabric" and "libfabric" in wanted:
+        options["options"] = {"libfabric.library": _same_library()}
     job = AgainstJob(
         wanted,
-        backend=_backend(backend, ranks),
+        backend=chosen,
         latency_bytes=tuple(size or AgainstJob.latency_bytes),
         bandwidth_bytes=bandwidth_size[0] if bandwidth_size else AgainstJob.bandwidth_bytes,
         iterations=iterations or AgainstJob.iterations,
         stream_bytes=stream_mib << 20,
         rounds=rounds,
+        options=options,
     )
     check_outputs(picture, json_file)
     result = _with_progress("side by side", job.units, lambda progress: run(job, progress))
     _show(result, against_table(result), json_file)
     if picture:
         against_picture(picture, result)
+
+
+def _same_library() -> str:
+    """For ours, that of the bare loop: two releases of libfabric differ by more than we add."""
+    from eptransport.bench.against.libfabric import library
+    from eptransport.bench.against.side import Absent
+
+    try:
+        return str(library()[1])
+    except Absent as reason:
+        raise UnsupportedError(str(reason), operation="bench p2p") from None
 
 
 @bench.command()

