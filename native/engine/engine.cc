@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "engine/cores.h"
 #include "engine/wait.h"
 
 using namespace ept;
@@ -383,10 +384,12 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
 }
 
 void ept_engine::run_proxy() {
-  if (!proxy_cpus.empty()) {
+  const std::vector<int32_t> cpus =
+      proxy_cpus.empty() ? cores_near(rails, cores_allowed(), "/sys/devices/system") : proxy_cpus;
+  if (!cpus.empty()) {
     cpu_set_t set;
     CPU_ZERO(&set);
-    for (int32_t cpu : proxy_cpus) CPU_SET(cpu, &set);
+    for (int32_t cpu : cpus) CPU_SET(cpu, &set);
     if (sched_setaffinity(0, sizeof set, &set)) {
       say(EPT_LOG_WARNING,
           std::string("the proxy thread can't be pinned where proxy_cpus says: ") + std::strerror(errno));

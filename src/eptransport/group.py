@@ -204,7 +204,11 @@ class Group(Seeing, Closing):
         unused = self.settings.unused_by(self.engine.plugin)
         if unused:
             logger.warning("rank %d: backend %s has no use for %s", self.rank, self.backend, ", ".join(unused))
-        where = "any core" if not self.settings.proxy_cpus else f"cores {','.join(map(str, self.settings.proxy_cpus))}"
+        where = (
+            "cores near the rails"
+            if not self.settings.proxy_cpus
+            else f"cores {','.join(map(str, self.settings.proxy_cpus))}"
+        )
         logger.info(
             "eptransport %s, group %r: rank %d of %d (%d on this machine), backend %s (%s), %d bytes registered, "
             "%d proxy thread on %s, waits spin %g us",

@@ -78,7 +78,9 @@ class Settings(BaseSettings):
     spin_us: float | None = Field(
         None, ge=0, le=1e9, description="how long a wait polls before it sleeps, us; chosen from the cores if not given"
     )
-    proxy_cpus: tuple[int, ...] | None = Field(None, description="cores where the proxy thread may run, as 0-3,8")
+    proxy_cpus: tuple[int, ...] | None = Field(
+        None, description="cores where the proxy thread may run, as 0-3,8; near the cards if not given"
+    )
     threads: int | None = Field(
         None, ge=1, le=4096, description="threads of dispatch and combine; the cores of this rank if not given"
     )

@@ -67,7 +67,7 @@ typedef struct ept_engine_config {
   uint64_t warn_ns;          /* a wait that lasts so long is logged, once; 0: 10 s */
   uint64_t dead_ns;          /* a peer that is silent so long though it owes an answer or a heartbeat is dead; 0: 5 s */
   uint64_t heartbeat_ns;     /* a peer that was sent nothing for so long is sent a sign of life; 0: dead_ns / 5 */
-  const int32_t *proxy_cpus; /* where the proxy thread may run; NULL: anywhere */
+  const int32_t *proxy_cpus; /* where the proxy thread may run; NULL: near the rails, where their NUMA node is known */
   uint32_t proxy_cpu_count;
   uint32_t max_regions;  /* 0: 65,536 exported and as many imported */
   uint32_t max_signals;  /* 0: 262,143, what 18 bits of chan name */
