@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// memory.h: memory that kernels and peers, or kernels and a network, both reach. Each piece has an owner that gives it
+// back; which kind a network takes is asked of its caps (home_of).
+//
+//   DeviceMemory   on one GPU; other processes of the machine map it by a blob (CUDA IPC: no privileges are needed)
+//   MappedMemory   a blob's memory, here: another process's through IPC, this process's as it stands
+//   PinnedMemory   on the host, for networks that take no other, rings and signals; kernels store into it directly
+//   PinnedRange    memory that is there already, pinned and shown to kernels
+#pragma once
+
+#include <string>
+
+#include "cuda/driver.h"
+
+namespace ept::cuda {
+
+// Where rows should lie for a network: EPT_MEMORY_CUDA where it reads and writes a GPU's memory, else
+// EPT_MEMORY_PINNED.
+int32_t home_of(const ept_caps &caps);
+
+class DeviceMemory {
+ public:
+  // Zeroed. Rounded up to 2 MiB, CUDA's own granule, so that a blob never shows a neighbour's memory.
+  static int32_t allocate(std::shared_ptr<Primary> primary, uint64_t bytes, std::unique_ptr<DeviceMemory> *memory,
+                          ept_error *error);
+  ~DeviceMemory();
+  DeviceMemory(const DeviceMemory &) = delete;
+  DeviceMemory &operator=(const DeviceMemory &) = delete;
+
+  uint64_t address() const { return address_; }
+  uint64_t bytes() const { return bytes_; }
+  const Primary &primary() const { return *primary_; }
+  // What MappedMemory opens on the same machine, in any process. Opaque; whoever holds it can read and write all of
+  // the memory, so it goes to members of the group alone. It is good until the memory goes.
+  int32_t blob(std::string *out, ept_error *error) const;
+
+ private:
+  DeviceMemory(std::shared_ptr<Primary> primary, Pointer address, uint64_t bytes)
+      : primary_(std::move(primary)), address_(address), bytes_(bytes) {}
+  std::shared_ptr<Primary> primary_;
+  const Pointer address_;
+  const uint64_t bytes_;
+};
+
+class MappedMemory {
+ public:
+  // UNSUPPORTED: of another machine. INVALID: no blob of ours.
+  static int32_t open(std::shared_ptr<Primary> primary, const std::string &blob, std::unique_ptr<MappedMemory> *memory,
+                      ept_error *error);
+  ~MappedMemory();
+  MappedMemory(const MappedMemory &) = delete;
+  MappedMemory &operator=(const MappedMemory &) = delete;
+
+  uint64_t address() const { return address_; }
+  uint64_t bytes() const { return bytes_; }
+  bool same_process() const { return !opened_; }
+
+ private:
+  MappedMemory() = default;
+  std::shared_ptr<Primary> primary_;
+  Pointer opened_ = 0;  // 0: this process's own
+  uint64_t address_ = 0, bytes_ = 0;
+};
+
+class PinnedMemory {
+ public:
+  // Zeroed, page-aligned, seen by every GPU of the process.
+  static int32_t allocate(std::shared_ptr<Primary> primary, uint64_t bytes, std::unique_ptr<PinnedMemory> *memory,
+                          ept_error *error);
+  ~PinnedMemory();
+  PinnedMemory(const PinnedMemory &) = delete;
+  PinnedMemory &operator=(const PinnedMemory &) = delete;
+
+  void *host() const { return host_; }
+  uint64_t address() const { return address_; }  // for kernels
+  uint64_t bytes() const { return bytes_; }
+
+ private:
+  PinnedMemory(std::shared_ptr<Primary> primary, void *host, Pointer address, uint64_t bytes)
+      : primary_(std::move(primary)), host_(host), address_(address), bytes_(bytes) {}
+  std::shared_ptr<Primary> primary_;
+  void *const host_;
+  const Pointer address_;
+  const uint64_t bytes_;
+};
+
+class PinnedRange {
+ public:
+  // `host` stays the caller's, and is freed only after this.
+  static int32_t pin(std::shared_ptr<Primary> primary, void *host, uint64_t bytes, std::unique_ptr<PinnedRange> *range,
+                     ept_error *error);
+  ~PinnedRange();
+  PinnedRange(const PinnedRange &) = delete;
+  PinnedRange &operator=(const PinnedRange &) = delete;
+
+  uint64_t address() const { return address_; }
+
+ private:
+  PinnedRange(std::shared_ptr<Primary> primary, void *host, Pointer address)
+      : primary_(std::move(primary)), host_(host), address_(address) {}
+  std::shared_ptr<Primary> primary_;
+  void *const host_;
+  const Pointer address_;
+};
+
+}  // namespace ept::cuda
