@@ -94,10 +94,13 @@ build/native/build.ninja: $(BIN)/python $(LIBFABRIC)
 	meson setup --reconfigure build/native -Dpython=disabled -Dtests=true -Dwerror=true
 
 # Warnings are errors in build/native; under a sanitizer gcc 12 sees overflows in its own <atomic> that are not there.
+# -g1 has the lines that a sanitizer's report names, and no variables: those take half the time of an ASan build
+# (engine.cc 10.0 s of CPU with -g, 5.4 s with -g1; Xeon, gcc 12.2, 2026-11-29).
+SANITIZED = -Dpython=disabled -Dtests=true -Dbench=false -Ddebug=false -Doptimization=1 -Dc_args=-g1 -Dcpp_args=-g1 \
+  -Db_lundef=false
+
 build/asan/build.ninja: $(BIN)/python $(LIBFABRIC)
-	meson setup --reconfigure build/asan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debug -Doptimization=1 \
-	  -Db_sanitize=address,undefined -Db_lundef=false
+	meson setup --reconfigure build/asan $(SANITIZED) -Db_sanitize=address,undefined
 
 build/tsan/build.ninja: $(BIN)/python $(LIBFABRIC)
-	meson setup --reconfigure build/tsan -Dpython=disabled -Dtests=true -Dbench=false -Dbuildtype=debug -Doptimization=1 \
-	  -Db_sanitize=thread -Db_lundef=false
+	meson setup --reconfigure build/tsan $(SANITIZED) -Db_sanitize=thread
