@@ -28,7 +28,7 @@ from eptransport.settings import Settings
 GUARD = 256
 """Bytes on both sides of every exported region; nobody may write them."""
 PATIENCE_S = 30.0
-"""Of a check, for what must happen."""
+"""Of a check, for what must happen; of a subject that is known to be broken it may be shorter."""
 QUIET_ROUNDS = 600
 """Steps of every rank in which nothing happened, after which nothing will: an adversary holds a step for 254 at
 most."""
@@ -52,6 +52,8 @@ class Subject:
     across_processes: bool = True
     thorough: bool = False
     """Also what takes many seconds and is the same on every backend."""
+    patience_s: float = PATIENCE_S
+    """How long its ranks, once they are connected, may take to what must happen."""
 
     def having(self, **options: object) -> Subject:
         """The same with other settings of the backend; Skip where it has no such setting."""
@@ -68,17 +70,17 @@ class Subject:
         return Settings(backend=backend, options=options, **overrides)
 
 
-Spec = tuple[str, str, dict[str, str], int]
+Spec = tuple[str, str, dict[str, str], int, float]
 """A subject on its way to another process, where its plugin has to be opened anew."""
 
 
 def spec_of(subject: Subject) -> Spec:
-    return subject.plugin.name, subject.plugin.path, dict(subject.options), subject.seed
+    return subject.plugin.name, subject.plugin.path, dict(subject.options), subject.seed, subject.patience_s
 
 
 def subject_of(spec: Spec) -> Subject:
-    name, path, options, seed = spec
-    return subject(registry((path,)).plugins[name], options, seed)
+    name, path, options, seed, patience_s = spec
+    return replace(subject(registry((path,)).plugins[name], options, seed), patience_s=patience_s)
 
 
 def subject(plugin: Plugin, options: Mapping[str, str] | None = None, seed: int = 1) -> Subject:
@@ -114,7 +116,7 @@ class World(Closing):
             addresses = [engine.address() for engine in self.engines]
             for engine in self.engines:
                 engine.connect(addresses)
-            self.until(self._connected, "every rank is connected to every other")
+            self.until(self._connected, "every rank is connected to every other", PATIENCE_S)
         except BaseException:
             self.close()
             raise
@@ -150,8 +152,9 @@ class World(Closing):
                     moved += engine.progress()
         return moved
 
-    def until(self, condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+    def until(self, condition: Callable[[], bool], what: str, patience_s: float | None = None) -> None:
         """Moves the world on until the condition holds. Violation if it never does."""
+        patience_s = patience_s or self.subject.patience_s
         deadline = time.monotonic() + patience_s
         while not condition():
             if self.inline:
@@ -162,8 +165,9 @@ class World(Closing):
             if not moved and time.monotonic() > deadline:
                 raise Violation(f"it never happened in {patience_s:g} s that {what}")
 
-    def post(self, one: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+    def post(self, one: Callable[[], T]) -> T:
         """What `one` (a post with timeout=0) gives; moves the world on while there is no room."""
+        patience_s = self.subject.patience_s
         deadline = time.monotonic() + patience_s
         while True:
             try:
