@@ -225,7 +225,8 @@ def test_gloo_without_torch_says_how_to_get_it(tmp_path: Path, monkeypatch: pyte
 
 
 def test_libfabric_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libfabric, "HEADERS", (tmp_path,))
+    monkeypatch.setattr(libfabric, "HEADERS", ())
+    monkeypatch.setenv("CPATH", f":{tmp_path}")
     with pytest.raises(Absent, match="apt-get install libfabric-dev"):
         libfabric.find(tmp_path)
     (tmp_path / "rdma").mkdir()

@@ -157,13 +157,18 @@ int32_t pingpong(End &end, uint32_t side, uint64_t bytes, uint32_t iterations, u
   for (uint32_t i = 0; i < iterations; ++i) {
     const uint64_t before = now_ns();
     const auto mark = static_cast<uint8_t>(i + 1);
-    end.source()[0] = mark;  // free again: the answer to the last turn's write has come, so that write is done
+    // The source is free only when it is this side's turn: then the peer has written since, so it has all of the write
+    // of the turn before, which until then may still be read from here.
+    auto post = [&] {
+      end.source()[0] = mark;
+      return end.post(write, nullptr, deadline, error);
+    };
     int32_t code = EPT_OK;
-    if (side == 0) code = end.post(write, nullptr, deadline, error);
+    if (side == 0) code = post();
     if (code == EPT_OK) code = end.wait(risen + i + 1, timeout_ns, error);
     if (code == EPT_OK && end.landing()[0] != mark)
       return fail(EPT_E_INTERNAL, "ping-pong: the signal of turn %u rose before its bytes were there", i);
-    if (code == EPT_OK && side == 1) code = end.post(write, nullptr, deadline, error);
+    if (code == EPT_OK && side == 1) code = post();
     if (code != EPT_OK) return code;
     if (side == 0) samples[i] = static_cast<double>(now_ns() - before) / 2;
   }

@@ -39,7 +39,11 @@ struct side {
   char detail[64];
 };
 
-// These three take structs whose layout has grown: the newest version of the symbol is not the one of the headers of
+// The functions of the library that are symbols are asked for by dlsym: a reference that the linker resolves would
+// name no version, and get the oldest. fi_fabric of 1.0 forgets which version of the interface it was asked for, and
+// then providers refuse their own fi_info, or say nothing and never connect.
+//
+// Three of them take structs whose layout has grown: the newest version of the symbol is not the one of the headers of
 // 1.17 and before. compiled.py has seen to it that newer headers come with their own library.
 static void *versioned(void *library, const char *name) {
   if (FI_MAJOR_VERSION == 1 && FI_MINOR_VERSION <= 17) return dlvsym(library, name, "FABRIC_1.3");
@@ -54,7 +58,10 @@ static int open_all(side *s, void *library) {
   *(void **)&getinfo = versioned(library, "fi_getinfo");
   *(void **)&dupinfo = versioned(library, "fi_dupinfo");
   *(void **)&s->freeinfo = versioned(library, "fi_freeinfo");
-  if (!getinfo || !dupinfo || !s->freeinfo) return fail("this libfabric lacks fi_getinfo as the headers have it");
+  int (*open_fabric)(struct fi_fabric_attr *, struct fid_fabric **, void *);
+  *(void **)&open_fabric = dlsym(library, "fi_fabric");
+  if (!getinfo || !dupinfo || !s->freeinfo || !open_fabric)
+    return fail("this libfabric lacks fi_getinfo as the headers have it");
 
   struct fi_info *hints = dupinfo(NULL);  // what fi_allocinfo is
   if (!hints) return fail("no memory for hints");
@@ -75,7 +82,7 @@ static int open_all(side *s, void *library) {
 
   struct fi_cq_attr cq = {.size = 1024, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_NONE};
   struct fi_av_attr av = {.type = FI_AV_UNSPEC, .count = 1};
-  if ((code = fi_fabric(s->info->fabric_attr, &s->fabric, NULL))) return bad("fi_fabric", code);
+  if ((code = open_fabric(s->info->fabric_attr, &s->fabric, NULL))) return bad("fi_fabric", code);
   if ((code = fi_domain(s->fabric, s->info, &s->domain, NULL))) return bad("fi_domain", code);
   if ((code = fi_av_open(s->domain, &av, &s->av, NULL))) return bad("fi_av_open", code);
   if ((code = fi_cq_open(s->domain, &cq, &s->cq, NULL))) return bad("fi_cq_open", code);
@@ -165,16 +172,22 @@ static int post(side *s, uint64_t offset, uint64_t bytes, deadline *end) {
   }
 }
 
+// The source is free only here: what the peer has written since says that it has all of the turn before, and until then
+// shm may still read it.
+static int post_turn(side *s, uint64_t bytes, uint32_t turn, deadline *end) {
+  s->source[0] = (uint8_t)(turn + 1);
+  return post(s, 0, bytes, end);
+}
+
 int side_pingpong(side *s, uint64_t bytes, uint32_t count, double *one_way_ns, uint64_t timeout_ns) {
   deadline end = deadline_in(timeout_ns);
   const uint64_t come = s->come;
   for (uint32_t i = 0; i < count; ++i) {
     const uint64_t before = now_ns();
-    s->source[0] = (uint8_t)(i + 1);  // free: the answer to the last turn's write has come
-    if (s->rank == 0 && post(s, 0, bytes, &end)) return -1;
+    if (s->rank == 0 && post_turn(s, bytes, i, &end)) return -1;
     if (until(s, &s->come, come + i + 1, &end, "the peer's write")) return -1;
     if (s->landing[0] != (uint8_t)(i + 1)) return fail("turn %u: the completion came before its bytes", i);
-    if (s->rank == 1 && post(s, 0, bytes, &end)) return -1;
+    if (s->rank == 1 && post_turn(s, bytes, i, &end)) return -1;
     one_way_ns[i] = (double)(now_ns() - before) / 2;
   }
   const int code = until(s, &s->done, s->posted, &end, "own write");

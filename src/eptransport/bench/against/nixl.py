@@ -105,13 +105,14 @@ class _Nixl(Side):
         for index in range(count):
             mark = index % 251 + 1
             start = time.perf_counter_ns()
-            source[0] = mark
             if self._side == 0:
+                source[0] = mark
                 self._give(handle, b"n")
             self._until(start_come + index + 1)
             if landing[0] != mark:
                 raise AssertionError(f"turn {index}: the notification came before its bytes")
             if self._side == 1:
+                source[0] = mark  # not before: until the peer has written again the last turn's may be read from it
                 self._give(handle, b"n")
             samples.append((time.perf_counter_ns() - start) / 2e3)
         return samples

@@ -104,13 +104,15 @@ class _Python(Side):
         for index in range(count):
             mark = index % 251 + 1
             start = time.perf_counter_ns()
-            self._source[0] = mark  # free: the answer to the last turn's write has come
+            # The source is free only when it is this side's turn: the peer has written since the turn before.
             if self._side == 0:
+                self._source[0] = mark
                 self._write(size)
             self._wait()
             if self._landing[0] != mark:
                 raise AssertionError(f"turn {index}: the signal rose before its bytes were there")
             if self._side == 1:
+                self._source[0] = mark
                 self._write(size)
             samples.append((time.perf_counter_ns() - start) / 2e3)
         return samples
