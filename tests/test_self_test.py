@@ -4,38 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from typing import Any
+
+from doctors import pair
 
 from eptransport.self_test import WRITES
 
 SECRET = "a secret of the tests"
-
-
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "eptransport", "doctor", "--json", *arguments]
-    env = {**os.environ, "EPT_BACKEND": "tcp", **environment}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def pair(listener: dict[str, str], dialler: dict[str, str]) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of who listened and of who dialled."""
-    first = start("--listen", "127.0.0.1:0", **listener)
-    try:
-        assert first.stderr is not None
-        said = first.stderr.readline()
-        port = re.search(r"listening on port (\d+)", said)
-        assert port, said + first.stderr.read()
-        second = start("--peer", f"127.0.0.1:{port[1]}", **dialler)
-        try:
-            return [(each.returncode, *out) for each in (first, second) for out in [each.communicate(timeout=120)]]
-        finally:
-            second.kill()
-    finally:
-        first.kill()
 
 
 def test_both_directions_pass() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ LIMIT_S = 60
 """32 NICs are asked in under a second; a device that hangs must not hang the doctor."""
 PLACES = ("/opt/amazon/efa/lib64/libfabric.so.1", "/opt/amazon/efa/lib/libfabric.so.1", "libfabric.so.1")
 """Where the backend looks, in its order."""
+A_LIBFABRIC = re.compile(r"libfabric(-[0-9a-f]+)?\.so[.\d]*")
+"""With the digest that a wheel's bundler adds; our plugin ept_libfabric.so is none."""
 FI_RMA, FI_PROV_ATTR_ONLY = 1 << 2, 1 << 54
 API = 1 << 16 | 17
 EFA_DIRECT_API = 2 << 16
@@ -85,7 +88,7 @@ def mapped(maps: Path = Path("/proc/self/maps")) -> tuple[str, ...]:
     except OSError:
         return ()
     files = {line[line.index("/") :] for line in lines if "/" in line}
-    return tuple(sorted(file for file in files if "libfabric.so" in file.rsplit("/", 1)[1]))
+    return tuple(sorted(file for file in files if A_LIBFABRIC.fullmatch(file.rsplit("/", 1)[1])))
 
 
 def _ask(library: str) -> Offer:

@@ -93,6 +93,15 @@ def test_without_a_gpu_nothing_is_said_of_its_memory(tmp_path: Path) -> None:
     assert "GPU memory" not in look(tmp_path, plain)
 
 
+def test_our_plugin_is_no_libfabric(tmp_path: Path) -> None:
+    """One of a wheel, with the digest in its name, is."""
+    mapped = machine()
+    mapped.maps = ("/venv/eptransport/plugins/ept_libfabric.so", "/venv/x.libs/libfabric-1c0ffee5.so.1.30.0")
+    found = look(tmp_path, mapped)
+    assert "one libfabric" not in found
+    assert found["mapped libfabric"].seen == mapped.maps[1]
+
+
 def test_an_instance_without_the_card(tmp_path: Path) -> None:
     found = look(tmp_path, Machine(product="m7i.large"))
     assert list(found) == ["device"]

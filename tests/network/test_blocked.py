@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from libfabrics import Libfabric, cases
 from wire import join
 
 import eptransport as ept
@@ -21,10 +22,10 @@ DEADLINE_S = 8.0
 """Of each stage: what is blocked costs all of it."""
 
 
-def doctor(rank: int, world: int, folder: Path, muted: int, when: str) -> SelfTest:
+def doctor(rank: int, world: int, folder: Path, muted: int, when: str, fields: dict[str, Any]) -> SelfTest:
     """What rank `muted` sends is dropped from the stage on whose notice begins with `when`."""
     joined = join(folder, rank)
-    settings = ept.Settings(backend="tcp")
+    settings = ept.Settings(**{"backend": "tcp", **fields})
 
     def notice(stage: str) -> None:
         if stage.startswith("listening"):
@@ -40,23 +41,41 @@ def doctor(rank: int, world: int, folder: Path, muted: int, when: str) -> SelfTe
     return dialled(WHERE, settings, DEADLINE_S, notice)
 
 
+def named(found: SelfTest, muted: int) -> None:
+    assert isinstance(found, SelfTest), repr(found)
+    assert found.connected
+    assert not found.passed
+    assert [each.passed for each in found.directions] == [muted != 0, muted != 1]
+    assert found.directions[1 - muted].seen == WRITES
+    assert found.directions[muted].seen < WRITES
+    assert f"packets from rank {muted} to rank {1 - muted} are dropped" in found.mend
+
+
 @pytest.mark.parametrize("muted", [0, 1])
 def test_the_blocked_direction_is_named(wire: Callable[..., None], spawn: Callable[..., list[Any]], muted: int) -> None:
     wire()
-    for found in spawn(2, doctor, muted, "connected"):
-        assert isinstance(found, SelfTest), repr(found)
-        assert found.connected
-        assert not found.passed
-        assert [each.passed for each in found.directions] == [muted != 0, muted != 1]
-        assert found.directions[1 - muted].seen == WRITES
-        assert found.directions[muted].seen < WRITES
-        assert f"packets from rank {muted} to rank {1 - muted} are dropped" in found.mend
+    for found in spawn(2, doctor, muted, "connected", {}):
+        named(found, muted)
+
+
+# Over one release: what is blocked costs a deadline, and what is tried here is ours.
+@pytest.mark.parametrize("case", cases("tcp")[-1:])
+def test_over_libfabric_the_rule_is_named_too(
+    wire: Callable[..., None], spawn: Callable[..., list[Any]], case: tuple[Libfabric, str]
+) -> None:
+    release, provider = case
+    options = {f"libfabric.{name}": value for name, value in release.options(provider).items()}
+    wire()
+    for found in spawn(2, doctor, 1, "connected", {"backend": "libfabric", "options": options}):
+        named(found, 1)
+        assert "outbound rule of rank 1's group" in found.mend
+        assert "inbound rule of rank 0's" in found.mend
 
 
 def test_no_connection_is_no_direction(wire: Callable[..., None], spawn: Callable[..., list[Any]]) -> None:
     """TCP needs both directions to connect at all: that it doesn't is said, and none is blamed."""
     wire()
-    for found in spawn(2, doctor, 0, "backend"):
+    for found in spawn(2, doctor, 0, "backend", {}):
         assert not found.connected
         assert not found.passed
         assert found.problem

@@ -94,8 +94,8 @@ def doctor(
 
 
 def _show_efa(console: Console, findings: Sequence[Finding], verbose: bool) -> None:
-    """Nothing about EFA on a machine that is no EC2 instance, unless asked."""
-    if len(findings) == 1 and not findings[0].mend and not verbose:
+    """Nothing about EFA on a machine that is no EC2 instance, unless asked, or something else is wrong."""
+    if not verbose and not findings[0].mend and all(each.state == "ok" for each in findings[1:]):
         return
     table = Table(title="AWS EFA", title_justify="left")
     for name in ("what", "", "seen", "mend"):
