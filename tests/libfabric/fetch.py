@@ -94,8 +94,7 @@ def debian(out: Path, patchelf: str) -> Path:
     except Missing:
         own += ["-o", f"Dir::State::Lists={scratch}/lists"]
         (scratch / "lists" / "partial").mkdir(parents=True)
-        run(["apt-get", *APT, *own, "update"], scratch, "apt-get update")
-        packages = download(own, scratch)
+        packages = updated(own, scratch)
     tree = scratch / "tree"
     for package in packages:
         run(["dpkg-deb", "-x", str(package), str(tree)], scratch, f"unpacking {package.name}")
@@ -112,6 +111,19 @@ def debian(out: Path, patchelf: str) -> Path:
     replace(tree / "usr" / "include", out / "include")
     replace(unpacked, out / "debian")
     return library
+
+
+def updated(own: list[str], scratch: Path) -> list[Path]:
+    """Lists first. One that can't be had (some third party's) may not matter; if it does, it is the reason."""
+    problem = None
+    try:
+        run(["apt-get", *APT, *own, "-o", "APT::Update::Error-Mode=any", "update"], scratch, "apt-get update")
+    except Missing as missing:
+        problem = missing
+    try:
+        return download(own, scratch)
+    except Missing as missing:
+        raise problem or missing from None
 
 
 def download(own: list[str], scratch: Path) -> list[Path]:
