@@ -150,18 +150,19 @@ class End {
 };
 
 // `risen`: how often this side's signal has been raised before. The same of stream.
-int32_t pingpong(End &end, uint32_t side, uint64_t bytes, uint32_t iterations, uint64_t risen, double *samples,
-                 uint64_t timeout_ns, ept_error *error) {
+int32_t pingpong(ept_engine *engine, End &end, uint32_t side, uint64_t bytes, uint32_t iterations, uint64_t risen,
+                 double *samples, uint64_t timeout_ns, ept_error *error) {
   const ept_write write = end.write(0, bytes);
   Deadline deadline(timeout_ns);
+  ept_transfer_id last = 0;
   for (uint32_t i = 0; i < iterations; ++i) {
     const uint64_t before = now_ns();
     const auto mark = static_cast<uint8_t>(i + 1);
     // The source is free only when it is this side's turn: then the peer has written since, so it has all of the write
-    // of the turn before, which until then may still be read from here.
+    // of the turn before, which until then may still be read from here. No turn tells that of the last write.
     auto post = [&] {
       end.source()[0] = mark;
-      return end.post(write, nullptr, deadline, error);
+      return end.post(write, side == 1 && i + 1 == iterations ? &last : nullptr, deadline, error);
     };
     int32_t code = EPT_OK;
     if (side == 0) code = post();
@@ -172,7 +173,7 @@ int32_t pingpong(End &end, uint32_t side, uint64_t bytes, uint32_t iterations, u
     if (code != EPT_OK) return code;
     if (side == 0) samples[i] = static_cast<double>(now_ns() - before) / 2;
   }
-  return EPT_OK;
+  return last == 0 ? EPT_OK : ept_transfer_wait(engine, last, timeout_ns, error);
 }
 
 int32_t stream(ept_engine *engine, End &end, uint32_t side, uint64_t bytes, uint32_t count, uint32_t ring,
@@ -241,7 +242,8 @@ int32_t eptb_pair_open(ept_engine *engine, uint32_t peer, uint32_t side, uint64_
 int32_t eptb_pair_pingpong(eptb_pair *pair, uint64_t bytes, uint32_t iterations, double *samples, uint64_t timeout_ns) {
   if (bytes > pair->bytes) return pair->too_small(bytes);
   ept_error error = empty_error();
-  const int32_t code = pingpong(pair->end, pair->side, bytes, iterations, pair->risen, samples, timeout_ns, &error);
+  const int32_t code =
+      pingpong(pair->engine, pair->end, pair->side, bytes, iterations, pair->risen, samples, timeout_ns, &error);
   pair->risen += iterations;
   pair->end.source()[0] = pair->end.expected(0);
   return ended(code, error);

@@ -26,6 +26,10 @@ constexpr uint64_t proxy_look_ns = 1'000'000;
 constexpr int proxy_looks = 20;
 /* Polling longer than a wake-up costs (some 5 to 50 us on the machines measured) cannot win. */
 constexpr uint64_t default_spin_ns = 50'000;
+/* A waiting caller of a backend without a descriptor has nothing to be woken by: a nap there is over late, by some 50
+ * us and the kernel's timer slack of as much. So it gives way to whoever else wants the core, and looks again, for
+ * about as long as a MiB takes to be copied twice; only then it naps. */
+constexpr uint64_t yield_ns = 500'000;
 /* Gauges and the rails' counters are copied into the page that often at most: some 200 ns a peer and a rail, so a
  * thousandth of a core at 50 of them. */
 constexpr uint64_t refresh_ns = 10'000'000;
@@ -151,6 +155,8 @@ int32_t ept_engine::open_plugin(ept_error *error) {
     instance = nullptr;
     return plugin_error(code, "open", -1, error);
   }
+  int64_t value = 0;
+  asks_bulk = plugin->query && plugin->query(instance, "bulk", &value) == EPT_OK;
   caps.size = sizeof caps;
   if (int32_t code = plugin->caps(instance, &caps)) return plugin_error(code, "caps", -1, error);
   if (caps.immediate_bits < 32 || !caps.max_send || !caps.max_message) {
@@ -264,7 +270,6 @@ int32_t ept_engine::step(ept_error *error) {
         operation_ended(event.cookie, EPT_OK, 0, nullptr);
         break;
       case EPT_EVENT_IMM:
-        bulk = event.length >= 64 << 10;
         if (event.peer < world) {
           add_alone(metrics.peer(event.peer).rx_operations, 1);
           add_alone(metrics.peer(event.peer).rx_bytes, event.length);
@@ -313,17 +318,17 @@ int32_t ept_engine::drive_once(Hold &hold, uint64_t &idle_since, uint64_t until,
   }
   if (idle_since == 0) idle_since = now;
   bool spin = now - idle_since < spin_ns;
-  if (spin && plugin->query) {
+  if (spin && asks_bulk) {
     int64_t value = 0;
     if (plugin->query(instance, "bulk", &value) == EPT_OK && value) spin = false;
   }
-  if (spin) {
+  if (spin && !lock.wanted()) {
+    relax(); /* with the lock: whoever comes for it says so, and gets it at the next turn */
+    return 0;
+  }
+  if (spin || (driver == Driver::caller && !caps.wait_descriptor && now - idle_since < yield_ns)) {
     hold.unlock();
-    if (lock.wanted()) {
-      sched_yield();
-    } else {
-      relax();
-    }
+    sched_yield();
     hold.lock();
     return 0;
   }

