@@ -106,12 +106,14 @@ struct StrictOptions {
   std::vector<Injection> errors;  // on writes
   std::vector<Injection> send_errors;  // on messages
   std::vector<When> event_errors;      // on the event queue, beside a write that is not touched
+  std::string report_to;               // a file that gets the report of each rank as a line when that closes
   std::shared_ptr<StrictReport> report = std::make_shared<StrictReport>();
   std::function<void(const std::string &)> say;  // a sentence for each violation; may be called from any thread
 };
 
 // "SEED" or "SEED:name=value,...", the names as above, and error=CODE@N or CODE/N (the Nth, every Nth write; CODE by
-// name or number), send_error= likewise, eq_error=@N or /N. Empty: it is understood. Else the sentence for the user.
+// name or number), send_error= likewise, eq_error=@N or /N, report_to=FILE. Empty: it is understood. Else the sentence
+// for the user.
 std::string parse_strict(const std::string &text, StrictOptions *options);
 
 std::shared_ptr<Library> make_strict(std::shared_ptr<Library> inner, const StrictOptions &options);

@@ -6,6 +6,10 @@
 // INVARIANT. An entry that the provider gave is in exactly one of `held`, `ready` and `error`, moves only forward
 // through them, and leaves by one read. All three together, and nothing else, count against the size of the queue: what
 // waits here has come (the network might have been as quick), and nobody has read it.
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -30,6 +34,9 @@ size_t entry_size(fi_cq_format format) {
       return sizeof(fi_cq_data_entry);
   }
 }
+
+// Below 0, so that nobody takes it for a code of the device.
+int of_provider(const fi_cq_err_entry &error) { return error.prov_errno > 0 ? -error.prov_errno : error.prov_errno; }
 
 void tell(const Shared &shared, Cq *cq) {
   shared.refuse(Deed::kOverrun, "a completion queue of " + std::to_string(cq->size) + " entries was overrun by " +
@@ -103,7 +110,7 @@ const char *cq_strerror(fid_cq *object, int number, const void *data, char *text
   Cq *cq = static_cast<Cq *>(object);
   std::lock_guard hold(cq->domain->lock);
   const DeviceError *error = device_error(number);
-  if (!cq->last_was_device || error == nullptr) return fi_cq_strerror(cq->real, number, data, text, length);
+  if (!cq->last_was_device || error == nullptr) return fi_cq_strerror(cq->real, -number, data, text, length);
   if (text != nullptr && length > 0) {
     strncpy(text, error->words, length - 1);
     text[length - 1] = '\0';
@@ -123,12 +130,31 @@ int close_cq(fid *object) {
   const int code = fi_close(&cq->real->fid);
   if (code != 0) return code;
   domain->open--;
+  for (const int descriptor : {cq->waits, cq->wake}) {
+    if (descriptor >= 0) close(descriptor);
+  }
   delete cq;
   return 0;
 }
 
 int cq_control(fid *object, int command, void *argument) {
-  return fi_control(&as<Cq, fid_cq>(object)->real->fid, command, argument);
+  Cq *cq = as<Cq, fid_cq>(object);
+  if (command != FI_GETWAIT || cq->waits < 0) return fi_control(&cq->real->fid, command, argument);
+  *static_cast<int *>(argument) = cq->waits;
+  return 0;
+}
+
+// The provider's descriptor and ours as one; none where the provider has none.
+void make_descriptor(Cq *cq) {
+  int provider = -1;
+  if (fi_control(&cq->real->fid, FI_GETWAIT, &provider) != 0) return;
+  cq->waits = epoll_create1(EPOLL_CLOEXEC);
+  cq->wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  for (const int descriptor : {provider, cq->wake}) {
+    epoll_event event = {};
+    event.events = EPOLLIN;
+    epoll_ctl(cq->waits, EPOLL_CTL_ADD, descriptor, &event);
+  }
 }
 
 }  // namespace
@@ -185,20 +211,31 @@ void Cq::take_error(const fi_cq_err_entry &real_error) {
   for (Ep *ep : endpoints) {
     Op *op = ep->find(real_error.op_context);
     if (op != nullptr)
-      return complete(op, real_error.flags, real_error.len, 0, FI_ADDR_NOTAVAIL, real_error.err, real_error.prov_errno,
-                      nullptr);
+      return complete(op, real_error.flags, real_error.len, 0, FI_ADDR_NOTAVAIL, real_error.err,
+                      of_provider(real_error), nullptr);
   }
   Entry entry = {};
   entry.entry.flags = real_error.flags;
   entry.source = FI_ADDR_NOTAVAIL;
   entry.number = arrived++;
   entry.error = real_error.err;
-  entry.provider = real_error.prov_errno;
+  entry.provider = of_provider(real_error);
   held.push_back(entry);
+}
+
+void Cq::wake_up() {
+  if (wake < 0 || woken) return;
+  woken = true;
+  eventfd_write(wake, 1);
 }
 
 void Cq::move() {
   now++;
+  if (woken) {
+    woken = false;
+    eventfd_t value;
+    eventfd_read(wake, &value);
+  }
   for (Ep *ep : endpoints) {
     if (ep->tx == this) ep->advance();
     if (ep->rx == this && ep->presence) ep->presence->poll();
@@ -256,6 +293,7 @@ int open_cq(fid_domain *object, fi_cq_attr *attr, fid_cq **out, void *context) {
   cq->real = real;
   cq->format = attr->format;
   cq->size = domain->shared->options.cq != 0 ? domain->shared->options.cq : asked;
+  if (attr->wait_obj == FI_WAIT_FD) make_descriptor(cq);
   domain->open++;
   *out = cq;
   return 0;

@@ -121,6 +121,10 @@ struct Cq : fid_cq {
   fid_cq *real;
   fi_cq_format format;
   size_t size;
+  // What a sleeper of FI_WAIT_FD waits on: `waits` is readable when the provider's descriptor is or when `wake` is,
+  // which a post sets, since it needs a read to move. -1: it has none.
+  int waits = -1, wake = -1;
+  bool woken = false;
   Schedule schedule;
   std::vector<struct Ep *> endpoints;
   uint64_t now = 0, arrived = 0;
@@ -136,6 +140,7 @@ struct Cq : fid_cq {
   void complete(Op *op, uint64_t flags, size_t length, uint64_t data, fi_addr_t source, int error, int provider,
                 const DeviceError *device);
   void move();  // one read's worth of progress
+  void wake_up();
 };
 
 struct Ep : fid_ep {

@@ -97,6 +97,10 @@ bool read_option(const std::string &name, const std::string &text, StrictOptions
   if (name == "manual") return read_into(text, 1, &options->manual);
   if (name == "error") return read_injection(text, &options->errors);
   if (name == "send_error") return read_injection(text, &options->send_errors);
+  if (name == "report_to") {
+    options->report_to = text;
+    return !text.empty();
+  }
   When when;
   if (name != "eq_error" || !read_when(text, &when)) return false;
   options->event_errors.push_back(when);
@@ -129,7 +133,7 @@ std::string parse_strict(const std::string &text, StrictOptions *options) {
     if (equals == std::string::npos || !read_option(part.substr(0, equals), part.substr(equals + 1), options))
       return "strict does not understand \"" + part +
              "\"; it knows window, eagain (0 to 1), storm, rma, msg, inject, tx, cq, rnr, plain, manual, "
-             "error=CODE@N, send_error=CODE/N and eq_error=@N";
+             "error=CODE@N, send_error=CODE/N, eq_error=@N and report_to=FILE";
     at = end + 1;
   }
   return "";

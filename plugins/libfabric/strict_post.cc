@@ -185,6 +185,7 @@ ssize_t take(Ep *ep, const Post &post) {
   }
   ep->window.push_back(op);
   ep->in_flight++;
+  ep->tx->wake_up();
   return 0;
 }
 

@@ -32,9 +32,10 @@ std::shared_ptr<libfabric::Library> strict_over_null(const StrictOptions &option
 
 void words_of_a_setting_are_understood() {
   StrictOptions options;
-  CHECK_EQ(libfabric::parse_strict("7:window=32,eagain=0.25,storm=9,rma=5000,msg=100,inject=8,tx=3,cq=77,rnr=4,"
-                                   "plain=1,manual=0,error=rnr@100,error=13/7,send_error=abort/2,eq_error=@5",
-                                   &options),
+  CHECK_EQ(libfabric::parse_strict(
+               "7:window=32,eagain=0.25,storm=9,rma=5000,msg=100,inject=8,tx=3,cq=77,rnr=4,"
+               "plain=1,manual=0,error=rnr@100,error=13/7,send_error=abort/2,eq_error=@5,report_to=/tmp/x",
+               &options),
            "");
   CHECK_EQ(options.seed, 7);
   CHECK_EQ(options.window, 32);
@@ -53,6 +54,7 @@ void words_of_a_setting_are_understood() {
   CHECK_EQ(options.errors[1].code, 13);
   CHECK(options.errors[1].when(14) && !options.errors[1].when(15));
   CHECK_EQ(options.send_errors[0].code, 8);
+  CHECK_EQ(options.report_to, "/tmp/x");
   CHECK(options.event_errors[0](5) && !options.event_errors[0](10));
   for (const char *wrong :
        {"", "x", "-1", "7:window", "7:window=x", "7:eagain=1", "7:tx=0", "7:error=rnr", "7:nothing=1",
@@ -278,17 +280,23 @@ void a_target_that_does_not_poll_gets_nothing() {
   pair.polls(kLong);
   CHECK_EQ(pair.b.memory[0], 7);
   CHECK_EQ(pair.b.arrived.size(), 1);
-  // Asleep on its descriptor, it is woken.
-  int descriptor = -1;
+  // Asleep on its descriptor, it is woken; and so is who sleeps there while another thread posts, for a post needs
+  // reads.
+  int descriptor = -1, own = -1;
   CHECK_EQ(fi_control(&pair.b.cq->fid, FI_GETWAIT, &descriptor), 0);
+  CHECK_EQ(fi_control(&pair.a.cq->fid, FI_GETWAIT, &own), 0);
+  pollfd writer = {own, POLLIN, 0};
   fid *queue = &pair.b.cq->fid;
   CHECK_EQ(fi_trywait(pair.b.fabric, &queue, 1), 0);
   pollfd waits = {descriptor, POLLIN, 0};
   CHECK_EQ(::poll(&waits, 1, 0), 0);
+  CHECK_EQ(::poll(&writer, 1, 0), 0);
   CHECK_EQ(pair.a.write(pair.b, pair.to_b, 8, 8, 2, pair.a.context()), 0);
+  CHECK_EQ(::poll(&writer, 1, 0), 1);
   fid *busy = &pair.a.cq->fid;
   CHECK_EQ(fi_trywait(pair.a.fabric, &busy, 1), -FI_EAGAIN);  // who has something in here may not sleep
   pair.a.polls(kLong);
+  CHECK_EQ(::poll(&writer, 1, 0), 0);
   CHECK_EQ(::poll(&waits, 1, 0), 1);
   CHECK_EQ(fi_trywait(pair.b.fabric, &queue, 1), -FI_EAGAIN);
   pair.b.polls(kLong);
