@@ -98,12 +98,12 @@ def test_a_plugin_needs_nothing_of_ours(name: str) -> None:
 
 
 def test_the_library_exports_what_its_header_declares() -> None:
-    functions = declared("eptransport.h")
-    assert {"ept_version", "ept_engine_create", "ept_moe_create"} <= functions
+    functions = declared("eptransport.h") | declared("gpu.h")
+    assert {"ept_version", "ept_engine_create", "ept_moe_create", "ept_gpu_moe_create"} <= functions
     assert exported(PACKAGE / "libeptransport.so") == functions
 
 
-@pytest.mark.parametrize("header", ["backend.h", "wire.h", "eptransport.h"])
+@pytest.mark.parametrize("header", ["backend.h", "wire.h", "eptransport.h", "gpu.h"])
 @pytest.mark.parametrize(("suffix", "compiler", "standard"), [("c", "cc", "c11"), ("cc", "c++", "c++17")])
 def test_a_header_compiles_by_itself(tmp_path: Path, header: str, suffix: str, compiler: str, standard: str) -> None:
     source = tmp_path / f"alone.{suffix}"

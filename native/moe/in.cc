@@ -43,7 +43,7 @@ bool Lane::look(Exchange &exchange, uint32_t source, uint32_t ahead, Chunk *chun
     in.rows = chunk->header.total_rows;
     if (exchange.kind == Kind::dispatch) {
       const uint32_t local = exchange.object->local();
-      memcpy(exchange.counts.data() + size_t(source) * local, at + sizeof(ept_moe_header), 4ull * local);
+      if (local) memcpy(exchange.counts.data() + size_t(source) * local, at + sizeof(ept_moe_header), 4ull * local);
     }
   }
   check_extent(exchange, source, *chunk, number);

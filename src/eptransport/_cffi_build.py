@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cffi import FFI
 
-HEADERS = ("backend.h", "metrics.h", "eptransport.h")
+HEADERS = ("backend.h", "metrics.h", "eptransport.h", "gpu.h")
 
 # What a waiting native thread asks Python: see _call.py.
 CALLBACKS = 'extern "Python" int32_t ept_python_interrupted(void *);'
@@ -45,7 +45,7 @@ def main(include: str, output: str) -> None:
     for name in HEADERS:
         ffi.cdef(cdef_of(Path(include) / "eptransport" / name))
     ffi.cdef(f"{CALLBACKS}\n{WRITE};")
-    ffi.set_source("eptransport._native", f'#include "eptransport/eptransport.h"\nstatic {WRITE}{WRITE_BODY}')
+    ffi.set_source("eptransport._native", f'#include "eptransport/gpu.h"\nstatic {WRITE}{WRITE_BODY}')
     ffi.emit_c_code(output)
 
 

@@ -55,16 +55,26 @@ def dtype_of(code: int) -> torch.dtype:
 
 
 def check(
-    name: str, tensor: Any, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], *, rows_aligned: bool = False
+    name: str,
+    tensor: Any,
+    shape: Sequence[int | None],
+    dtypes: Sequence[torch.dtype],
+    *,
+    rows_aligned: bool = False,
+    device: torch.device | None = None,
 ) -> None:
-    """That an argument is a CPU tensor of this shape (None: any) and one of these dtypes, with a unit inner stride and
-    16-byte aligned rows where native code relies on it. The error has the values."""
+    """That an argument is a tensor of `device` (None: the CPU) of this shape (None: any) and one of these dtypes, with
+    a unit inner stride and 16-byte aligned rows where native code relies on it. The error has the values."""
     import torch
 
     if not isinstance(tensor, torch.Tensor):
         raise InvalidArgument(f"{name} is a {type(tensor).__name__}, must be a tensor")
-    if tensor.device.type != "cpu":
-        raise UnsupportedError(f"{name} is on {tensor.device}; this group exchanges CPU tensors only")
+    if device is None and tensor.device.type != "cpu":
+        raise UnsupportedError(
+            f"{name} is on {tensor.device}; this AllToAll exchanges CPU tensors only: make it with device='cuda'"
+        )
+    if device is not None and tensor.device != device:
+        raise InvalidArgument(f"{name} is on {tensor.device}; this AllToAll was made for {device}")
     if tensor.dtype not in dtypes:
         raise InvalidArgument(f"{name} is {tensor.dtype}, must be {' or '.join(map(str, dtypes))}")
     found = tuple(tensor.shape)
@@ -85,7 +95,7 @@ def fill(native: Any, tensor: torch.Tensor | None) -> None:
     native.ndim = dims
     native.shape = list(tensor.shape)
     native.strides = list(tensor.stride())
-    native.device = CPU
+    native.device = tensor.device.index if tensor.is_cuda else CPU
 
 
 def refuse_grad(**tensors: Any) -> None:

@@ -28,7 +28,7 @@ def check_x(shapes: Shapes, x: Any, scales: Any, num_tokens: int | None) -> tupl
     types = shapes.types
     quantised = getattr(x, "dtype", None) == types.dispatch and types.dispatch != types.dtype
     columns = shapes.payload_columns if quantised else shapes.hidden
-    check("x", x, (None, columns), types.accepted(), rows_aligned=True)
+    check("x", x, (None, columns), types.accepted(), rows_aligned=True, device=shapes.device)
     tokens = int(x.shape[0])
     if tokens > shapes.max_tokens:
         raise InvalidArgument(
@@ -39,7 +39,7 @@ def check_x(shapes: Shapes, x: Any, scales: Any, num_tokens: int | None) -> tupl
             raise InvalidArgument(
                 f"scales came with an x of {x.dtype}, which isn't quantised ({types.dispatch} would be)"
             )
-        check("scales", scales, (tokens, None), _dtypes(_NAMES_OF_SCALES))
+        check("scales", scales, (tokens, None), _dtypes(_NAMES_OF_SCALES), device=shapes.device)
     count = tokens if num_tokens is None else whole("num_tokens", num_tokens)
     if not 0 <= count <= tokens:
         raise InvalidArgument(f"num_tokens={count}: x has {tokens}")
@@ -57,24 +57,36 @@ def check_topk(shapes: Shapes, tokens: int, topk_ids: Any, topk_weights: Any, ro
         ("topk_weights", topk_weights, _NAMES_OF_WEIGHTS),
     ):
         if tensor is not None:
-            check(name, tensor, (tokens, shapes.top_k), _dtypes(names))
+            check(name, tensor, (tokens, shapes.top_k), _dtypes(names), device=shapes.device)
 
 
 def check_combine(shapes: Shapes, routing: Routing, expert_out: Any, topk_weights: Any, row_weights: Any) -> None:
     """What is summed, and by which weights."""
     wanted = shapes.of(routing.layout, None, shapes.hidden)
-    check("expert_out", expert_out, wanted, _dtypes(_NAMES_OF_OUT), rows_aligned=True)
+    check("expert_out", expert_out, wanted, _dtypes(_NAMES_OF_OUT), rows_aligned=True, device=shapes.device)
     if row_weights is not None:
         if routing.layout not in ("rows", "by_rank"):
             raise InvalidArgument(f"row_weights need the layout rows or by_rank, not {routing.layout}")
-        check("row_weights", row_weights, (*expert_out.shape[:-1], shapes.top_k), _dtypes(_NAMES_OF_WEIGHTS))
+        check(
+            "row_weights",
+            row_weights,
+            (*expert_out.shape[:-1], shapes.top_k),
+            _dtypes(_NAMES_OF_WEIGHTS),
+            device=shapes.device,
+        )
     if topk_weights is not None:
-        check("topk_weights", topk_weights, (routing.tokens, shapes.top_k), _dtypes(_NAMES_OF_WEIGHTS))
+        check(
+            "topk_weights",
+            topk_weights,
+            (routing.tokens, shapes.top_k),
+            _dtypes(_NAMES_OF_WEIGHTS),
+            device=shapes.device,
+        )
 
 
 def check_y(shapes: Shapes, tokens: int, out: Any) -> None:
     """Where combine is to put the sums."""
-    check("out", out, (tokens, shapes.hidden), _dtypes(_NAMES_OF_OUT), rows_aligned=True)
+    check("out", out, (tokens, shapes.hidden), _dtypes(_NAMES_OF_OUT), rows_aligned=True, device=shapes.device)
 
 
 def _dtypes(names: Sequence[str]) -> tuple[torch.dtype, ...]:

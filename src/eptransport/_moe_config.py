@@ -80,11 +80,12 @@ def moe_config(
     return config, ranks, types
 
 
-def plan_of(config: Any) -> Plan:
+def plan_of(config: Any, device: torch.device | None = None) -> Plan:
     plan = sized("ept_moe_plan")
     call(lib.ept_moe_plan_get, config, plan)
     here = {"world", "top_k", "max_tokens", "lanes"}
-    split = {"device_bytes": 0, "pinned_bytes": 0, "host_bytes": plan.arena_bytes}
+    split = {"device_bytes": 0, "pinned_bytes": 0, "host_bytes": 0}
+    split["host_bytes" if device is None else "device_bytes"] = plan.arena_bytes
     names = [each.name for each in fields(Plan) if each.name not in here | split.keys()]
     return Plan(
         **{name: getattr(config, name) for name in here}, **split, **{name: getattr(plan, name) for name in names}

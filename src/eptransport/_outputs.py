@@ -51,7 +51,14 @@ def check_out(shapes: Shapes, layout: Layout | None, default: Layout, out: torch
         return out.layout
     chosen = layout or default
     if out is not None:
-        check("out", out, shapes.of(chosen, None, shapes.payload_columns), (shapes.types.dispatch,), rows_aligned=True)
+        check(
+            "out",
+            out,
+            shapes.of(chosen, None, shapes.payload_columns),
+            (shapes.types.dispatch,),
+            rows_aligned=True,
+            device=shapes.device,
+        )
     return chosen
 
 
@@ -75,13 +82,13 @@ def make_outputs(
         if exact:
             limit = shapes.limit(bound)
             room = needed if limit is None else min(needed, limit)
-        x = torch.empty(shapes.of(layout, room, shapes.payload_columns), dtype=payload)
+        x = torch.empty(shapes.of(layout, room, shapes.payload_columns), dtype=payload, device=shapes.device)
     lead = tuple(x.shape[:-1])  # type: ignore[union-attr]
 
     def pick(old: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if old is not None and tuple(old.shape) == shape and old.dtype == dtype:
             return old
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=shapes.device)
 
     experts = shapes.local_experts
     by_token = layout in ("rows", "by_rank")
@@ -107,7 +114,7 @@ def _scales(shapes: Shapes, lead: tuple[int, ...], arrival: Any, old: torch.Tens
     if old is not None and tuple(old.shape) == (*lead, count) and old.dtype == dtype:
         return old
     if shapes.scale_layout == "row":
-        return torch.empty(*lead, count, dtype=dtype)
+        return torch.empty(*lead, count, dtype=dtype, device=shapes.device)
     step = SCALE_ALIGNMENT // dtype.itemsize
     rows = -(-lead[-1] // step) * step
-    return torch.empty(*lead[:-1], count, rows, dtype=dtype)[..., : lead[-1]].transpose(-1, -2)
+    return torch.empty(*lead[:-1], count, rows, dtype=dtype, device=shapes.device)[..., : lead[-1]].transpose(-1, -2)

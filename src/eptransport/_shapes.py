@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from eptransport._call import lib, size
 
 if TYPE_CHECKING:
+    import torch
+
     from eptransport._moe_config import Types
     from eptransport.dispatched import Layout
     from eptransport.plan import Plan
@@ -37,6 +39,8 @@ class Shapes:
     max_rows: int | None
     scale_layout: str
     plan: Plan
+    device: torch.device | None = None
+    """None: the CPU."""
 
     @property
     def payload_columns(self) -> int:

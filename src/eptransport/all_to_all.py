@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from eptransport._call import call, ffi, lib, new_error, size, sized, timeout_ns, whole
 from eptransport._closing import Closing
 from eptransport._convert import fill, refuse_grad
+from eptransport._gpu_arena import create_gpu_moe, cuda_device
+from eptransport._gpu_steps import GpuSteps
 from eptransport._inputs import check_combine, check_topk, check_x, check_y
 from eptransport._lane import Lane, Sent, Summed
 from eptransport._moe_config import moe_config, one_of, plan_of
@@ -29,7 +31,7 @@ from eptransport._moe_native import create_moe
 from eptransport._outputs import check_out, make_outputs
 from eptransport._shapes import LAYOUTS, SCALE_LAYOUTS, Shapes
 from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
-from eptransport.errors import Code, InvalidArgument, LaneFault, PeerLost, Timeout
+from eptransport.errors import Code, InvalidArgument, LaneFault, PeerLost, Timeout, UnsupportedError
 from eptransport.plan import Plan
 
 if TYPE_CHECKING:
@@ -92,6 +94,9 @@ class AllToAll(Closing):
     caller_scale_bytes  most bytes of scales a row that the caller brings with an x that is quantised already; 0: as
                     our own take
     threads         of this object; None: those of the settings, else the cores of this rank
+    device          where all its tensors are: the CPU (None), or a CUDA device; the same kind on every rank. On a GPU
+                    each call is a launch on torch's current stream, which must be one stream a lane, and doesn't
+                    wait; docs/gpu.md has what differs
 
     A context manager. Errors of the arguments raise before anything is sent, and the group goes on. A call that met an
     expired deadline, a lost peer or a full output leaves its lane faulted: LaneFault from then on, until `reset`.
@@ -119,6 +124,7 @@ class AllToAll(Closing):
         scale_epsilon: float = 1e-4,
         caller_scale_bytes: int = 0,
         threads: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         one_of("layout", layout, LAYOUTS)
         one_of("scale_layout", scale_layout, SCALE_LAYOUTS)
@@ -151,13 +157,15 @@ class AllToAll(Closing):
         self.max_rows = None if max_rows is None else size("max_rows", max_rows)
         self.scale_layout = scale_layout
         self._members = group._members
-        self._native = create_moe(group, config)
+        where = cuda_device(device)
+        on_gpu = None if where is None else create_gpu_moe(group, config, where)
+        self._native = on_gpu or create_moe(group, config)
         self._members.made += 1
         del keep
         self._finalizer = weakref.finalize(self, self._native.close)
-        self.plan_ = plan_of(config)
+        self.plan_ = plan_of(config, where)
         """The plan of this object."""
-        self.local_experts = self._find_local_experts(placement)
+        self.local_experts = self._find_local_experts(on_gpu is not None, placement)
         """The global ids of the experts here: a range, or a tuple if `placement` was given."""
         self._shapes = Shapes(
             types=types,
@@ -169,7 +177,9 @@ class AllToAll(Closing):
             max_rows=self.max_rows,
             scale_layout=scale_layout,
             plan=self.plan_,
+            device=where,
         )
+        self._gpu = None if on_gpu is None else GpuSteps(on_gpu, self._shapes, layout, lanes)
         self._lanes = [Lane() for _ in range(lanes)]
         self._trace: Trace | None = group.trace
         self._announce()
@@ -192,6 +202,7 @@ class AllToAll(Closing):
         placement: Sequence[int] | None = None,
         scale_format: Literal["fp32", "ue8m0"] = "fp32",
         caller_scale_bytes: int = 0,
+        device: torch.device | str | None = None,
         **layouts: Any,
     ) -> Plan:
         """The bytes that an AllToAll of these arguments would take on `rank` of `world`. Allocates and connects
@@ -219,7 +230,7 @@ class AllToAll(Closing):
             caller_scale_bytes=caller_scale_bytes,
             threads=1,
         )
-        found = plan_of(config)
+        found = plan_of(config, cuda_device(device, look=False))
         del keep
         return found
 
@@ -389,6 +400,9 @@ class AllToAll(Closing):
 
     def check(self, lane: int | None = None) -> None:
         """Raises LaneFault, with its first cause, if the lane (None: any) is faulted. Not collective, doesn't block."""
+        if self._gpu is not None:
+            self._gpu.check(lane)
+            return
         for number in range(self.lanes) if lane is None else (self._lane_number(lane),):
             self._call(lib.ept_moe_check, number)
 
@@ -396,6 +410,9 @@ class AllToAll(Closing):
         """Brings every lane of the group to a common, empty state; faults are gone, steps under way are abandoned.
         Collective over the ranks that are up, and for all AllToAlls of the group at once; blocks. Goes on without ranks
         that are masked, and with those that were readmitted. Masked, Timeout, PeerLost."""
+        if self._gpu is not None:
+            self._gpu.reset()
+            return
         deadline = monotonic() + (self.group.settings.timeout_s if timeout is None else timeout)
         while True:
             self._members.learn()
@@ -410,6 +427,8 @@ class AllToAll(Closing):
 
     def stats(self) -> Stats:
         """What it has done so far. Not collective, doesn't block."""
+        if self._gpu is not None:
+            raise UnsupportedError("stats() counts what the CPU does; an AllToAll on a GPU keeps no counts yet")
         stats = sized("ept_moe_stats")
         self._native.guard.enter()
         try:
@@ -449,6 +468,11 @@ class AllToAll(Closing):
         whole: bool,
     ) -> None:
         refuse_grad(x=x, topk_weights=topk_weights)
+        if self._gpu is not None:
+            self._gpu.dispatch_send(
+                x, topk_ids, topk_weights, scales, routing, layout, num_tokens, host_counts, max_rows, lane, out
+            )
+            return
         self._members.learn_if_told()
         state = self._lanes[self._lane_number(lane)]
         chosen = check_out(self._shapes, layout, self.layout, out)
@@ -473,6 +497,8 @@ class AllToAll(Closing):
         max_rows: int | None,
         out: torch.Tensor | Dispatched | None,
     ) -> Dispatched:
+        if self._gpu is not None:
+            return self._gpu.dispatch_recv(lane, layout, host_counts, max_rows, out)
         state = self._lanes[self._lane_number(lane)]
         sent = state.sent
         if sent is None:
@@ -505,6 +531,9 @@ class AllToAll(Closing):
         whole: bool,
     ) -> None:
         refuse_grad(expert_out=expert_out, topk_weights=topk_weights, row_weights=row_weights)
+        if self._gpu is not None:
+            self._gpu.combine_send(expert_out, got, topk_weights, weights_applied, row_weights, lane)
+            return
         state = self._lanes[self._lane_number(lane)]
         routing = routing_of(got)
         check_combine(self._shapes, routing, expert_out, topk_weights, row_weights)
@@ -523,6 +552,8 @@ class AllToAll(Closing):
     def _combine_recv(self, lane: int, out: torch.Tensor | None) -> Any:
         import torch
 
+        if self._gpu is not None:
+            return self._gpu.combine_recv(lane, out)
         state = self._lanes[self._lane_number(lane)]
         summed = state.summed
         if summed is None:
@@ -577,10 +608,10 @@ class AllToAll(Closing):
             self.group.fault.fill_(error.code or lib.EPT_E_FAULT)
             self._lanes[lane].clear()
 
-    def _find_local_experts(self, placement: Sequence[int] | None) -> range | tuple[int, ...]:
+    def _find_local_experts(self, on_gpu: bool, placement: Sequence[int] | None) -> range | tuple[int, ...]:
         count = self.plan_.local_experts
         ids = ffi.new("int32_t[]", max(count, 1))
-        lib.ept_moe_local_experts(self._native.pointer, ids)
+        (lib.ept_gpu_moe_local_experts if on_gpu else lib.ept_moe_local_experts)(self._native.pointer, ids)
         held = tuple(ids[index] for index in range(count))
         return held if placement is not None else range(held[0], held[0] + count) if held else range(0)
 

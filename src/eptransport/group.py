@@ -16,15 +16,18 @@ from eptransport._members import Members, check_rank
 from eptransport._membership import Membership
 from eptransport._place import find_place
 from eptransport._process import cores
+from eptransport._record import Shape
 from eptransport._seeing import Seeing
 from eptransport._stuck import forget, watch
 from eptransport._trace import Trace
 from eptransport.engine import PeerStatus
-from eptransport.errors import ConfigError, InvalidArgument, Masked
+from eptransport.errors import ConfigError, EptError, InvalidArgument, Masked
 from eptransport.settings import Settings
 
 if TYPE_CHECKING:
     import torch
+
+    from eptransport._gpu_arena import GpuArena
 
 __all__ = ["Group", "Store"]
 
@@ -73,6 +76,9 @@ class Group(Seeing, Closing):
         bootstrap = Bootstrap(place.store, place.rank, place.world_size, name, limit, again=rejoin)
         if rejoin and bootstrap.generation == 0:
             raise ConfigError(f"there is no group {name!r} on this store that rank {place.rank} could rejoin")
+        self._bootstrap = bootstrap
+        self._gpu_arenas: list[GpuArena] = []
+        self._stages = 0
         self.settings, hello = first_words(bootstrap, settings, place.rank)
         _set_up_logging(self.settings)
         said = bootstrap.said("hello", HELLO) if rejoin else bootstrap.exchange("hello", hello, HELLO)
@@ -116,7 +122,8 @@ class Group(Seeing, Closing):
     @property
     def fault(self) -> torch.Tensor:
         """A 0-d int32 tensor, the same one always: 0, or the code of the fault that an AllToAll of this group met last
-        and was not reset from. On the CPU now; readable in a captured graph where ranks are GPUs."""
+        and was not reset from. On the CPU, or on the GPU where the group's first AllToAll is there, and then readable
+        in a captured graph."""
         if self._fault is None:
             import torch
 
@@ -198,6 +205,16 @@ class Group(Seeing, Closing):
                 native.children[id(self)] = lambda: _close_arena(arena, native.rank)
                 self._members.use_arena(arena)
             return self._arena
+
+    def exchange_once(self, content: dict[str, Any], shape: Shape) -> list[dict[str, Any]]:
+        """Collective, through the store: what each rank says. Every rank makes the same calls in the same order."""
+        self._stages += 1
+        return self._bootstrap.exchange(f"stage{self._stages}", content, shape)
+
+    def say_once(self, error: EptError) -> None:
+        """In place of `exchange_once`: this rank failed, which the others then raise."""
+        self._stages += 1
+        self._bootstrap.say(f"stage{self._stages}", None, error)
 
     def _announce(self, local: int) -> None:
         info = self.engine.info()

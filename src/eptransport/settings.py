@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         None, ge=1, le=4096, description="threads of dispatch and combine; the cores of this rank if not given"
     )
+    gpu_blocks: int | None = Field(
+        None, ge=1, le=4096, description="blocks of a GPU kernel of dispatch or combine; this rank's share if not given"
+    )
     stripe_bytes: int | None = Field(
         None, ge=4096, description="a longer write is cut over the rails, bytes; 1 MiB if not given"
     )

@@ -1,0 +1,83 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * gpu.h: dispatch and combine on CUDA tensors, launched on the caller's stream. Nothing here waits for a peer or for
+ * the GPU but ept_gpu_lanes_create, _start, _reset and _close; what goes wrong in a kernel is told by
+ * ept_gpu_moe_check.
+ *
+ * Set-up, on every rank: lanes_create; lanes_export, whose blob the caller brings to all ranks; lanes_connect for each
+ * other rank; lanes_start. Then any number of ept_gpu_moe that fit the lanes.
+ *
+ * A step in a lane: dispatch_send, dispatch_recv, combine_send, combine_recv, each on the same stream. A send whose
+ * phase has a message still to be received needs ept_gpu_moe_drain before: the caller keeps count.
+ */
+#ifndef EPTRANSPORT_GPU_H
+#define EPTRANSPORT_GPU_H
+
+#include "eptransport/eptransport.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct ept_gpu_lanes ept_gpu_lanes;
+typedef struct ept_gpu_moe ept_gpu_moe;
+
+typedef struct ept_gpu_config {
+  uint32_t size;
+  int32_t device;       /* CUDA ordinal */
+  uint32_t blocks;      /* of each launch; 0: an equal share of what the GPU holds at once */
+  uint32_t threads;     /* of a block, a multiple of 32; 0: 512 */
+  uint64_t timeout_ns;  /* of a wait inside a kernel */
+  uint64_t process;     /* a number of this process, different in every other */
+  int32_t *group_fault; /* on the device: set to the ept_code of a fault; or NULL */
+} ept_gpu_config;
+
+/* Memory for all lanes of this rank, as `moe` needs it. */
+int32_t ept_gpu_lanes_create(const ept_gpu_config *config, const ept_moe_config *moe, ept_gpu_lanes **lanes,
+                             ept_error *error);
+/* *length: room on entry, bytes of the blob on return. */
+int32_t ept_gpu_lanes_export(ept_gpu_lanes *lanes, void *blob, size_t *length, ept_error *error);
+int32_t ept_gpu_lanes_connect(ept_gpu_lanes *lanes, uint32_t rank, const void *blob, size_t length, ept_error *error);
+/* All ranks are connected: fills the tables. CONFIG where the blocks of all ranks of this GPU don't fit side by side.
+ */
+int32_t ept_gpu_lanes_start(ept_gpu_lanes *lanes, ept_error *error);
+int32_t ept_gpu_lanes_fit(const ept_gpu_lanes *lanes, const ept_moe_config *moe, ept_error *error);
+/* Between two barriers of all ranks, with no kernel of these lanes under way: empty, at generation 0, without faults.
+ */
+int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, ept_error *error);
+uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes);
+/* No kernel of any rank may use them any more. */
+void ept_gpu_lanes_close(ept_gpu_lanes *lanes);
+
+int32_t ept_gpu_moe_create(ept_gpu_lanes *lanes, const ept_moe_config *config, uint32_t number, ept_gpu_moe **moe,
+                           ept_error *error);
+void ept_gpu_moe_close(ept_gpu_moe *moe);
+void ept_gpu_moe_local_experts(const ept_gpu_moe *moe, int32_t *ids /* [plan.local_experts] */);
+
+/* Bytes of device memory, 16-byte aligned, that keep the routing of a dispatch of so many tokens, in any layout. */
+uint64_t ept_gpu_routing_bytes(const ept_gpu_moe *moe, uint64_t tokens);
+/* Where in it int32_t ids[tokens, top_k] stand, as they were given; float weights[tokens, top_k] follow. */
+uint64_t ept_gpu_routing_ids(const ept_gpu_moe *moe, uint64_t tokens);
+
+/* `args` as ept_moe_dispatch_send's, on the device; `routing` in it is NULL. Never a streamed call. */
+int32_t ept_gpu_moe_dispatch_send(ept_gpu_moe *moe, const ept_dispatch_args *args, void *routing, void *stream,
+                                  ept_error *error);
+/* arrival: uint64_t[4] on the device: rows, of one rank at most, of the contiguous layout, of one expert at most. */
+int32_t ept_gpu_moe_dispatch_wait(ept_gpu_moe *moe, uint32_t lane, uint64_t *arrival, void *stream, ept_error *error);
+/* num_rows: on the device: rows that came, or of the contiguous layout with padding. */
+int32_t ept_gpu_moe_dispatch_recv(ept_gpu_moe *moe, uint32_t lane, const ept_dispatch_outputs *outputs, void *routing,
+                                  uint64_t tokens, int32_t *num_rows, void *stream, ept_error *error);
+/* `args` as ept_moe_combine_send's; routing of a dispatch of `tokens`; topk_weights and row_weights absent. */
+int32_t ept_gpu_moe_combine_send(ept_gpu_moe *moe, const ept_combine_args *args, void *routing, uint64_t tokens,
+                                 void *stream, ept_error *error);
+int32_t ept_gpu_moe_combine_recv(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *y, void *routing, void *stream,
+                                 ept_error *error);
+int32_t ept_gpu_moe_drain(ept_gpu_moe *moe, uint32_t lane, uint32_t phase, void *stream, ept_error *error);
+/* FAULT with the first cause where a kernel that has ended, or is under way, has met one. Asks no GPU. */
+int32_t ept_gpu_moe_check(ept_gpu_moe *moe, uint32_t lane, ept_error *error);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif

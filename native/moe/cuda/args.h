@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// args.h: what the host and the kernels share: a lane's tables in device memory, a routing's arrays, and each kernel's
+// argument. Epochs, peers' addresses and generations are never arguments: they are read from the lane's tables, so that
+// a captured launch can be replayed.
+#pragma once
+
+#include "eptransport/device.h"
+#include "moe/layout.h"
+
+namespace ept::moe::cuda {
+
+constexpr uint32_t kWarp = 32;
+
+// Gives out one piece of memory in parts, in the same order on both sides.
+class Carve {
+ public:
+  EPT_HD explicit Carve(char *begin) : begin_(begin), at_(0) {}
+  template <class T>
+  EPT_HD T *take(uint64_t count) {
+    at_ = align_up(at_, sizeof(T));
+    T *here = reinterpret_cast<T *>(begin_ + at_);
+    at_ += count * sizeof(T);
+    return here;
+  }
+  EPT_HD uint64_t bytes() const { return align_up(at_, 16); }
+
+ private:
+  char *begin_;
+  uint64_t at_;
+};
+
+// A lane's signals of one source, in this order: index phase * 2 + slot.
+constexpr uint32_t kSignals = 4;
+EPT_HD constexpr uint32_t signal_index(uint32_t phase, uint32_t slot) { return phase * 2 + slot; }
+
+enum Half : uint32_t { kDispatchSend = 0, kDispatchRecv = 1, kCombineSend = 2, kCombineRecv = 3, kHalves = 4 };
+
+// What went wrong first in a lane; in pinned host memory. `code` is written last.
+struct Told {
+  uint32_t half;
+  int32_t peer;
+  uint64_t generation, expected, seen;
+  uint32_t what;  // Trouble
+  uint32_t reserved;
+  uint64_t code;  // ept_code as a positive number; 0: nothing
+};
+
+enum Trouble : uint32_t {
+  kLate = 1,    // expected and seen are counts of a signal
+  kHeader = 2,  // a peer's header is not of this step: seen is the field's number in check_header
+  kIds = 3,     // expected: number of experts; seen: the id
+  kRoom = 4,    // expected: rows that came; seen: rows that the output holds
+  kRow = 5,     // a row is not what its header promised
+  kPost = 6     // seen: the code that the path answered
+};
+
+// Written by kernels of the lane, which never run beside each other.
+struct LaneState {
+  uint64_t sent[2], received[2];  // generations of each phase; the last block of a half raises its own
+  uint32_t blocks[kHalves];       // of the launch under way that have ended
+  uint32_t fault;                 // ept_code as a positive number
+  uint32_t reserved;
+};
+
+struct LaneTable {
+  uint32_t world, rank, lane, epoch;
+  uint32_t membership, reserved;
+  LaneMap map;
+  uint64_t timeout_ns;
+  char *base;              // this lane's memory
+  const ept_path *paths;   // [world]
+  uint64_t *const *words;  // [world] where the signals of that source stand: uint64_t[kSignals]
+  uint32_t *done;          // [world] pieces of the message to that rank that are packed; 0 between launches
+  uint64_t *tickets;       // [world, kSignals] of the proxy's last put from that staging, + 1; 0: none
+  LaneState *state;
+  Told *told;
+  int32_t *group_fault;
+};
+
+struct ObjectTable {
+  uint32_t number, experts, local, top_k, hidden, max_tokens;
+  uint32_t alignment;
+  uint32_t returned_format;
+  uint64_t payload, returned;  // bytes of a row's payload, out and back
+  const uint32_t *where;       // [experts] rank << 16 | local expert
+  const uint32_t *first;       // [world + 1] where a rank's counts start in a table of all experts
+  Shape shape;
+};
+
+// A tensor by flattened leading dimensions, as moe/check.h's Rows.
+struct Strided {
+  char *data;
+  int64_t outer, inner, column;
+  uint64_t leading;
+#ifdef __CUDACC__
+  __device__
+#endif
+      char *at(uint64_t row) const {
+    return leading ? data + int64_t(row / leading) * outer + int64_t(row % leading) * inner
+                   : data + int64_t(row) * inner;
+  }
+};
+
+// The arrays of one routing, in one allocation of the caller's. T: tokens sent; R: the most rows that can come.
+struct RoutingArrays {
+  uint64_t *combine_at;  // [world] where in this rank's combine slot each rank's sums go
+  uint64_t *return_at;   // [world] where in each source's combine slot our sums go
+  uint32_t *rows_to;     // [world]
+  uint32_t *begin;       // [world + 1] of the rows that came, by source
+  int32_t *parts;        // [T, fan, 2] rank and row of a token, by rank ascending; -1: no more
+  int32_t *ids;          // [T, top_k] as given
+  float *weights;        // [T, top_k]
+  int32_t *place;        // [R, top_k] row in the output; -1: none. CONTIGUOUS and MASKED only
+  float *row_weights;    // [R, top_k], likewise
+};
+
+EPT_HD inline RoutingArrays routing_arrays(Carve &carve, const Shape &shape, uint64_t tokens) {
+  RoutingArrays r{};
+  r.combine_at = carve.take<uint64_t>(shape.world);
+  r.return_at = carve.take<uint64_t>(shape.world);
+  r.rows_to = carve.take<uint32_t>(shape.world);
+  r.begin = carve.take<uint32_t>(shape.world + 1);
+  r.parts = carve.take<int32_t>(tokens * shape.fan() * 2);
+  r.ids = carve.take<int32_t>(tokens * shape.top_k);
+  r.weights = carve.take<float>(tokens * shape.top_k);
+  const uint64_t rows = uint64_t(shape.world) * shape.max_tokens;
+  r.place = carve.take<int32_t>(rows * shape.top_k);
+  r.row_weights = carve.take<float>(rows * shape.top_k);
+  return r;
+}
+
+struct DispatchSend {
+  const LaneTable *lane;
+  ObjectTable object;
+  RoutingArrays routing;
+  const char *x;
+  int64_t x_stride;  // bytes
+  uint32_t tokens;
+  int32_t x_format;
+  const void *ids;
+  int64_t ids_strides[2];  // elements
+  const float *weights;    // NULL: none
+  int64_t weights_strides[2];
+  Strided scales;  // the caller's; data NULL: none
+  uint32_t scale_size, scale_bytes;
+  int32_t payload_format, scale_format;
+  float epsilon;
+  uint8_t ids_64, quantise, ue8m0, reserved;
+};
+
+struct DispatchRecv {
+  const LaneTable *lane;
+  ObjectTable object;
+  RoutingArrays routing;
+  int32_t layout;
+  int32_t payload_format, scale_format;
+  uint32_t scale_size, scale_bytes;
+  uint32_t outer;                           // world, local experts, or 1
+  uint64_t leading;                         // N of the layout
+  Strided x, scales, ids, weights, source;  // data NULL: not wanted
+  int32_t *counts, *offsets, *num_rows;
+};
+
+// Rows that a dispatch under way brings, before there are outputs for them. arrival: uint64_t[4]: rows, of one rank at
+// most, of the contiguous layout, of one expert at most.
+struct DispatchWait {
+  const LaneTable *lane;
+  ObjectTable object;
+  uint32_t scale_bytes;
+  int32_t payload_format, scale_format;
+  uint64_t *arrival;
+};
+
+// Takes a message of each source as if it had been read.
+struct Drain {
+  const LaneTable *lane;
+  uint32_t phase;
+};
+
+struct CombineSend {
+  const LaneTable *lane;
+  ObjectTable object;
+  RoutingArrays routing;
+  int32_t layout;
+  int32_t format;  // of expert_out
+  Strided out;     // expert_out
+  uint64_t leading;
+  uint8_t weights_applied, reserved[7];
+};
+
+struct CombineRecv {
+  const LaneTable *lane;
+  ObjectTable object;
+  RoutingArrays routing;
+  char *y;
+  int64_t y_stride;  // bytes
+  uint32_t tokens;
+  int32_t format;
+};
+
+}  // namespace ept::moe::cuda

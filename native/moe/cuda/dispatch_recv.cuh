@@ -1,0 +1,470 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// dispatch_recv.cuh: rows that came, into a layout.
+//
+// Places are the CPU executor's: by source rank, then row, then k. So `rows` and `masked` begin with a source when the
+// headers of those before it are in, `by_rank` at once, `contiguous` when all are. Places of a source's rows in groups
+// of experts are counted by one warp, 32 (row, k) at a time: those of one expert find each other by a match, and the
+// first of them moves the expert's cursor on. Each block counts for itself and keeps the places of the rows that it
+// copies.
+#pragma once
+
+#include "moe/cuda/arrivals.cuh"
+#include "moe/cuda/formats.cuh"
+#include "moe/cuda/shared.h"
+
+namespace ept::moe::cuda {
+
+constexpr int32_t kRows = 0, kByRank = 1, kContiguous = 2, kMasked = 3;  // ept_layout
+
+// Reads the header and the counts of a source that has come. The whole warp. False: the lane is faulted.
+EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &object, uint32_t half, uint64_t generation,
+                                     uint32_t source, uint32_t scale_bytes, int32_t payload_format,
+                                     int32_t scale_format, const RecvShared &s) {
+  const char *at =
+      t.base + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) + object.shape.dispatch_region(source).offset;
+  uint32_t sum = 0;
+  __syncwarp();
+  for (uint32_t e = lane_id(); e < object.local; e += kWarp) {
+    const uint32_t n = reinterpret_cast<const uint32_t *>(at + EPT_MOE_HEADER_BYTES)[e];
+    s.counts[source * object.local + e] = n;
+    sum += n < (1u << 30) ? n : 1u << 30;  // so that no sum of a peer's making wraps round
+  }
+  sum = warp_sum(sum >> 5) * 32 + warp_sum(sum & 31);
+  uint32_t wrong = 0;
+  if (lane_id() == 0) {
+    const ept_moe_header h = get_header(at);
+    const uint64_t row = ept_row_bytes(object.payload, scale_bytes, object.top_k);
+    wrong = check_header(t, object, EPT_PHASE_DISPATCH, generation, source, h, row, object.shape.chunk_tokens);
+    if (!wrong && h.rows &&
+        (h.scale_bytes != scale_bytes || h.payload_format != uint32_t(payload_format) ||
+         (scale_bytes && h.scale_format != uint32_t(scale_format))))
+      wrong = 9;
+    if (!wrong && sum > uint64_t(h.rows) * object.top_k) wrong = 10;
+    if (!wrong && (h.combine_offset % kAlign || h.combine_capacity < EPT_MOE_HEADER_BYTES ||
+                   h.combine_offset > object.shape.combine_recv() ||
+                   h.combine_capacity > object.shape.combine_recv() - h.combine_offset))
+      wrong = 11;
+    if (wrong) raise_fault(t, uint32_t(-EPT_E_MISMATCH), half, int32_t(source), kHeader, generation, 0, wrong);
+    s.rows[source] = h.rows;
+    s.return_at[source] = h.combine_offset;
+    s.flags[source] = h.flags;
+  }
+  return from_lane(wrong, 0) == 0;
+}
+
+class DispatchReceiver {
+ public:
+  EPT_DEVICE DispatchReceiver(const DispatchRecv &args, const RecvShared &shared)
+      : a(args),
+        t(*args.lane),
+        s(shared),
+        object(args.object),
+        generation(t.state->received[EPT_PHASE_DISPATCH]),
+        world(t.world),
+        top_k(args.object.top_k),
+        local(args.object.local),
+        per_expert(args.layout == kContiguous || args.layout == kMasked),
+        row_bytes(ept_row_bytes(args.object.payload, args.scale_bytes, args.object.top_k)),
+        vectors(args.object.payload / 16) {}
+
+  EPT_DEVICE void run() {
+    if (!is_faulted(t)) receive();
+    if (!is_faulted(t)) finish();
+    if (!last_block(t, kDispatchRecv, s.word)) return;
+    if (fault_of(t)) blank_all();
+    end_half(t, kDispatchRecv, &t.state->received[EPT_PHASE_DISPATCH], generation);
+  }
+
+  EPT_DEVICE void receive() {
+    for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
+      s.rows[r] = s.begin[r] = 0;
+      s.standing[r] = kAway;
+      s.next[r] = 0;
+    }
+    __syncthreads();
+    scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.standing, *this);
+    work_as_they_come(
+        t, s.standing, s.next, [&](uint32_t source) { return mine(source) * parts(source); },
+        [&](uint32_t source, uint32_t unit) { copy(source, unit); });
+  }
+
+  // Outputs as if nothing had come: what a faulted lane gives. One block.
+  EPT_DEVICE void blank_all() const {
+    const uint64_t first = threadIdx.x, step = blockDim.x;
+    const uint64_t rows = a.leading * a.outer, per_row = vectors;
+    for (uint64_t i = first; i < rows * per_row && a.x.data; i += step)
+      store16(a.x.at(i / per_row) + i % per_row * 16, Vector{});
+    for (uint64_t row = first; row < rows; row += step) {
+      blank(row);
+      for (uint32_t i = 0; a.scales.data && i * a.scale_size < a.scale_bytes; i++)
+        for (uint32_t b = 0; b < a.scale_size; b++) a.scales.at(row)[i * a.scales.column + b] = 0;
+    }
+    for (uint64_t e = first; e <= local; e += step) {
+      if (a.counts && e < local) a.counts[e] = 0;
+      if (a.offsets) a.offsets[e] = 0;
+    }
+    if (first == 0) *a.num_rows = 0;
+    for (uint64_t r = first; r <= world; r += step) a.routing.begin[r] = 0;
+  }
+
+  // ---- what the scouts ask ----
+
+  EPT_DEVICE bool header(uint32_t source) {
+    return read_dispatch_header(t, object, kDispatchRecv, generation, source, a.scale_bytes, a.payload_format,
+                                a.scale_format, s);
+  }
+
+  EPT_DEVICE bool may_begin(uint32_t source) const {
+    if (a.layout == kByRank) return true;
+    const uint32_t until = a.layout == kContiguous ? world : source;
+    uint32_t lacks = 0;
+    for (uint32_t r = lane_id(); r < until; r += kWarp)
+      if (r != source && peek(&s.standing[r]) == kAway) lacks = 1;
+    const bool may = __ballot_sync(kAll, int(lacks)) == 0;
+    __threadfence_block();  // their headers were written before they were shown
+    return may;
+  }
+
+  EPT_DEVICE bool begin(uint32_t source) {
+    uint64_t needed = s.rows[source];
+    if (a.layout != kByRank) {
+      uint32_t before = 0;
+      for (uint32_t r = lane_id(); r < source; r += kWarp) before += s.rows[r];
+      before = warp_sum(before);
+      if (lane_id() == 0) s.begin[source] = before;
+      if (a.layout == kRows) needed += before;
+    }
+    __syncwarp();
+    if (per_expert) needed = groups(source);
+    if (needed > a.leading) {
+      if (lane_id() == 0)
+        raise_fault(t, uint32_t(-EPT_E_CAPACITY), kDispatchRecv, int32_t(source), kRoom, generation, needed, a.leading);
+      return false;
+    }
+    return !per_expert || index(source);
+  }
+
+ private:
+  // Rows of a source are dealt to the blocks in turn, and each source begins with another block.
+  EPT_DEVICE uint32_t first_row(uint32_t source) const {
+    const uint32_t turn = source * (gridDim.x / world + 1) % gridDim.x;
+    return (blockIdx.x + gridDim.x - turn) % gridDim.x;
+  }
+  EPT_DEVICE uint32_t mine(uint32_t source) const {
+    const uint32_t first = first_row(source), rows = s.rows[source];
+    return rows > first ? (rows - first + gridDim.x - 1) / gridDim.x : 0;
+  }
+  // A row in so many pieces, as if all sources had as many rows as this one.
+  EPT_DEVICE uint32_t parts(uint32_t source) const {
+    return parts_of((uint64_t(s.rows[source]) * world + gridDim.x - 1) / gridDim.x, warps(), vectors);
+  }
+  EPT_DEVICE const char *rows_of(uint32_t source) const {
+    return t.base + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
+           object.shape.dispatch_region(source).offset + ept_dispatch_header_bytes(local);
+  }
+
+  // Cursors of a source's rows by expert, from counts; returns what the layout must hold. Where all headers are in (or,
+  // MASKED, those of the sources before it).
+  EPT_DEVICE uint64_t groups(uint32_t source) const {
+    uint32_t base = 0, most = 0;
+    for (uint32_t first = 0; first < local; first += kWarp) {
+      const uint32_t e = first + lane_id();
+      uint32_t before = 0, all = 0;
+      const uint32_t until = a.layout == kContiguous ? world : source + 1;
+      for (uint32_t r = 0; r < until && e < local; r++) {
+        const uint32_t n = s.counts[r * local + e];
+        if (r < source) before += n;
+        all += n;
+      }
+      const auto padded = uint32_t(align_up(all, object.alignment));
+      uint32_t at = e * uint32_t(a.leading);
+      if (a.layout == kContiguous) {
+        const uint32_t upto = warp_prefix(padded);
+        at = base + upto - padded;
+        base += from_lane(upto, kWarp - 1);
+      }
+      if (e < local) s.cursor[source * local + e] = at + before;
+      most = all > most ? all : most;
+    }
+    for (uint32_t step = 1; step < kWarp; step *= 2) {
+      const uint32_t other = __shfl_xor_sync(kAll, most, int(step));
+      most = other > most ? other : most;
+    }
+    __syncwarp();
+    return a.layout == kContiguous ? base : most;
+  }
+
+  EPT_DEVICE bool index(uint32_t source) const {
+    const char *rows = rows_of(source);
+    const uint32_t entries = s.rows[source] * top_k, first = first_row(source);
+    const uint64_t experts_at = ept_row_experts(object.payload, a.scale_bytes);
+    const uint64_t weights_at = ept_row_weights(object.payload, a.scale_bytes, top_k);
+    const bool weighed = !(s.flags[source] & EPT_MOE_NO_WEIGHTS);
+    uint32_t *cursor = s.cursor + source * local;
+    uint32_t wrong = 0;
+    for (uint32_t base = 0; base < entries; base += kWarp) {
+      const uint32_t i = base + lane_id(), j = i / top_k, k = i % top_k;
+      const char *row = rows + uint64_t(j) * row_bytes;
+      int32_t expert = -1;
+      if (i < entries) {
+        expert = reinterpret_cast<const int32_t *>(row + experts_at)[k];
+        if (expert < -1 || expert >= int32_t(local)) wrong = 1, expert = -1;
+      }
+      const uint32_t same = __match_any_sync(kAll, uint32_t(expert));
+      const uint32_t before = expert >= 0 ? cursor[expert] : 0;
+      __syncwarp();
+      if (expert >= 0 && !(same & below())) cursor[expert] = before + uint32_t(__popc(same));
+      __syncwarp();
+      if (i >= entries || j % gridDim.x != first) continue;
+      const uint64_t at = (uint64_t(s.begin[source]) + j) * top_k + k;
+      a.routing.place[at] = expert >= 0 ? int32_t(before + uint32_t(__popc(same & below()))) : -1;
+      a.routing.row_weights[at] = expert < 0 ? 0.0f
+                                  : weighed  ? reinterpret_cast<const float *>(row + weights_at)[k]
+                                             : 1.0f;
+    }
+    // Each expert's rows must be as many as the header said: else two rows had one place, or a place none.
+    for (uint32_t e = lane_id(); e < local; e += kWarp) {
+      uint32_t n = 0;
+      for (uint32_t r = 0; r <= source; r++) n += s.counts[r * local + e];
+      if (a.layout == kMasked && cursor[e] != e * uint32_t(a.leading) + n) wrong = 1;
+    }
+    if (a.layout == kContiguous) wrong |= ends_differ(source);
+    const uint32_t any = __ballot_sync(kAll, int(wrong));
+    if (any && lane_id() == 0)
+      raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, s.rows[source], any);
+    return !any;
+  }
+  EPT_DEVICE uint32_t ends_differ(uint32_t source) const {
+    uint32_t base = 0, wrong = 0;
+    for (uint32_t first = 0; first < local; first += kWarp) {
+      const uint32_t e = first + lane_id();
+      uint32_t upto = 0, all = 0;
+      for (uint32_t r = 0; r < world && e < local; r++) {
+        const uint32_t n = s.counts[r * local + e];
+        if (r <= source) upto += n;
+        all += n;
+      }
+      const auto padded = uint32_t(align_up(all, object.alignment));
+      const uint32_t sum = warp_prefix(padded);
+      if (e < local && s.cursor[source * local + e] != base + sum - padded + upto) wrong = 1;
+      base += from_lane(sum, kWarp - 1);
+    }
+    return wrong;
+  }
+
+  EPT_DEVICE void copy(uint32_t source, uint32_t unit) const {
+    const uint32_t cut = parts(source), part = unit % cut;
+    const uint32_t j = first_row(source) + unit / cut * gridDim.x;
+    const char *row = rows_of(source) + uint64_t(j) * row_bytes;
+    const uint64_t number = uint64_t(s.begin[source]) + j;
+    int32_t place = -1;
+    if (per_expert) {
+      if (lane_id() < top_k) place = a.routing.place[number * top_k + lane_id()];
+    } else if (lane_id() == 0) {
+      place = int32_t(a.layout == kByRank ? source * a.leading + j : number);
+    }
+    const uint32_t places = __ballot_sync(kAll, int(place >= 0));
+    payload(row, place, places, part, cut);
+    if (part == 0) rest(source, row, place, places);
+  }
+
+  EPT_DEVICE void payload(const char *row, int32_t place, uint32_t places, uint32_t part, uint32_t cut) const {
+    if (!a.x.data) return;
+    constexpr uint32_t kAtOnce = 4;
+    char *to = place >= 0 ? a.x.at(uint64_t(place)) : nullptr;
+    const Span16 span = span_of(vectors, part, cut);
+    for (uint64_t v = span.from + lane_id(); v - lane_id() < span.to; v += kAtOnce * kWarp) {
+      Vector held[kAtOnce];
+      EPT_UNROLL
+      for (uint32_t i = 0; i < kAtOnce; i++)
+        if (v + i * kWarp < span.to) held[i] = load16(row + (v + i * kWarp) * 16);
+      for (uint32_t left = places; left; left &= left - 1) {
+        char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1));
+        EPT_UNROLL
+        for (uint32_t i = 0; i < kAtOnce; i++)
+          if (v + i * kWarp < span.to) store16(there + (v + i * kWarp) * 16, held[i]);
+      }
+    }
+  }
+
+  // Scales, and who the row is of and for.
+  EPT_DEVICE void rest(uint32_t source, const char *row, int32_t place, uint32_t places) const {
+    const uint32_t token = *reinterpret_cast<const uint32_t *>(row + ept_row_token(object.payload, a.scale_bytes));
+    if (token >= object.max_tokens && lane_id() == 0)
+      raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, object.max_tokens,
+                  token);
+    const char *scales = row + ept_row_scales(object.payload);
+    const auto *experts = reinterpret_cast<const int32_t *>(row + ept_row_experts(object.payload, a.scale_bytes));
+    const auto *weights = reinterpret_cast<const float *>(row + ept_row_weights(object.payload, a.scale_bytes, top_k));
+    const bool weighed = !(s.flags[source] & EPT_MOE_NO_WEIGHTS);
+    for (uint32_t left = places; left; left &= left - 1) {
+      const uint32_t k = uint32_t(__ffs(int(left)) - 1);
+      const auto at = uint64_t(from_lane(place, k));
+      if (a.scales.data) {
+        char *to = a.scales.at(at);
+        for (uint32_t i = lane_id(); i * a.scale_size < a.scale_bytes; i += kWarp)
+          for (uint32_t b = 0; b < a.scale_size; b++) to[i * a.scales.column + b] = scales[i * a.scale_size + b];
+      }
+      if (a.source.data && lane_id() < 2)
+        *reinterpret_cast<uint32_t *>(a.source.at(at) + lane_id() * a.source.column) = lane_id() ? token : source;
+      if (per_expert) {
+        if (a.weights.data && lane_id() == 0)
+          *reinterpret_cast<float *>(a.weights.at(at)) = weighed ? weights[k] : 1.0f;
+        continue;
+      }
+      if (lane_id() >= top_k) continue;
+      const int32_t expert = experts[lane_id()];
+      if (expert < -1 || expert >= int32_t(local))
+        raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, local,
+                    uint32_t(expert));
+      if (a.ids.data) *reinterpret_cast<int32_t *>(a.ids.at(at) + lane_id() * a.ids.column) = expert;
+      if (a.weights.data)
+        *reinterpret_cast<float *>(a.weights.at(at) + lane_id() * a.weights.column) = weighed      ? weights[lane_id()]
+                                                                                      : expert < 0 ? 0.0f
+                                                                                                   : 1.0f;
+    }
+  }
+
+  EPT_DEVICE void blank(uint64_t row) const {
+    for (uint32_t i = 0; i < 2 && a.source.data; i++)
+      *reinterpret_cast<int32_t *>(a.source.at(row) + i * a.source.column) = -1;
+    for (uint32_t k = 0; k < (per_expert ? 1 : top_k); k++) {
+      if (a.weights.data) *reinterpret_cast<float *>(a.weights.at(row) + k * a.weights.column) = 0.0f;
+      if (a.ids.data && !per_expert) *reinterpret_cast<int32_t *>(a.ids.at(row) + k * a.ids.column) = -1;
+    }
+  }
+
+  // All sources are ready: counts, offsets, what stands where no row does, and what combine must know.
+  EPT_DEVICE void finish() const {
+    if (threadIdx.x == 0) {
+      uint32_t sum = 0;
+      for (uint32_t r = 0; r < world; r++) {
+        s.begin[r] = sum;
+        sum += s.rows[r];
+      }
+      s.begin[world] = sum;
+    }
+    for (uint32_t e = threadIdx.x; e < local; e += blockDim.x) {
+      uint32_t n = 0;
+      for (uint32_t r = 0; r < world; r++) n += s.counts[r * local + e];
+      s.cursor[e] = n;  // rows of each expert; nobody counts places any more
+      if (blockIdx.x == 0 && a.counts) a.counts[e] = int32_t(n);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      uint32_t at = 0;
+      for (uint32_t e = 0; e < local; e++) {
+        s.starts[e] = at;
+        at += uint32_t(align_up(s.cursor[e], a.layout == kContiguous ? object.alignment : 1));
+      }
+      s.starts[local] = at;
+    }
+    __syncthreads();
+    if (blockIdx.x == 0) {
+      for (uint32_t r = threadIdx.x; r <= world; r += blockDim.x) a.routing.begin[r] = s.begin[r];
+      for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) a.routing.return_at[r] = s.return_at[r];
+      for (uint32_t e = threadIdx.x; e <= local && a.offsets; e += blockDim.x) a.offsets[e] = int32_t(s.starts[e]);
+      if (threadIdx.x == 0) *a.num_rows = int32_t(a.layout == kContiguous ? s.starts[local] : s.begin[world]);
+    }
+    const uint64_t rows = a.leading * a.outer;
+    for (uint64_t row = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < rows;
+         row += uint64_t(gridDim.x) * blockDim.x)
+      if (!filled(row)) blank(row);
+  }
+  EPT_DEVICE bool filled(uint64_t row) const {
+    if (a.layout == kRows) return row < s.begin[world];
+    if (a.layout == kByRank) return row % a.leading < s.rows[row / a.leading];
+    if (a.layout == kMasked) return row % a.leading < s.cursor[row / a.leading];
+    if (row >= s.starts[local]) return false;
+    uint32_t low = 0, high = local;  // the last group that begins at or before the row
+    while (high - low > 1) {
+      const uint32_t middle = (low + high) / 2;
+      (s.starts[middle] <= row ? low : high) = middle;
+    }
+    return row - s.starts[low] < s.cursor[low];
+  }
+
+  const DispatchRecv &a;
+  const LaneTable &t;
+  const RecvShared &s;
+  const ObjectTable &object;
+  const uint64_t generation;
+  const uint32_t world, top_k, local;
+  const bool per_expert;
+  const uint64_t row_bytes, vectors;
+};
+
+// Headers alone, by one block.
+class Waiter {
+ public:
+  EPT_DEVICE Waiter(const DispatchWait &args, const RecvShared &shared)
+      : a(args), t(*args.lane), s(shared), generation(t.state->received[EPT_PHASE_DISPATCH]) {}
+  EPT_DEVICE bool header(uint32_t source) {
+    return read_dispatch_header(t, a.object, kDispatchRecv, generation, source, a.scale_bytes, a.payload_format,
+                                a.scale_format, s);
+  }
+  EPT_DEVICE bool may_begin(uint32_t) const { return true; }
+  EPT_DEVICE bool begin(uint32_t) const { return true; }
+  EPT_DEVICE void run() {
+    for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) s.standing[r] = kAway;
+    __syncthreads();
+    scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.standing, *this);
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    uint64_t sums[4] = {};
+    const bool failed = fault_of(t) != 0;
+    for (uint32_t r = 0; r < t.world && !failed; r++) {
+      sums[0] += s.rows[r];
+      sums[1] = at_least(sums[1], s.rows[r]);
+    }
+    for (uint32_t e = 0; e < a.object.local && !failed; e++) {
+      uint64_t n = 0;
+      for (uint32_t r = 0; r < t.world; r++) n += s.counts[r * a.object.local + e];
+      sums[2] += align_up(n, a.object.alignment);
+      sums[3] = at_least(sums[3], n);
+    }
+    for (uint32_t i = 0; i < 4; i++) a.arrival[i] = sums[i];
+  }
+
+ private:
+  const DispatchWait &a;
+  const LaneTable &t;
+  const RecvShared &s;
+  const uint64_t generation;
+};
+
+}  // namespace ept::moe::cuda
+
+EPT_KERNEL moe_dispatch_recv(const ept::moe::cuda::DispatchRecv args) {
+  using namespace ept::moe::cuda;
+  if (!args.lane) return;
+  EPT_SHARED(memory);
+  Carve carve(memory);
+  const RecvShared shared = recv_shared(carve, args.lane->world, args.object.local);
+  DispatchReceiver(args, shared).run();
+}
+
+EPT_KERNEL moe_dispatch_wait(const ept::moe::cuda::DispatchWait args) {
+  using namespace ept::moe::cuda;
+  if (!args.lane) return;
+  EPT_SHARED(memory);
+  Carve carve(memory);
+  const RecvShared shared = recv_shared(carve, args.lane->world, args.object.local);
+  Waiter(args, shared).run();
+}
+
+// Each source's message of the phase's open generation is read and thrown away. One block.
+EPT_KERNEL moe_drain(const ept::moe::cuda::Drain args) {
+  using namespace ept::moe::cuda;
+  if (!args.lane) return;
+  const LaneTable &t = *args.lane;
+  const uint64_t generation = t.state->received[args.phase];
+  const uint32_t half = args.phase == EPT_PHASE_DISPATCH ? kDispatchRecv : kCombineRecv;
+  const uint64_t deadline = ept::device::deadline_in(t.timeout_ns);
+  for (uint32_t source = threadIdx.x; source < t.world; source += blockDim.x)
+    while (!has_arrived(t, source, args.phase, generation) &&
+           may_wait(t, half, args.phase, generation, source, deadline)) {}
+  __syncthreads();
+  if (threadIdx.x == 0) t.state->received[args.phase] = generation + 1;
+}

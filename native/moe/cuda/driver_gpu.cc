@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <string.h>
+
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "cuda/image.h"
+#include "moe/cuda/gpu.h"
+#include "moe/fail.h"
+
+namespace ept::moe::cuda {
+
+const char *const kernel_names[kKernels] = {"moe_dispatch_send", "moe_dispatch_wait", "moe_dispatch_recv",
+                                            "moe_combine_send",  "moe_combine_recv",  "moe_drain"};
+
+namespace {
+
+using ept::cuda::Entered;
+using ept::cuda::Module;
+using ept::cuda::Pointer;
+using ept::cuda::Primary;
+using ept::cuda::Result;
+using ept::cuda::Stream;
+
+Pointer number(void *memory) { return Pointer(reinterpret_cast<uintptr_t>(memory)); }
+void *pointer(Pointer memory) { return reinterpret_cast<void *>(uintptr_t(memory)); }
+
+class DriverGpu final : public Gpu {
+ public:
+  explicit DriverGpu(int32_t ordinal) {
+    Error error;
+    check(Primary::open(ordinal, &primary_, &error), error);
+    const Entered entered(*primary_);
+    std::vector<std::string> names(kernel_names, kernel_names + kKernels);
+    check(Module::load(primary_, "moe", names, &module_, &error), error);
+    const int most = primary_->attribute(ept::cuda::kMaxSharedPerBlock);
+    for (uint32_t k = 0; k < kKernels; k++)
+      want(driver().cuFuncSetAttribute(module_->kernel(k), ept::cuda::kMaxDynamicShared, most), "cuFuncSetAttribute");
+    // Each kernel runs once, without a lane: what the driver does at a first launch may wait until the GPU is idle, and
+    // it never is beside kernels that wait for one another.
+    for (uint32_t k = 0; k < kKernels; k++) {
+      alignas(16) char nothing[4096] = {};
+      launch(Kernel(k), 1, 32, 0, nullptr, nothing);
+    }
+    synchronise(nullptr);
+  }
+
+  int32_t ordinal() const override { return primary_->ordinal(); }
+
+  std::string identity() const override {
+    char uuid[16] = {};
+    want(driver().cuDeviceGetUuid(uuid, primary_->device()), "cuDeviceGetUuid");
+    return std::string(uuid, sizeof uuid);
+  }
+
+  uint32_t room(uint32_t threads) const override {
+    const Entered entered(*primary_);
+    int least = 1 << 30;
+    for (uint32_t k = 0; k < kKernels; k++) {
+      int blocks = 0;
+      want(
+          driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, module_->kernel(k), int(threads), kUsualShared),
+          "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+      least = blocks < least ? blocks : least;
+    }
+    return uint32_t(least) * uint32_t(primary_->attribute(ept::cuda::kMultiprocessors));
+  }
+
+  void *allocate(uint64_t bytes) override {
+    const Entered entered(*primary_);
+    Pointer memory = 0;
+    want(driver().cuMemAlloc(&memory, bytes), "cuMemAlloc");
+    clear(pointer(memory), bytes);
+    return pointer(memory);
+  }
+  void release(void *memory) override {
+    const Entered entered(*primary_);
+    (void)driver().cuMemFree(number(memory));
+  }
+  void *allocate_pinned(uint64_t bytes) override {
+    const Entered entered(*primary_);
+    void *memory = nullptr;
+    want(driver().cuMemHostAlloc(&memory, bytes, ept::cuda::kHostPortable | ept::cuda::kHostMapped), "cuMemHostAlloc");
+    memset(memory, 0, bytes);
+    return memory;  // with unified addressing, which every 64-bit system has, kernels use the same address
+  }
+  void release_pinned(void *memory) override {
+    const Entered entered(*primary_);
+    (void)driver().cuMemFreeHost(memory);
+  }
+  void copy_in(void *to, const void *from, uint64_t bytes) override {
+    const Entered entered(*primary_);
+    want(driver().cuMemcpyHtoD(number(to), from, bytes), "cuMemcpyHtoD");
+  }
+  void clear(void *memory, uint64_t bytes) override {
+    const Entered entered(*primary_);
+    // On a stream of its own: the default one may wait for kernels that wait for this rank.
+    Stream stream = nullptr;
+    want(driver().cuStreamCreate(&stream, ept::cuda::kStreamNonBlocking), "cuStreamCreate");
+    Result result = driver().cuMemsetD8Async(number(memory), 0, bytes, stream);
+    if (result == ept::cuda::kSuccess) result = driver().cuStreamSynchronize(stream);
+    (void)driver().cuStreamDestroy(stream);
+    want(result, "cuMemsetD8Async");
+  }
+  void synchronise(void *stream) override {
+    const Entered entered(*primary_);
+    want(driver().cuStreamSynchronize(static_cast<Stream>(stream)), "cuStreamSynchronize");
+  }
+
+  std::string share(void *memory) override {
+    const Entered entered(*primary_);
+    ept::cuda::IpcHandle handle;
+    want(driver().cuIpcGetMemHandle(&handle, number(memory)), "cuIpcGetMemHandle");
+    return std::string(handle.bytes, sizeof handle.bytes);
+  }
+  void *open(const std::string &shared) override {
+    const Entered entered(*primary_);
+    ept::cuda::IpcHandle handle;
+    if (shared.size() != sizeof handle.bytes)
+      fail(EPT_E_MISMATCH, -1, "a handle of CUDA memory of %zu bytes; this one's are %zu", shared.size(),
+           sizeof handle.bytes);
+    memcpy(handle.bytes, shared.data(), sizeof handle.bytes);
+    Pointer memory = 0;
+    want(driver().cuIpcOpenMemHandle(&memory, handle, ept::cuda::kIpcLazyPeerAccess), "cuIpcOpenMemHandle");
+    return pointer(memory);
+  }
+  void close(void *opened) override {
+    const Entered entered(*primary_);
+    (void)driver().cuIpcCloseMemHandle(number(opened));
+  }
+
+  void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
+              void *argument) override {
+    const Entered entered(*primary_);
+    Error error;
+    void *arguments[] = {argument};
+    check(module_->launch(kernel, blocks, threads, unsigned(shared), static_cast<Stream>(stream), arguments, &error),
+          error);
+  }
+
+ private:
+  // For the occupancy: a lane of 64 ranks and 256 experts takes less, but for long batches.
+  static constexpr size_t kUsualShared = 16384;
+
+  const ept::cuda::Driver &driver() const { return primary_->driver(); }
+  void want(Result result, const char *what) const {
+    Error error;
+    check(ept::cuda::checked(result, "cuda", what, &error), error);
+  }
+  std::shared_ptr<Primary> primary_;
+  std::unique_ptr<Module> module_;
+};
+
+}  // namespace
+
+std::shared_ptr<Gpu> driver_gpu(int32_t ordinal) {
+  // One a device and process: all its AllToAlls share the loaded kernels.
+  static std::mutex mutex;
+  static std::map<int32_t, std::weak_ptr<Gpu>> opened;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<Gpu> gpu = opened[ordinal].lock();
+  if (!gpu) opened[ordinal] = gpu = std::make_shared<DriverGpu>(ordinal);
+  return gpu;
+}
+
+}  // namespace ept::moe::cuda

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// formats.cuh: wire.h's NUMBERS on a GPU: the same formulas as cpu/kernels.inc, so the same bits.
+#pragma once
+
+#include "moe/cuda/simt.h"
+
+namespace ept::moe::cuda {
+
+constexpr int32_t kF32 = 1, kF16 = 2, kBF16 = 3;  // ept_dtype
+
+EPT_DEVICE uint32_t f16_to_f32(uint32_t v) {
+  const uint32_t sign = (v & 0x8000) << 16, size = v & 0x7fff;
+  if (size >= 0x7c00) return sign | ((size << 13) + ((255u - 31u) << 23));
+  if (size >= 0x400) return sign | ((size << 13) + ((127u - 15u) << 23));
+  return sign | bits_of(float(int32_t(size)) * 0x1p-24f);  // exact: at most 10 bits
+}
+EPT_DEVICE uint32_t f32_to_f16(uint32_t u) {
+  const uint32_t size = u & 0x7fffffff, sign = u >> 16 & 0x8000;
+  if (size > 0x7f800000) return sign | 0x7e00 | (size >> 13 & 0x3ff);
+  if (size >= 0x477ff000) return sign | 0x7c00;
+  if (size >= 0x38800000) return sign | (((size + 0xfff + (size >> 13 & 1)) >> 13) - ((127u - 15u) << 10));
+  // The last place of 0.5 is 2^-24, that of a subnormal: the addition rounds to nearest even at the right place.
+  return sign | (bits_of(float_of(size) + 0.5f) - bits_of(0.5f));
+}
+EPT_DEVICE uint32_t f32_to_bf16(uint32_t u) {  // to nearest, ties to even; a NaN stays one
+  const float value = float_of(u);
+  return value != value ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+// Saturating at 448 (0x7e); NaN is 0x7f; the sign stays.
+EPT_DEVICE uint32_t e4m3(float v) {
+  const uint32_t u = bits_of(v), size = u & 0x7fffffff, sign = u >> 24 & 0x80;
+  if (size > 0x7f800000) return sign | 0x7f;
+  if (size >= 0x43e00000) return sign | 0x7e;
+  if (size >= 0x3c800000) return sign | (((size + 0x7ffff + (size >> 20 & 1)) >> 20) - ((127u - 7u) << 3));
+  // The last place of 2^14 is 2^-9, that of a subnormal.
+  return sign | (bits_of(float_of(size) + 16384.0f) - bits_of(16384.0f));
+}
+// 2^ceil(log2(value)) as its exponent byte (bias 127): value > 0. Infinity gives 255.
+EPT_DEVICE uint32_t exponent_above(float value) {
+  const uint32_t u = bits_of(value), exponent = u >> 23, mantissa = u & 0x7fffff;
+  if (exponent == 0) return mantissa > 0x400000 ? 1 : 0;  // subnormal: above 2^-127 the next is 2^-126
+  return exponent + (mantissa != 0);
+}
+
+EPT_HD constexpr uint32_t element_size(int32_t format) { return format == kF32 ? 4 : 2; }
+
+// Eight elements in a row, as fp32 and back. `from` and `to` are 16-byte aligned.
+EPT_DEVICE void load8(float out[8], const char *from, int32_t format) {
+  if (format == kF32) {
+    const Vector a = load16(from), b = load16(from + 16);
+    for (int i = 0; i < 4; i++) out[i] = float_of(a.word[i]), out[4 + i] = float_of(b.word[i]);
+    return;
+  }
+  const Vector v = load16(from);
+  for (int i = 0; i < 4; i++) {
+    const uint32_t low = v.word[i] & 0xffff, high = v.word[i] >> 16;
+    out[2 * i] = float_of(format == kBF16 ? low << 16 : f16_to_f32(low));
+    out[2 * i + 1] = float_of(format == kBF16 ? high << 16 : f16_to_f32(high));
+  }
+}
+EPT_DEVICE void store8(char *to, const float in[8], int32_t format) {
+  if (format == kF32) {
+    Vector a, b;
+    for (int i = 0; i < 4; i++) a.word[i] = bits_of(in[i]), b.word[i] = bits_of(in[4 + i]);
+    store16(to, a);
+    store16(to + 16, b);
+    return;
+  }
+  Vector v;
+  for (int i = 0; i < 4; i++) {
+    const uint32_t low = bits_of(in[2 * i]), high = bits_of(in[2 * i + 1]);
+    v.word[i] = format == kBF16 ? f32_to_bf16(low) | f32_to_bf16(high) << 16 : f32_to_f16(low) | f32_to_f16(high) << 16;
+  }
+  store16(to, v);
+}
+EPT_DEVICE float load1(const char *from, int32_t format) {
+  if (format == kF32) return float_of(*reinterpret_cast<const uint32_t *>(from));
+  const uint32_t v = *reinterpret_cast<const uint16_t *>(from);
+  return float_of(format == kBF16 ? v << 16 : f16_to_f32(v));
+}
+EPT_DEVICE void store1(char *to, float value, int32_t format) {
+  if (format == kF32)
+    *reinterpret_cast<uint32_t *>(to) = bits_of(value);
+  else
+    *reinterpret_cast<uint16_t *>(to) =
+        uint16_t(format == kBF16 ? f32_to_bf16(bits_of(value)) : f32_to_f16(bits_of(value)));
+}
+
+}  // namespace ept::moe::cuda

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// gpu.h: what the executor asks of a GPU: memory, copies while it is set up, and launches. The driver's
+// (driver_gpu.cc), and a CPU's that stands in for it in tests.
+#pragma once
+
+#include <stdint.h>
+
+#include <memory>
+#include <string>
+
+namespace ept::moe::cuda {
+
+enum Kernel : uint32_t {
+  kKernelDispatchSend,
+  kKernelDispatchWait,
+  kKernelDispatchRecv,
+  kKernelCombineSend,
+  kKernelCombineRecv,
+  kKernelDrain,
+  kKernels
+};
+// As moe.cu names them, in that order.
+extern const char *const kernel_names[kKernels];
+
+class Gpu {
+ public:
+  virtual ~Gpu() = default;
+  virtual int32_t ordinal() const = 0;
+  // Of the GPU, the same in every process that sees it.
+  virtual std::string identity() const = 0;
+  // Blocks of so many threads that can be on the GPU at once.
+  virtual uint32_t room(uint32_t threads) const = 0;
+
+  // All of these throw Failure. Memory is zeroed. They are for set-up and reset: none is called in a step.
+  virtual void *allocate(uint64_t bytes) = 0;
+  virtual void release(void *memory) = 0;
+  virtual void *allocate_pinned(uint64_t bytes) = 0;
+  virtual void release_pinned(void *memory) = 0;
+  virtual void copy_in(void *to, const void *from, uint64_t bytes) = 0;
+  virtual void clear(void *memory, uint64_t bytes) = 0;
+  virtual void synchronise(void *stream) = 0;
+  // Memory of `allocate` for another process, and the other end of it.
+  virtual std::string share(void *memory) = 0;
+  virtual void *open(const std::string &shared) = 0;
+  virtual void close(void *opened) = 0;
+
+  // `shared`: bytes of dynamic shared memory. Waits for nothing; allowed during a capture.
+  virtual void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
+                      void *argument) = 0;
+};
+
+// Throws UNAVAILABLE where there is no driver, or the library was built without kernels; INVALID: no such device.
+std::shared_ptr<Gpu> driver_gpu(int32_t ordinal);
+
+}  // namespace ept::moe::cuda

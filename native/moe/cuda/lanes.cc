@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "moe/cuda/lanes.h"
+
+#include <string.h>
+
+#include <algorithm>
+
+#include "moe/fail.h"
+
+namespace ept::moe::cuda {
+
+namespace {
+
+struct Blob {
+  uint32_t magic, world, lanes, rank;
+  uint64_t process, base, bytes, lane_bytes;
+  char gpu[16];
+  char handle[64];
+};
+constexpr uint32_t kMagic = 0x47545045;  // "EPTG"
+
+constexpr uint32_t kThreads = 512;
+// A send's scan and tables in shared memory: what every GPU of sm_80 and later gives a block.
+constexpr uint64_t kMostShared = 96 << 10;
+
+}  // namespace
+
+Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_moe_config &moe)
+    : gpu_(std::move(gpu)),
+      config_(config),
+      world_(moe.world),
+      rank_(moe.rank),
+      count_(moe.lanes),
+      map_(lane_map(Object(moe).shape)),
+      lane_bytes_(map_.bytes(page_bytes())),
+      threads_(config.threads ? config.threads : kThreads),
+      peers_(moe.world) {
+  if (threads_ % kWarp || threads_ > 1024)
+    fail(EPT_E_INVALID, -1, "threads is %u; a block has a multiple of %u of them, at most 1024", threads_, kWarp);
+  memory_ = static_cast<char *>(gpu_->allocate(bytes()));
+  told_ = static_cast<Told *>(gpu_->allocate_pinned(sizeof(Told) * count_));
+}
+
+Lanes::~Lanes() {
+  for (const Peer &peer : peers_)
+    if (peer.opened) gpu_->close(peer.opened);
+  if (own_) gpu_->release(own_);
+  if (memory_) gpu_->release(memory_);
+  if (told_) gpu_->release_pinned(told_);
+}
+
+std::string Lanes::exported() const {
+  Blob blob{};
+  blob.magic = kMagic;
+  blob.world = world_;
+  blob.lanes = count_;
+  blob.rank = rank_;
+  blob.process = config_.process;
+  blob.base = uint64_t(reinterpret_cast<uintptr_t>(memory_));
+  blob.bytes = bytes();
+  blob.lane_bytes = lane_bytes_;
+  const std::string gpu = gpu_->identity(), handle = gpu_->share(memory_);
+  memcpy(blob.gpu, gpu.data(), std::min(gpu.size(), sizeof blob.gpu));
+  memcpy(blob.handle, handle.data(), std::min(handle.size(), sizeof blob.handle));
+  return std::string(reinterpret_cast<const char *>(&blob), sizeof blob);
+}
+
+void Lanes::connect(uint32_t rank, const std::string &given) {
+  Blob blob{};
+  if (given.size() != sizeof blob)
+    fail(EPT_E_MISMATCH, int32_t(rank), "rank %u's lanes come in %zu bytes; %zu are known", rank, given.size(),
+         sizeof blob);
+  memcpy(&blob, given.data(), sizeof blob);
+  if (blob.magic != kMagic || rank >= world_ || blob.rank != rank)
+    fail(EPT_E_MISMATCH, int32_t(rank), "rank %u's lanes are not what this version writes", rank);
+  if (blob.world != world_ || blob.lanes != count_ || blob.lane_bytes != lane_bytes_ || blob.bytes != bytes())
+    fail(EPT_E_MISMATCH, int32_t(rank),
+         "rank %u has %u lanes of %llu bytes for %u ranks; rank %u has %u of %llu for %u", rank, blob.lanes,
+         (unsigned long long)blob.lane_bytes, blob.world, rank_, count_, (unsigned long long)lane_bytes_, world_);
+  Peer &peer = peers_[rank];
+  const std::string here = gpu_->identity();
+  peer.same_gpu = memcmp(here.data(), blob.gpu, std::min(here.size(), sizeof blob.gpu)) == 0;
+  if (rank == rank_) {
+    peer.base = memory_;
+  } else if (blob.process == config_.process) {
+    if (!peer.same_gpu)
+      fail(EPT_E_UNSUPPORTED, int32_t(rank),
+           "ranks %u and %u are threads of one process on two GPUs, which is not supported yet: run a process for each "
+           "GPU (torchrun)",
+           rank_, rank);
+    peer.base = reinterpret_cast<char *>(uintptr_t(blob.base));
+  } else {
+    peer.opened = gpu_->open(std::string(blob.handle, sizeof blob.handle));
+    peer.base = static_cast<char *>(peer.opened);
+  }
+  peer.known = true;
+}
+
+// INVARIANT: of all kernels that wait for peers, every one is on the GPU at the same time, or the one that is waited
+// for might not find a place there. A lane has at most one kernel under way, so that is ranks of this GPU x lanes x
+// blocks.
+void Lanes::choose_blocks() {
+  uint32_t ranks = 0;
+  for (const Peer &peer : peers_) ranks += peer.same_gpu;
+  const uint32_t room = gpu_->room(threads_), sharers = ranks * count_;
+  blocks_ = config_.blocks ? config_.blocks : room / sharers;
+  constexpr uint32_t kEnough = 132;  // more bring nothing: a GPU's memory is busy with as many
+  if (!config_.blocks) blocks_ = std::min(blocks_, kEnough);
+  if (blocks_ == 0 || uint64_t(blocks_) * sharers > room)
+    fail(EPT_E_CONFIG, -1,
+         "%u ranks of this GPU with %u lanes and %u blocks of %u threads each need room for %llu blocks; it has room "
+         "for "
+         "%u: set fewer blocks (EPT_GPU_BLOCKS) or lanes",
+         ranks, count_, std::max(blocks_, 1u), threads_, (unsigned long long)std::max(blocks_, 1u) * sharers, room);
+}
+
+void Lanes::start() {
+  for (uint32_t r = 0; r < world_; r++)
+    if (!peers_[r].known) fail(EPT_E_INVALID, int32_t(r), "rank %u's lanes are not connected", r);
+  choose_blocks();
+  // Two passes over the same parts: how many bytes, and where.
+  struct Part {
+    LaneState *state;
+    uint32_t *done;
+    uint64_t *tickets;
+  };
+  std::vector<Part> kept(count_);
+  std::vector<ept_path *> paths(count_);
+  std::vector<uint64_t **> words(count_);
+  const auto lay = [&](char *begin) {
+    Carve carve(begin);
+    for (uint32_t l = 0; l < count_; l++) {
+      kept[l].tickets = carve.take<uint64_t>(uint64_t(world_) * kSignals);
+      kept[l].state = carve.take<LaneState>(1);
+      kept[l].done = carve.take<uint32_t>(world_);
+    }
+    kept_bytes_ = carve.bytes();
+    tables_ = carve.take<LaneTable>(count_);
+    for (uint32_t l = 0; l < count_; l++) {
+      paths[l] = carve.take<ept_path>(world_);
+      words[l] = carve.take<uint64_t *>(world_);
+    }
+    own_bytes_ = carve.bytes();
+  };
+  lay(nullptr);
+  own_ = static_cast<char *>(gpu_->allocate(own_bytes_));
+  lay(own_);
+
+  std::vector<char> image(own_bytes_, 0);
+  const auto in_image = [&](auto *at) {
+    return reinterpret_cast<std::remove_reference_t<decltype(*at)> *>(image.data() +
+                                                                      (reinterpret_cast<char *>(at) - own_));
+  };
+  for (uint32_t l = 0; l < count_; l++) {
+    LaneTable &t = *in_image(tables_ + l);
+    t.world = world_;
+    t.rank = rank_;
+    t.lane = l;
+    t.map = map_;
+    t.timeout_ns = config_.timeout_ns;
+    t.base = memory_ + l * lane_bytes_;
+    t.paths = paths[l];
+    t.words = words[l];
+    t.done = kept[l].done;
+    t.tickets = kept[l].tickets;
+    t.state = kept[l].state;
+    t.told = told_ + l;
+    t.group_fault = config_.group_fault;
+    for (uint32_t r = 0; r < world_; r++) {
+      ept_path &path = in_image(paths[l])[r];
+      path.kind = r == rank_ ? EPT_DEVICE_NONE : EPT_DEVICE_MAPPED;
+      path.peer = r;
+      path.window = uint64_t(reinterpret_cast<uintptr_t>(peers_[r].base + l * lane_bytes_));
+      path.window_bytes = map_.exported();
+      const auto signals = [&](char *base, uint32_t source) {
+        return base + signals_at() + (uint64_t(l) * world_ + source) * kSignals * sizeof(uint64_t);
+      };
+      path.signals = uint64_t(reinterpret_cast<uintptr_t>(signals(peers_[r].base, rank_)));
+      path.signal_count = kSignals;
+      in_image(words[l])[r] = reinterpret_cast<uint64_t *>(signals(memory_, r));
+    }
+  }
+  gpu_->copy_in(own_, image.data(), own_bytes_);
+}
+
+void Lanes::reset() {
+  gpu_->clear(memory_ + signals_at(), bytes() - signals_at());
+  gpu_->clear(own_, kept_bytes_);
+  memset(told_, 0, sizeof(Told) * count_);
+}
+
+void Lanes::fit(const Object &object) const {
+  const LaneMap need = lane_map(object.shape);
+  if (object.config.world != world_ || object.config.rank != rank_ || object.config.lanes > count_ ||
+      need.dispatch_recv > map_.dispatch_recv || need.combine_recv > map_.combine_recv ||
+      need.dispatch_send > map_.dispatch_send || need.combine_send > map_.combine_send)
+    fail(EPT_E_INVALID, -1, "an AllToAll of %u lanes of %llu bytes doesn't fit %u lanes of %llu", object.config.lanes,
+         (unsigned long long)need.bytes(page_bytes()), count_, (unsigned long long)lane_bytes_);
+  if (object.shape.streams())
+    fail(EPT_E_UNSUPPORTED, -1,
+         "with a buffer_bytes of %llu, calls of more than %u tokens would be streamed, which the GPU executor can't do "
+         "yet: leave buffer_bytes away, or make max_tokens %u",
+         (unsigned long long)object.config.buffer_bytes, object.shape.chunk_tokens, object.shape.chunk_tokens);
+  if (object.config.num_experts > 65535 || world_ > 65535)
+    fail(EPT_E_UNSUPPORTED, -1, "%u experts on %u ranks; the GPU executor numbers at most 65535 of each",
+         object.config.num_experts, world_);
+  const uint64_t tiles = (uint64_t(object.shape.max_tokens) + kWarp - 1) / kWarp;
+  const uint64_t shared = 4 * tiles * world_ + 8ull * object.config.num_experts + 40ull * world_ + 64;
+  const uint64_t received = 8ull * world_ * object.local() + 40ull * world_ + 4ull * object.local() + 64;
+  if (shared > kMostShared || received > kMostShared)
+    fail(EPT_E_UNSUPPORTED, -1,
+         "%u tokens, %u experts and %u ranks take %llu bytes of a block's shared memory; the GPU executor has %llu",
+         object.shape.max_tokens, object.config.num_experts, world_, (unsigned long long)std::max(shared, received),
+         (unsigned long long)kMostShared);
+}
+
+void Lanes::check(uint32_t lane) const {
+  const Told &told = told_[lane];
+  const uint64_t code = __atomic_load_n(&told.code, __ATOMIC_ACQUIRE);
+  if (!code) return;
+  static const char *const halves[] = {"dispatch_send", "dispatch_recv", "combine_send", "combine_recv"};
+  static const char *const fields[] = {"",
+                                       "magic or version",
+                                       "membership",
+                                       "phase, source or lane",
+                                       "generation",
+                                       "AllToAll",
+                                       "kind of message",
+                                       "row bytes or top_k",
+                                       "rows",
+                                       "format",
+                                       "counts",
+                                       "combine region",
+                                       "rows of its combine"};
+  const char *half = told.half < kHalves ? halves[told.half] : "a kernel";
+  const auto ull = [](uint64_t v) { return (unsigned long long)v; };
+  const auto failure = [&](const char *format, auto... values) {
+    char text[600];
+    snprintf(text, sizeof text, format, values...);
+    fail(EPT_E_FAULT, told.peer, "lane %u is faulted, reset it; the first cause was %s in %s %llu: %s", lane,
+         ept_code_name(-int32_t(code)), half, ull(told.generation), text);
+  };
+  switch (told.what) {
+    case kLate:
+      failure("rank %u waited %.1f s for rank %d, whose signal stands at %llu of %llu", rank_,
+              double(config_.timeout_ns) * 1e-9, told.peer, ull(told.seen), ull(told.expected));
+      break;
+    case kHeader:
+      failure("the message of rank %d is not of this step (its %s): every rank must make the same calls in a lane",
+              told.peer, fields[std::min<uint64_t>(told.seen, std::size(fields) - 1)]);
+      break;
+    case kIds:
+      failure("topk_ids has %lld; an id is -1 (none) or 0 to %llu. It was sent as -1", (long long)int32_t(told.seen),
+              ull(told.expected - 1));
+      break;
+    case kRoom:
+      failure("rank %u received %llu rows; the outputs hold %llu. Give larger outputs (max_rows)", rank_,
+              ull(told.expected), ull(told.seen));
+      break;
+    case kRow:
+      failure("a row of rank %d is not what its header promised (%llu of %llu)", told.peer, ull(told.seen),
+              ull(told.expected));
+      break;
+    default:
+      failure("the message to rank %d could not be posted (%s)", told.peer, ept_code_name(-int32_t(told.seen)));
+  }
+}
+
+GpuObject::GpuObject(std::shared_ptr<Lanes> of, const ept_moe_config &config, uint32_t number)
+    : lanes(std::move(of)), object(config), carried(config.lanes) {
+  lanes->fit(object);
+  object.number = number;
+  std::vector<uint32_t> tables;
+  for (uint32_t e = 0; e < config.num_experts; e++)
+    tables.push_back(object.placement.rank[e] << 16 | object.placement.local[e]);
+  tables.insert(tables.end(), object.placement.first.begin(), object.placement.first.end());
+  memory_ = static_cast<uint32_t *>(lanes->gpu().allocate(4 * tables.size()));
+  lanes->gpu().copy_in(memory_, tables.data(), 4 * tables.size());
+  table.number = number;
+  table.experts = config.num_experts;
+  table.local = object.local();
+  table.top_k = config.top_k;
+  table.hidden = config.hidden;
+  table.max_tokens = config.max_tokens;
+  table.alignment = object.config.alignment;
+  table.returned_format = uint32_t(object.config.combine_dtype);
+  table.payload = object.payload();
+  table.returned = object.returned();
+  table.where = memory_;
+  table.first = memory_ + config.num_experts;
+  table.shape = object.shape;
+}
+
+GpuObject::~GpuObject() {
+  if (memory_) lanes->gpu().release(memory_);
+}
+
+}  // namespace ept::moe::cuda

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// moe.cu: the kernels of dispatch and combine, one module.
+#include "moe/cuda/combine.cuh"
+#include "moe/cuda/dispatch_recv.cuh"
+#include "moe/cuda/dispatch_send.cuh"

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// protocol.cuh: what the halves of a step share: faults, headers, a message's last piece, and sources that arrive.
+//
+// INVARIANTS
+//  - Kernels of one lane never run beside each other (one stream at a time), so state->sent and received stand still
+//    while one runs: each block reads its generation at its start, and the last block to end raises it.
+//  - At most one generation of a phase is open when the next is sent: the host launches a Drain before. So at send(g)
+//  this
+//    rank has read every message of g - 1, each of which was sent when its sender had read all of g - 2: slot g mod 2
+//    is free at every peer, and no send ever waits for one. (A CPU rank in the group keeps two open: it isn't admitted
+//    yet.)
+//  - Generation g of a phase raises the signal of slot g mod 2 to g / 2 + 1. A source's rows are read only after that
+//  was
+//    seen with acquire, by ordinary loads, after a barrier of who saw it.
+//  - A message is `done` in pieces: each block, by whichever of its threads finishes its last piece for a rank, adds
+//  them
+//    with acquire and release (device.cuh, 3); who completes the count zeroes it and raises the signal.
+//  - A fault is set once (compare and swap); a kernel of a faulted lane sends nothing, and its last block leaves the
+//    outputs blank, whatever other blocks had written by then.
+#pragma once
+
+#include "moe/cuda/args.h"
+#include "moe/cuda/simt.h"
+
+namespace ept::moe::cuda {
+
+using device::Hardware;
+
+EPT_DEVICE uint32_t fault_of(const LaneTable &t) {
+  return uint32_t(Hardware::relaxed_system(reinterpret_cast<const int32_t *>(&t.state->fault)));
+}
+
+EPT_DEVICE void raise_fault(const LaneTable &t, uint32_t code, uint32_t half, int32_t peer, uint32_t what,
+                            uint64_t generation, uint64_t expected, uint64_t seen) {
+  if (atomicCAS(&t.state->fault, 0u, code) != 0) return;
+  t.told->half = half;
+  t.told->peer = peer;
+  t.told->generation = generation;
+  t.told->expected = expected;
+  t.told->seen = seen;
+  t.told->what = what;
+  Hardware::release_system(&t.told->code, code);
+  if (t.group_fault) *t.group_fault = -int32_t(code);
+}
+
+// The same answer for the whole block, all of whose threads call.
+EPT_DEVICE bool is_faulted(const LaneTable &t) { return __syncthreads_or(fault_of(t) != 0) != 0; }
+
+// The end of a half: all threads of the block call. True in the last block, for all its threads, before `raise`.
+EPT_DEVICE bool last_block(const LaneTable &t, uint32_t half, uint32_t *word) {
+  __syncthreads();
+  if (threadIdx.x == 0) *word = device::count_in(&t.state->blocks[half], 1);
+  __syncthreads();
+  return *word == gridDim.x - 1;
+}
+EPT_DEVICE void end_half(const LaneTable &t, uint32_t half, uint64_t *counter, uint64_t generation) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  t.state->blocks[half] = 0;
+  *counter = generation + 1;
+}
+
+// ---- out ----
+
+// Where this rank packs its message to `peer`: at the peer itself, or here where it is read here or put from here.
+EPT_DEVICE char *packs_at(const LaneTable &t, uint32_t peer, uint64_t received, uint64_t staged) {
+  if (peer == t.rank) return t.base + received;
+  char *there = device::window(t.paths[peer], received);
+  return there ? there : t.base + staged;
+}
+
+// The whole message is packed, and seen by the caller, a single thread.
+EPT_DEVICE void post(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, uint32_t peer, char *from,
+                     uint64_t received, uint64_t bytes) {
+  const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
+  if (peer == t.rank) return Hardware::add_release_system(t.words[peer] + signal, 1);
+  const ept_path &path = t.paths[peer];
+  const bool direct = device::window(path, received) != nullptr;
+  const device::Put put = device::put(device::Thread(), path, direct ? nullptr : from, received, direct ? 0 : bytes,
+                                      signal, device::deadline_in(t.timeout_ns));
+  if (put.code != EPT_OK)
+    raise_fault(t, uint32_t(-put.code), half, int32_t(peer), kPost, generation, bytes, uint64_t(-put.code));
+  else if (!direct)
+    t.tickets[peer * kSignals + signal] = put.ticket + 1;
+}
+
+// `pieces` of the message to `peer` are packed, of `all`; the caller, one thread, has seen them. True for the last.
+EPT_DEVICE bool packed(const LaneTable &t, uint32_t peer, uint32_t pieces, uint32_t all) {
+  if (device::count_in(&t.done[peer], pieces) + pieces != all) return false;
+  t.done[peer] = 0;
+  return true;
+}
+
+// Staging of generation - 2 is no longer read by the network. Each block asks for itself: no other has told it.
+EPT_DEVICE void settle(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
+  const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
+  for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
+    const uint64_t ticket = t.tickets[r * kSignals + signal];
+    if (!ticket) continue;
+    const device::Seen seen = device::flush(t.paths[r], ticket - 1, device::deadline_in(t.timeout_ns));
+    if (!seen.came()) raise_fault(t, uint32_t(-seen.code), half, int32_t(r), kLate, generation, ticket, seen.count);
+  }
+}
+
+// A header as it is moved: by words.
+union HeaderWords {
+  ept_moe_header header;
+  uint32_t words[EPT_MOE_HEADER_BYTES / 4];
+};
+EPT_DEVICE ept_moe_header header_of(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
+                                    uint64_t rows) {
+  ept_moe_header h{};
+  h.magic = EPT_MOE_MAGIC;
+  h.version = EPT_WIRE_VERSION;
+  h.phase = uint16_t(phase);
+  h.source = t.rank;
+  h.lane = t.lane;
+  h.generation = generation;
+  h.flags = EPT_MOE_LAST;
+  h.rows = h.total_rows = uint32_t(rows);
+  h.top_k = object.top_k;
+  for (uint32_t p = 0; p < EPT_PHASES; p++) h.consumed[p] = t.state->received[p];
+  h.epoch = t.epoch;
+  h.object = object.number;
+  h.membership = t.membership;
+  return h;
+}
+EPT_DEVICE void put_header(char *to, const ept_moe_header &h) {
+  HeaderWords from{h};
+  for (uint32_t i = 0; i < EPT_MOE_HEADER_BYTES / 4; i++) reinterpret_cast<uint32_t *>(to)[i] = from.words[i];
+}
+
+// ---- in ----
+
+EPT_DEVICE const uint64_t *arrival_word(const LaneTable &t, uint32_t source, uint32_t phase, uint64_t generation) {
+  return t.words[source] + signal_index(phase, uint32_t(generation & 1));
+}
+EPT_DEVICE bool has_arrived(const LaneTable &t, uint32_t source, uint32_t phase, uint64_t generation) {
+  return device::reached(Hardware::acquire_system(arrival_word(t, source, phase, generation)), generation / 2 + 1);
+}
+// Nothing moved: true where the wait shall go on. One thread.
+EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, uint32_t source,
+                         uint64_t deadline) {
+  if (fault_of(t)) return false;
+  if (Hardware::now() > deadline) {
+    const uint64_t seen = Hardware::acquire_system(arrival_word(t, source, phase, generation));
+    raise_fault(t, uint32_t(-EPT_E_TIMEOUT), half, int32_t(source), kLate, generation, generation / 2 + 1, seen);
+    return false;
+  }
+  EPT_REST();
+  return true;
+}
+
+// 0, or the number of the first field that is not of this step. One thread, after the signal was seen.
+EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
+                                 uint32_t source, const ept_moe_header &h, uint64_t row_bytes, uint64_t most_rows) {
+  if (h.magic != EPT_MOE_MAGIC || h.version != EPT_WIRE_VERSION) return 1;
+  if (h.membership != t.membership) return 2;
+  if (h.phase != phase || h.source != source || h.lane != t.lane || h.chunk != 0) return 3;
+  if (h.generation != generation) return 4;
+  if (h.object != object.number) return 5;
+  if (h.flags & (EPT_MOE_LATE_WEIGHTS | EPT_MOE_ROW_WEIGHTS)) return 6;
+  if (h.top_k != object.top_k || (h.rows && h.row_bytes != row_bytes)) return 7;
+  if (h.rows != h.total_rows || h.rows > most_rows || !(h.flags & EPT_MOE_LAST)) return 8;
+  return 0;
+}
+// A plain copy of what a peer's header said when its signal was seen: what was checked is what is used.
+EPT_DEVICE ept_moe_header get_header(const char *from) {
+  HeaderWords to{};
+  for (uint32_t i = 0; i < EPT_MOE_HEADER_BYTES / 4; i++) to.words[i] = reinterpret_cast<const uint32_t *>(from)[i];
+  return to.header;
+}
+
+// A warp's share of a row of `vectors` pieces of 16 bytes, in whole rounds of a warp.
+struct Span16 {
+  uint64_t from, to;
+};
+EPT_DEVICE Span16 span_of(uint64_t vectors, uint32_t part, uint32_t parts) {
+  const uint64_t rounds = (vectors + kWarp - 1) / kWarp;
+  const uint64_t from = rounds * part / parts * kWarp, to = rounds * (part + 1) / parts * kWarp;
+  return {from, to < vectors ? to : vectors};
+}
+// Into how many parts rows are cut so that `warps` have work: `rows` of them a block.
+EPT_DEVICE uint32_t parts_of(uint64_t rows, uint32_t warps, uint64_t vectors) {
+  const uint64_t rounds = (vectors + kWarp - 1) / kWarp;
+  uint64_t parts = rows ? warps / rows : 1;
+  parts = parts < 1 ? 1 : parts;
+  return uint32_t(parts < rounds ? parts : rounds < 1 ? 1 : rounds);
+}
+
+}  // namespace ept::moe::cuda

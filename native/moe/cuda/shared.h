@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// shared.h: what stands in a block's shared memory, kernel by kernel; the host says by it how much a launch takes.
+#pragma once
+
+#include "moe/cuda/args.h"
+
+namespace ept::moe::cuda {
+
+struct SendShared {
+  uint64_t *combine_at;  // [world]
+  char **rows_at;        // [world] where row 0 of the message to that rank is packed
+  uint32_t *where;       // [experts]
+  uint32_t *counts;      // [experts], placed as `first` says
+  uint32_t *tile_rows;   // [tiles, world] tokens of a tile that go to a rank; then those of the tiles before it
+  uint32_t *rows_to;     // [world]
+  uint32_t *pieces;      // [world] pieces of this block's rows to that rank
+  uint32_t *pending;     // [world] of which not yet packed
+  uint32_t *word;        // of last_block
+  uint32_t *bad;         // [2] 1, and the id, where one was out of range
+};
+EPT_HD inline SendShared send_shared(Carve &carve, uint32_t world, uint32_t experts, uint32_t tokens) {
+  SendShared s{};
+  s.combine_at = carve.take<uint64_t>(world);
+  s.rows_at = carve.take<char *>(world);
+  s.where = carve.take<uint32_t>(experts);
+  s.counts = carve.take<uint32_t>(experts);
+  s.tile_rows = carve.take<uint32_t>(uint64_t(tokens + kWarp - 1) / kWarp * world);
+  s.rows_to = carve.take<uint32_t>(world);
+  s.pieces = carve.take<uint32_t>(world);
+  s.pending = carve.take<uint32_t>(world);
+  s.word = carve.take<uint32_t>(1);
+  s.bad = carve.take<uint32_t>(2);
+  return s;
+}
+
+struct RecvShared {
+  uint64_t *return_at;  // [world]
+  uint32_t *rows;       // [world]
+  uint32_t *begin;      // [world + 1]
+  uint32_t *standing;   // [world]
+  uint32_t *next;       // [world] unit that nobody has taken
+  uint32_t *counts;     // [world, local]
+  uint32_t *cursor;     // [world, local]
+  uint32_t *starts;     // [local + 1] of each expert's group
+  uint32_t *flags;      // [world] of the header
+  uint32_t *word;
+};
+EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t world, uint32_t local) {
+  RecvShared s{};
+  s.return_at = carve.take<uint64_t>(world);
+  s.rows = carve.take<uint32_t>(world);
+  s.begin = carve.take<uint32_t>(world + 1);
+  s.standing = carve.take<uint32_t>(world);
+  s.next = carve.take<uint32_t>(world);
+  s.counts = carve.take<uint32_t>(uint64_t(world) * local);
+  s.cursor = carve.take<uint32_t>(uint64_t(world) * local);
+  s.starts = carve.take<uint32_t>(local + 1);
+  s.flags = carve.take<uint32_t>(world);
+  s.word = carve.take<uint32_t>(1);
+  return s;
+}
+
+struct CombineShared {
+  uint32_t *begin;     // [world + 1] of the rows that came
+  uint32_t *pending;   // [world] of this block's pieces of the message to that rank
+  uint32_t *pieces;    // [world]
+  uint32_t *standing;  // [world]
+  uint32_t *word;
+};
+EPT_HD inline CombineShared combine_shared(Carve &carve, uint32_t world) {
+  CombineShared s{};
+  s.begin = carve.take<uint32_t>(world + 1);
+  s.pending = carve.take<uint32_t>(world);
+  s.pieces = carve.take<uint32_t>(world);
+  s.standing = carve.take<uint32_t>(world);
+  s.word = carve.take<uint32_t>(1);
+  return s;
+}
+
+}  // namespace ept::moe::cuda

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// simt.h: the little of CUDA that the kernels are written in. A CPU has the same by fibers (tests/native/simt/), so
+// that the kernels' logic runs, and is checked against the CPU executor, where there is no GPU.
+#pragma once
+
+#include "eptransport/device.cuh"
+
+#ifdef __CUDACC__
+// At most 1024 threads a block, so at most 64 registers a thread; two blocks of 512 fit a multiprocessor.
+#define EPT_KERNEL extern "C" __global__ void __launch_bounds__(1024, 1)
+#define EPT_SHARED(name) extern __shared__ __align__(16) char name[]
+#define EPT_REST() ::ept::device::Hardware::rest()
+#define EPT_UNROLL _Pragma("unroll")
+namespace ept::moe::cuda {
+struct alignas(16) Vector {
+  uint32_t word[4];
+};
+EPT_DEVICE Vector load16(const char *from) {
+  const uint4 v = *reinterpret_cast<const uint4 *>(from);
+  return {{v.x, v.y, v.z, v.w}};
+}
+EPT_DEVICE void store16(char *to, const Vector &v) {
+  *reinterpret_cast<uint4 *>(to) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+EPT_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+EPT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+EPT_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+EPT_DEVICE float divided(float a, float b) { return __fdiv_rn(a, b); }
+}  // namespace ept::moe::cuda
+#else
+#include "simt_host.h"
+#endif
+
+namespace ept::moe::cuda {
+
+constexpr uint32_t kAll = 0xffffffffu;
+
+EPT_DEVICE uint32_t lane_id() { return threadIdx.x % kWarp; }
+EPT_DEVICE uint32_t warp_id() { return threadIdx.x / kWarp; }
+EPT_DEVICE uint32_t warps() { return blockDim.x / kWarp; }
+EPT_DEVICE uint32_t below() { return (1u << lane_id()) - 1; }
+
+template <class T>
+EPT_DEVICE T from_lane(T value, uint32_t lane) {
+  return __shfl_sync(kAll, value, int(lane));
+}
+EPT_DEVICE char *from_lane(char *value, uint32_t lane) {
+  return device::address<char>(__shfl_sync(kAll, uint64_t(reinterpret_cast<uintptr_t>(value)), int(lane)));
+}
+EPT_DEVICE const char *from_lane(const char *value, uint32_t lane) {
+  return from_lane(const_cast<char *>(value), lane);
+}
+EPT_DEVICE uint32_t warp_sum(uint32_t value) {
+  for (uint32_t step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAll, value, int(step));
+  return value;
+}
+// Of the lanes up to and with this one.
+EPT_DEVICE uint32_t warp_prefix(uint32_t value) {
+  for (uint32_t step = 1; step < kWarp; step *= 2) {
+    const uint32_t before = __shfl_sync(kAll, value, int(lane_id() >= step ? lane_id() - step : 0));
+    if (lane_id() >= step) value += before;
+  }
+  return value;
+}
+
+// Words of shared memory that one warp of a block writes and others look at.
+EPT_DEVICE uint32_t peek(const uint32_t *word) { return *const_cast<const volatile uint32_t *>(word); }
+// What the warp wrote before is seen by who sees the word.
+EPT_DEVICE void show(uint32_t *word, uint32_t value) {
+  __syncwarp();
+  __threadfence_block();
+  if (lane_id() == 0) *const_cast<volatile uint32_t *>(word) = value;
+  __syncwarp();
+}
+EPT_DEVICE bool shown(const uint32_t *word, uint32_t value) {
+  if (peek(word) != value) return false;
+  __threadfence_block();
+  return true;
+}
+
+}  // namespace ept::moe::cuda

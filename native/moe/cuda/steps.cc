@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// steps.cc: the C API of gpu.h: checks of the arguments, and launches.
+#include <algorithm>
+#include <exception>
+#include <new>
+
+#include "eptransport/gpu.h"
+#include "moe/check.h"
+#include "moe/cuda/lanes.h"
+#include "moe/cuda/shared.h"
+#include "moe/fail.h"
+
+using namespace ept::moe;
+using namespace ept::moe::cuda;
+
+namespace {
+
+template <class Body>
+int32_t guarded(const char *operation, ept_error *error, Body &&body) {
+  Failure failure{Error()};
+  try {
+    body();
+    return EPT_OK;
+  } catch (const Failure &thrown) {
+    failure = thrown;
+  } catch (const std::bad_alloc &) {
+    failure.error.code = EPT_E_NOMEM;
+    snprintf(failure.error.text, sizeof failure.error.text, "the machine has no memory left for this call");
+  } catch (const std::exception &thrown) {
+    failure.error.code = EPT_E_INTERNAL;
+    snprintf(failure.error.text, sizeof failure.error.text, "a bug of eptransport's: %s", thrown.what());
+  }
+  if (error) {
+    const uint32_t size = error->size;
+    *error = failure.error;
+    error->size = size;
+    snprintf(error->operation, sizeof error->operation, "%s", operation);
+  }
+  return failure.error.code;
+}
+
+// As check.h's, for a tensor of this GPU.
+void want_here(const GpuObject &moe, const char *name, ept_tensor tensor, std::initializer_list<int32_t> dtypes,
+               std::initializer_list<int64_t> shape) {
+  if (tensor.device != moe.lanes->gpu().ordinal())
+    fail(EPT_E_INVALID, -1, "%s is on device %d; this AllToAll is on CUDA device %d", name, tensor.device,
+         moe.lanes->gpu().ordinal());
+  tensor.device = -1;
+  want(name, tensor, dtypes, shape);
+}
+
+Strided strided(const ept_tensor &tensor, int dims) {
+  if (!tensor.data) return {};
+  const Rows rows = rows_of(tensor, dims);
+  return {rows.data, rows.outer, rows.inner, rows.column, rows.leading};
+}
+
+uint32_t lane_of(const GpuObject &moe, uint32_t lane) {
+  if (lane >= moe.object.config.lanes)
+    fail(EPT_E_INVALID, -1, "lane %u; this AllToAll has %u", lane, moe.object.config.lanes);
+  return lane;
+}
+
+bool per_expert(int32_t layout) { return layout == EPT_LAYOUT_CONTIGUOUS || layout == EPT_LAYOUT_MASKED; }
+
+RoutingArrays arrays(const GpuObject &moe, void *memory, uint64_t tokens) {
+  Carve carve(static_cast<char *>(memory));
+  return routing_arrays(carve, moe.object.shape, tokens);
+}
+
+void launch(const GpuObject &moe, Kernel kernel, uint32_t blocks, uint64_t shared, void *stream, void *argument) {
+  moe.lanes->gpu().launch(kernel, blocks, moe.lanes->threads(), shared, stream, argument);
+}
+
+template <class Make>
+uint64_t shared_bytes(Make &&make) {
+  Carve carve(nullptr);
+  make(carve);
+  return carve.bytes();
+}
+
+void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing, void *stream) {
+  const Object &object = moe.object;
+  const ept_moe_config &config = object.config;
+  DispatchSend a{};
+  a.lane = moe.lanes->table(lane_of(moe, args.lane));
+  a.object = moe.table;
+  const bool quantise = object.quantises() && args.x.dtype == config.dtype;
+  const int32_t sent = quantise ? config.dtype : config.dispatch_dtype;
+  const int64_t columns = sent == EPT_DTYPE_F4X2 ? config.hidden / 2 : config.hidden;
+  const int64_t top_k = config.top_k;
+  want_here(moe, "x", args.x, {sent}, {kAny, columns});
+  want_rows("x", args.x);
+  const int64_t tokens = args.x.shape[0];
+  if (tokens > int64_t(config.max_tokens))
+    fail(EPT_E_CAPACITY, -1, "x has %lld tokens; max_tokens is %u", (long long)tokens, config.max_tokens);
+  want_here(moe, "topk_ids", args.topk_ids, {EPT_DTYPE_I32, EPT_DTYPE_I64}, {tokens, top_k});
+  GpuObject::Carried carried;
+  if (present(args.scales)) {
+    want_here(moe, "scales", args.scales, {}, {tokens, kAny});
+    carried.scale_size = uint32_t(element_bytes(args.scales.dtype));
+    carried.scale_bytes = carried.scale_size * uint32_t(args.scales.shape[1]);
+    carried.scale_format = args.scales.dtype;
+    const uint64_t room = at_least(object.own_scales(), config.caller_scale_bytes);
+    if (quantise || carried.scale_size == 0 || carried.scale_bytes > room)
+      fail(EPT_E_INVALID, -1, "scales are %s, %u bytes a row; %llu bytes were planned for: set caller_scale_bytes",
+           shown(args.scales).c_str(), carried.scale_bytes, (unsigned long long)room);
+    a.scales = strided(args.scales, 1);
+  } else if (quantise) {
+    carried.scale_size = config.scale_format == EPT_SCALES_FP32 ? 4 : 1;
+    carried.scale_bytes = uint32_t(object.own_scales());
+    carried.scale_format = config.scale_format == EPT_SCALES_FP32 ? EPT_DTYPE_F32 : EPT_DTYPE_E8M0;
+  }
+  a.routing = arrays(moe, routing, uint64_t(tokens));
+  a.x = static_cast<const char *>(args.x.data);
+  a.x_stride = args.x.strides[0] * int64_t(element_bytes(args.x.dtype));
+  a.tokens = uint32_t(tokens);
+  a.x_format = args.x.dtype;
+  a.ids = args.topk_ids.data;
+  a.ids_64 = args.topk_ids.dtype == EPT_DTYPE_I64;
+  for (int i = 0; i < 2; i++) a.ids_strides[i] = args.topk_ids.strides[i];
+  if (present(args.topk_weights)) {
+    want_here(moe, "topk_weights", args.topk_weights, {EPT_DTYPE_F32}, {tokens, top_k});
+    a.weights = static_cast<const float *>(args.topk_weights.data);
+    for (int i = 0; i < 2; i++) a.weights_strides[i] = args.topk_weights.strides[i];
+  }
+  a.scale_size = carried.scale_size;
+  a.scale_bytes = carried.scale_bytes;
+  a.scale_format = carried.scale_format;
+  a.payload_format = config.dispatch_dtype;
+  a.epsilon = config.scale_epsilon;
+  a.quantise = quantise;
+  a.ue8m0 = config.scale_format == EPT_SCALES_UE8M0;
+  const uint64_t shared =
+      shared_bytes([&](Carve &carve) { send_shared(carve, config.world, config.num_experts, uint32_t(tokens)); });
+  launch(moe, kKernelDispatchSend, moe.lanes->blocks(), shared, stream, &a);
+  moe.carried[args.lane] = carried;
+}
+
+uint64_t shared_of_receive(const GpuObject &moe) {
+  return shared_bytes([&](Carve &carve) { recv_shared(carve, moe.object.config.world, moe.object.local()); });
+}
+
+void dispatch_wait(GpuObject &moe, uint32_t lane, uint64_t *arrival, void *stream) {
+  DispatchWait a{};
+  a.lane = moe.lanes->table(lane_of(moe, lane));
+  a.object = moe.table;
+  a.scale_bytes = moe.carried[lane].scale_bytes;
+  a.scale_format = moe.carried[lane].scale_format;
+  a.payload_format = moe.object.config.dispatch_dtype;
+  a.arrival = arrival;
+  launch(moe, kKernelDispatchWait, 1, shared_of_receive(moe), stream, &a);
+}
+
+void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o, void *routing, uint64_t tokens,
+                   int32_t *num_rows, void *stream) {
+  const Object &object = moe.object;
+  const ept_moe_config &config = object.config;
+  DispatchRecv a{};
+  a.lane = moe.lanes->table(lane_of(moe, lane));
+  if (o.layout < EPT_LAYOUT_ROWS || o.layout > EPT_LAYOUT_MASKED)
+    fail(EPT_E_INVALID, -1, "layout is %d; 0 (rows) to 3 (masked) are possible", o.layout);
+  const bool masked = o.layout == EPT_LAYOUT_MASKED, two = masked || o.layout == EPT_LAYOUT_BY_RANK;
+  const int64_t outer = masked ? object.local() : config.world, top_k = config.top_k;
+  const int64_t columns = config.dispatch_dtype == EPT_DTYPE_F4X2 ? config.hidden / 2 : config.hidden;
+  if (!present(o.x)) fail(EPT_E_INVALID, -1, "the outputs have no x, whose rows say how many fit");
+  const int64_t n = o.x.shape[two ? 1 : 0];
+  const auto wanted = [&](const char *name, const ept_tensor &t, std::initializer_list<int32_t> types, int64_t last) {
+    if (!present(t)) return;
+    if (last < 0)
+      two ? want_here(moe, name, t, types, {outer, n}) : want_here(moe, name, t, types, {n});
+    else
+      two ? want_here(moe, name, t, types, {outer, n, last}) : want_here(moe, name, t, types, {n, last});
+  };
+  const GpuObject::Carried &carried = moe.carried[lane];
+  wanted("x of the outputs", o.x, {config.dispatch_dtype}, columns);
+  want_rows("x of the outputs", o.x);
+  if (carried.scale_bytes)
+    wanted("scales of the outputs", o.scales, {carried.scale_format}, carried.scale_bytes / carried.scale_size);
+  wanted("topk_ids of the outputs", o.topk_ids, {EPT_DTYPE_I32}, top_k);
+  wanted("topk_weights of the outputs", o.topk_weights, {EPT_DTYPE_F32}, per_expert(o.layout) ? -1 : top_k);
+  wanted("source of the outputs", o.source, {EPT_DTYPE_I32}, 2);
+  if (present(o.counts)) want_here(moe, "counts", o.counts, {EPT_DTYPE_I32}, {int64_t(object.local())});
+  if (present(o.offsets)) want_here(moe, "offsets", o.offsets, {EPT_DTYPE_I32}, {int64_t(object.local()) + 1});
+  if ((present(o.counts) && o.counts.strides[0] != 1) || (present(o.offsets) && o.offsets.strides[0] != 1))
+    fail(EPT_E_INVALID, -1, "counts and offsets of the outputs must have unit strides");
+  if (uint64_t(n) * uint64_t(two ? outer : 1) > INT32_MAX)
+    fail(EPT_E_UNSUPPORTED, -1, "outputs of %lld rows; the GPU executor numbers at most %d", (long long)n, INT32_MAX);
+  a.object = moe.table;
+  a.routing = arrays(moe, routing, tokens);
+  a.layout = o.layout;
+  a.payload_format = config.dispatch_dtype;
+  a.scale_format = carried.scale_format;
+  a.scale_size = carried.scale_size;
+  a.scale_bytes = carried.scale_bytes;
+  a.outer = two ? uint32_t(outer) : 1;
+  a.leading = uint64_t(n);
+  const int dims = two ? 2 : 1;
+  a.x = strided(o.x, dims);
+  if (carried.scale_bytes) a.scales = strided(o.scales, dims);
+  a.ids = strided(o.topk_ids, dims);
+  a.weights = strided(o.topk_weights, dims);
+  a.source = strided(o.source, dims);
+  a.counts = static_cast<int32_t *>(o.counts.data);
+  a.offsets = static_cast<int32_t *>(o.offsets.data);
+  a.num_rows = num_rows;
+  launch(moe, kKernelDispatchRecv, moe.lanes->blocks(), shared_of_receive(moe), stream, &a);
+}
+
+void combine_send(GpuObject &moe, const ept_combine_args &args, void *routing, uint64_t tokens, void *stream) {
+  const Object &object = moe.object;
+  const int64_t hidden = object.config.hidden;
+  if (present(args.topk_weights) || present(args.row_weights))
+    fail(EPT_E_UNSUPPORTED, -1,
+         "topk_weights and row_weights of combine are not supported on a GPU yet: give "
+         "topk_weights to dispatch");
+  const bool masked = args.layout == EPT_LAYOUT_MASKED, two = masked || args.layout == EPT_LAYOUT_BY_RANK;
+  const int64_t outer = masked ? object.local() : object.shape.world;
+  const std::initializer_list<int32_t> floats = {EPT_DTYPE_F32, EPT_DTYPE_F16, EPT_DTYPE_BF16};
+  if (two)
+    want_here(moe, "expert_out", args.expert_out, floats, {outer, kAny, hidden});
+  else
+    want_here(moe, "expert_out", args.expert_out, floats, {kAny, hidden});
+  want_rows("expert_out", args.expert_out);
+  CombineSend a{};
+  a.lane = moe.lanes->table(lane_of(moe, args.lane));
+  a.object = moe.table;
+  a.routing = arrays(moe, routing, tokens);
+  a.layout = args.layout;
+  a.format = args.expert_out.dtype;
+  a.out = strided(args.expert_out, two ? 2 : 1);
+  a.leading = uint64_t(args.expert_out.shape[two ? 1 : 0]);
+  a.weights_applied = args.weights_applied;
+  const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, object.config.world); });
+  launch(moe, kKernelCombineSend, moe.lanes->blocks(), shared, stream, &a);
+}
+
+void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, void *routing, void *stream) {
+  want_here(moe, "y", y, {EPT_DTYPE_F32, EPT_DTYPE_F16, EPT_DTYPE_BF16}, {kAny, int64_t(moe.object.config.hidden)});
+  want_rows("y", y);
+  CombineRecv a{};
+  a.lane = moe.lanes->table(lane_of(moe, lane));
+  a.object = moe.table;
+  a.routing = arrays(moe, routing, uint64_t(y.shape[0]));
+  a.y = static_cast<char *>(y.data);
+  a.y_stride = y.strides[0] * int64_t(element_bytes(y.dtype));
+  a.tokens = uint32_t(y.shape[0]);
+  a.format = y.dtype;
+  const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, moe.object.config.world); });
+  launch(moe, kKernelCombineRecv, moe.lanes->blocks(), shared, stream, &a);
+}
+
+}  // namespace
+
+int32_t ept_gpu_lanes_create(const ept_gpu_config *config, const ept_moe_config *moe, ept_gpu_lanes **lanes,
+                             ept_error *error) {
+  return guarded("gpu_lanes_create", error, [&] {
+    if (!config || config->size != sizeof *config || !moe) fail(EPT_E_INVALID, -1, "ept_gpu_config is of another size");
+    *lanes = new ept_gpu_lanes{std::make_shared<Lanes>(driver_gpu(config->device), *config, *moe)};
+  });
+}
+
+int32_t ept_gpu_lanes_export(ept_gpu_lanes *lanes, void *blob, size_t *length, ept_error *error) {
+  return guarded("gpu_lanes_export", error, [&] {
+    const std::string made = lanes->lanes->exported();
+    if (*length < made.size())
+      fail(EPT_E_LIMIT, -1, "the blob has %zu bytes; there is room for %zu", made.size(), *length);
+    made.copy(static_cast<char *>(blob), made.size());
+    *length = made.size();
+  });
+}
+
+int32_t ept_gpu_lanes_connect(ept_gpu_lanes *lanes, uint32_t rank, const void *blob, size_t length, ept_error *error) {
+  return guarded("gpu_lanes_connect", error,
+                 [&] { lanes->lanes->connect(rank, std::string(static_cast<const char *>(blob), length)); });
+}
+
+int32_t ept_gpu_lanes_start(ept_gpu_lanes *lanes, ept_error *error) {
+  return guarded("gpu_lanes_start", error, [&] { lanes->lanes->start(); });
+}
+
+int32_t ept_gpu_lanes_fit(const ept_gpu_lanes *lanes, const ept_moe_config *moe, ept_error *error) {
+  return guarded("gpu_lanes_fit", error, [&] { lanes->lanes->fit(Object(*moe)); });
+}
+
+int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, ept_error *error) {
+  return guarded("moe_reset", error, [&] { lanes->lanes->reset(); });
+}
+
+uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes) { return lanes->lanes->blocks(); }
+
+void ept_gpu_lanes_close(ept_gpu_lanes *lanes) { delete lanes; }
+
+int32_t ept_gpu_moe_create(ept_gpu_lanes *lanes, const ept_moe_config *config, uint32_t number, ept_gpu_moe **moe,
+                           ept_error *error) {
+  return guarded("moe_create", error,
+                 [&] { *moe = new ept_gpu_moe{std::make_unique<GpuObject>(lanes->lanes, *config, number)}; });
+}
+
+void ept_gpu_moe_close(ept_gpu_moe *moe) { delete moe; }
+
+void ept_gpu_moe_local_experts(const ept_gpu_moe *moe, int32_t *ids) {
+  const Object &object = moe->object->object;
+  const auto &held = object.placement.held[object.config.rank];
+  std::copy(held.begin(), held.end(), ids);
+}
+
+uint64_t ept_gpu_routing_bytes(const ept_gpu_moe *moe, uint64_t tokens) {
+  return shared_bytes([&](Carve &carve) { routing_arrays(carve, moe->object->object.shape, tokens); });
+}
+
+uint64_t ept_gpu_routing_ids(const ept_gpu_moe *moe, uint64_t tokens) {
+  return uint64_t(reinterpret_cast<uintptr_t>(arrays(*moe->object, nullptr, tokens).ids));
+}
+
+int32_t ept_gpu_moe_dispatch_send(ept_gpu_moe *moe, const ept_dispatch_args *args, void *routing, void *stream,
+                                  ept_error *error) {
+  return guarded("dispatch_send", error, [&] { dispatch_send(*moe->object, *args, routing, stream); });
+}
+
+int32_t ept_gpu_moe_dispatch_wait(ept_gpu_moe *moe, uint32_t lane, uint64_t *arrival, void *stream, ept_error *error) {
+  return guarded("dispatch_wait", error, [&] { dispatch_wait(*moe->object, lane, arrival, stream); });
+}
+
+int32_t ept_gpu_moe_dispatch_recv(ept_gpu_moe *moe, uint32_t lane, const ept_dispatch_outputs *outputs, void *routing,
+                                  uint64_t tokens, int32_t *num_rows, void *stream, ept_error *error) {
+  return guarded("dispatch_recv", error,
+                 [&] { dispatch_recv(*moe->object, lane, *outputs, routing, tokens, num_rows, stream); });
+}
+
+int32_t ept_gpu_moe_combine_send(ept_gpu_moe *moe, const ept_combine_args *args, void *routing, uint64_t tokens,
+                                 void *stream, ept_error *error) {
+  return guarded("combine_send", error, [&] { combine_send(*moe->object, *args, routing, tokens, stream); });
+}
+
+int32_t ept_gpu_moe_combine_recv(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *y, void *routing, void *stream,
+                                 ept_error *error) {
+  return guarded("combine_recv", error, [&] { combine_recv(*moe->object, lane, *y, routing, stream); });
+}
+
+int32_t ept_gpu_moe_drain(ept_gpu_moe *moe, uint32_t lane, uint32_t phase, void *stream, ept_error *error) {
+  return guarded("drain", error, [&] {
+    Drain a{moe->object->lanes->table(lane_of(*moe->object, lane)), phase};
+    launch(*moe->object, kKernelDrain, 1, 0, stream, &a);
+  });
+}
+
+int32_t ept_gpu_moe_check(ept_gpu_moe *moe, uint32_t lane, ept_error *error) {
+  return guarded("moe_check", error, [&] { moe->object->lanes->check(lane_of(*moe->object, lane)); });
+}

@@ -1,0 +1,186 @@
+"""The lanes' memory on a GPU, shared by the AllToAlls of a group, and the native object under one of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from eptransport import _record as record
+from eptransport._call import call, ffi, lib, new_error, sized, timeout_ns
+from eptransport._guard import Guard
+from eptransport._process import process
+from eptransport.errors import ConfigError, EptError, InvalidArgument, MismatchError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from eptransport.group import Group
+
+__all__ = ["GpuArena", "NativeGpuMoe", "create_gpu_moe", "cuda_device"]
+
+logger = logging.getLogger("eptransport")
+
+CONNECTIONS = 32
+"""Streams of one process that CUDA keeps apart, where it is told to: as many ranks may be threads of one process."""
+BLOB_BYTES = 4096
+
+_SAID: record.Shape = {
+    "config": record.a_text,
+    "process": record.a_text,
+    "blob": record.a_text,
+}
+_FIELDS: tuple[str, ...] = (
+    "num_experts",
+    "top_k",
+    "hidden",
+    "max_tokens",
+    "lanes",
+    "dtype",
+    "dispatch_dtype",
+    "combine_dtype",
+)
+_FIELDS += ("scale_format", "alignment", "caller_scale_bytes", "buffer_bytes")
+
+
+def cuda_device(device: torch.device | str | None, *, look: bool = True) -> torch.device | None:
+    """The CUDA device that is meant; None: the CPU. `look`: that it is there."""
+    if device is None:
+        return None
+    import torch
+
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as problem:
+        raise InvalidArgument(f"device={device!r:.80}: {problem}") from None
+    if found.type == "cpu":
+        return None
+    if found.type != "cuda":
+        raise UnsupportedError(f"device={str(found)!r}: tensors of the CPU and of CUDA devices alone are exchanged")
+    if not look:
+        return found
+    if not torch.cuda.is_available():
+        raise UnsupportedError(f"device={str(found)!r}: torch {torch.__version__} sees no CUDA device here")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+
+
+class GpuArena:
+    """One set of lanes: all objects that fit it and are made later use it. A larger one gets a set of its own, so that
+    graphs that were captured on earlier objects keep their addresses."""
+
+    def __init__(self, group: Group, config: Any, device: torch.device, fault: torch.Tensor) -> None:
+        native = sized("ept_gpu_config")
+        native.device = device.index
+        native.blocks = group.settings.gpu_blocks or 0
+        native.timeout_ns = timeout_ns(group.settings.timeout_s)
+        native.process = int(process.token[:16], 16)
+        native.group_fault = ffi.cast("int32_t *", fault.data_ptr()) if fault.device == device else ffi.NULL
+        self._fault = fault
+        self.device = device
+        self.objects = 0
+        self.shares_process = False
+        handle = ffi.new("ept_gpu_lanes **")
+        call(lib.ept_gpu_lanes_create, native, config, handle)
+        self.pointer = handle[0]
+
+    def blob(self) -> str:
+        length = ffi.new("size_t *", BLOB_BYTES)
+        room = ffi.new("char[]", BLOB_BYTES)
+        call(lib.ept_gpu_lanes_export, self.pointer, room, length)
+        return bytes(ffi.buffer(room, length[0])).hex()
+
+    def connect(self, group: Group, said: list[dict[str, Any]]) -> None:
+        for rank, other in enumerate(said):
+            try:
+                blob = bytes.fromhex(other["blob"])
+            except ValueError:
+                blob = b""
+            call(lib.ept_gpu_lanes_connect, self.pointer, rank, blob, len(blob))
+        others = [other["process"] for rank, other in enumerate(said) if rank != group.rank]
+        self.shares_process = said[group.rank]["process"] in others
+        call(lib.ept_gpu_lanes_start, self.pointer)
+
+    def fits(self, config: Any) -> bool:
+        return bool(lib.ept_gpu_lanes_fit(self.pointer, config, new_error()) == 0)
+
+    def close(self) -> None:
+        lib.ept_gpu_lanes_close(self.pointer)
+
+
+class NativeGpuMoe:
+    """The `ept_gpu_moe`, closed before its arena."""
+
+    def __init__(self, group: Group, arena: GpuArena, pointer: Any, ue8m0: bool) -> None:
+        self.group = group
+        self.arena = arena
+        self.pointer = pointer
+        self.ue8m0 = ue8m0
+        self.guard = Guard("this AllToAll")
+        arena.objects += 1
+        self._children: dict[int, Callable[[], None]] = group.engine._native.children
+        self._children[id(self)] = self.close
+
+    def close(self) -> None:
+        if self.guard.forked or not self.guard.shut():
+            return
+        self._children.pop(id(self), None)
+        lib.ept_gpu_moe_close(self.pointer)
+        self.arena.objects -= 1
+
+
+def create_gpu_moe(group: Group, config: Any, device: torch.device) -> NativeGpuMoe:
+    """Collective. A rank that fails here tells the others why."""
+    arena = next((one for one in group._gpu_arenas if one.device == device and one.fits(config)), None)
+    fresh = arena is None
+    try:
+        if arena is None:
+            arena = GpuArena(group, config, device, _fault_of(group, device))
+        said = {"config": _text_of(config), "process": process.token, "blob": arena.blob() if fresh else ""}
+    except EptError as error:
+        group.say_once(error)
+        raise
+    heard = group.exchange_once(said, _SAID)
+    for rank, other in enumerate(heard):
+        if other["config"] != said["config"]:
+            raise MismatchError(
+                f"ranks of group {group.name!r} make different AllToAlls: rank {group.rank} has {said['config']}, "
+                f"rank {rank} has {other['config']}",
+                operation="moe_create",
+                peer=rank,
+            )
+    if fresh:
+        processes = [other["process"] for other in heard]
+        if processes.count(process.token) > 1:
+            _refuse_few_connections()
+        arena.connect(group, heard)
+        group._gpu_arenas.append(arena)
+        group.engine._native.children[id(arena)] = arena.close
+    handle = ffi.new("ept_gpu_moe **")
+    number = group._members.made
+    call(lib.ept_gpu_moe_create, arena.pointer, config, number, handle)
+    return NativeGpuMoe(group, arena, handle[0], config.scale_format == lib.EPT_SCALES_UE8M0)
+
+
+def _refuse_few_connections() -> None:
+    """Ranks that are threads of one process wait for one another's kernels: so their streams must not share a
+    connection, behind which a kernel that is waited for would stand."""
+    told = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    if not told.isdecimal() or int(told) < CONNECTIONS:
+        raise ConfigError(
+            f"ranks of this group are threads of one process on a GPU, and CUDA_DEVICE_MAX_CONNECTIONS is "
+            f"{told or 'not set'}: set it to {CONNECTIONS} before CUDA starts, or their kernels wait behind one "
+            "another for ever"
+        )
+
+
+def _fault_of(group: Group, device: torch.device) -> torch.Tensor:
+    if group._fault is None:
+        import torch
+
+        group._fault = torch.zeros((), dtype=torch.int32, device=device)
+    return group._fault
+
+
+def _text_of(config: Any) -> str:
+    return ", ".join(f"{name} {getattr(config, name)}" for name in _FIELDS)

@@ -1,0 +1,333 @@
+"""The steps of an AllToAll on CUDA tensors: checks, outputs, and launches on torch's current stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from eptransport import _record as record
+from eptransport._call import call, ffi, lib, sized, whole
+from eptransport._convert import code_of, fill
+from eptransport._inputs import check_combine, check_topk, check_x, check_y
+from eptransport._outputs import check_out, make_outputs
+from eptransport._shapes import LAYOUTS
+from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
+from eptransport.errors import ConfigError, InvalidArgument, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from eptransport._gpu_arena import NativeGpuMoe
+    from eptransport._shapes import Shapes
+
+__all__ = ["GpuRouting", "GpuSteps"]
+
+FP8_BLOCK = 128
+"""Elements under one scale of our own quantisation: wire.h's EPT_FP8_BLOCK."""
+DISPATCH, COMBINE = 0, 1
+"""wire.h's phases."""
+
+_READY: record.Shape = {"ready": record.a_number}
+
+
+class GpuRouting(Routing):
+    """A routing that is kept on the GPU, in the caller's memory."""
+
+    def __init__(self, memory: torch.Tensor, layout: Layout, lane: int, tokens: int, num_tokens: int) -> None:
+        self._memory = memory
+        self._native = None
+        self.layout = layout
+        self.lane = lane
+        self.tokens = tokens
+        self.num_tokens = num_tokens
+        self.weighed = False
+        self.leading = 0
+        """Rows of the layout that was unpacked: of all, of a rank, or of an expert."""
+
+    def lost_ranks(self, world_size: int) -> tuple[int, ...]:
+        del world_size
+        return ()
+
+    def lost(self, top_k: int) -> torch.Tensor:
+        import torch
+
+        return torch.zeros(self.tokens, top_k, dtype=torch.bool, device=self._memory.device)
+
+
+@dataclass
+class _Lane:
+    """What the second half must know of the first."""
+
+    sent: _Sent | None = None
+    summed: _Summed | None = None
+    stream: Any = None
+    """The last one that it was on."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    routing: GpuRouting
+    layout: Layout
+    host_counts: bool
+    max_rows: int | None
+    out: torch.Tensor | Dispatched | None
+    scales: tuple[int, int]
+    """Bytes a row, and their format."""
+
+
+@dataclass(frozen=True)
+class _Summed:
+    routing: GpuRouting
+
+
+class GpuSteps:
+    """The calls of AllToAll, for one of a GPU. None waits; kernels report to `check`."""
+
+    def __init__(self, native: NativeGpuMoe, shapes: Shapes, layout: Layout, lanes: int) -> None:
+        self._native = native
+        self._shapes = shapes
+        self._layout: Layout = layout
+        self._lanes = [_Lane() for _ in range(lanes)]
+
+    # -- halves --
+
+    def dispatch_send(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        routing: Routing | None,
+        layout: Layout | None,
+        num_tokens: int | None,
+        host_counts: bool,
+        max_rows: int | None,
+        lane: int,
+        out: torch.Tensor | Dispatched | None,
+    ) -> None:
+        import torch
+
+        shapes = self._shapes
+        state = self._lane(lane)
+        chosen = check_out(shapes, layout, self._layout, out)
+        tokens, count = check_x(shapes, x, scales, num_tokens)
+        check_topk(shapes, tokens, topk_ids, topk_weights, routing)
+        weighed = topk_weights is not None
+        if routing is not None:
+            kept = _on_gpu(routing)
+            if kept.num_tokens != count:
+                raise InvalidArgument(f"x has {count} tokens; the routing has {kept.num_tokens}")
+            topk_ids, weights = self._kept(kept)
+            if topk_weights is None and kept.weighed:
+                topk_weights, weighed = weights, True
+        assert topk_ids is not None
+        size = int(lib.ept_gpu_routing_bytes(self._native.pointer, count))
+        stream = self._stream(state)
+        made = GpuRouting(
+            torch.empty(max(size, 16), dtype=torch.uint8, device=shapes.device), chosen, lane, tokens, count
+        )
+        made.weighed = weighed
+        arguments = sized("ept_dispatch_args")
+        arguments.lane = lane
+        fill(arguments.x, x[:count])
+        fill(arguments.topk_ids, topk_ids[:count])
+        fill(arguments.topk_weights, None if topk_weights is None else topk_weights[:count])
+        fill(arguments.scales, None if scales is None else scales[:count])
+        if state.sent is not None:  # dispatched, and never received
+            self._call(lib.ept_gpu_moe_drain, lane, DISPATCH, stream)
+            state.sent = None
+        self._call(lib.ept_gpu_moe_dispatch_send, arguments, _address(made), stream)
+        state.sent = _Sent(made, chosen, host_counts, max_rows, out, self._scales(x, scales))
+
+    def dispatch_recv(
+        self,
+        lane: int,
+        layout: Layout | None,
+        host_counts: bool | None,
+        max_rows: int | None,
+        out: torch.Tensor | Dispatched | None,
+    ) -> Dispatched:
+        import torch
+
+        state = self._lane(lane)
+        sent = state.sent
+        if sent is None:
+            raise InvalidArgument(f"dispatch_recv on lane {lane}, where no dispatch_send is to be received")
+        where = sent.out if out is None else out
+        chosen = sent.layout if layout is None else check_out(self._shapes, layout, self._layout, where)
+        exact = sent.host_counts if host_counts is None else host_counts
+        bound = max_rows if max_rows is not None else sent.max_rows
+        stream = self._stream(state)
+        arrival = self._arrival(lane, sent, stream, exact)
+        outputs = make_outputs(self._shapes, chosen, arrival, exact, bound, where)
+        num_rows = torch.empty((), dtype=torch.int32, device=self._shapes.device)
+        routing = sent.routing
+        routing.layout = chosen
+        routing.leading = int(outputs.x.shape[1 if chosen in ("by_rank", "masked") else 0])
+        self._call(
+            lib.ept_gpu_moe_dispatch_recv,
+            lane,
+            outputs.native(chosen),
+            _address(routing),
+            routing.num_tokens,
+            ffi.cast("int32_t *", num_rows.data_ptr()),
+            stream,
+        )
+        state.sent = None
+        rows: Any = num_rows
+        if exact:
+            rows = arrival.contiguous_rows if chosen == "contiguous" else arrival.rows
+        return Dispatched(**outputs.__dict__, routing=routing, num_rows=rows)
+
+    def combine_send(
+        self,
+        expert_out: torch.Tensor,
+        got: Dispatched | Routing,
+        topk_weights: torch.Tensor | None,
+        weights_applied: bool,
+        row_weights: torch.Tensor | None,
+        lane: int,
+    ) -> None:
+        state = self._lane(lane)
+        routing = _on_gpu(routing_of(got))
+        check_combine(self._shapes, routing, expert_out, topk_weights, row_weights)
+        if topk_weights is not None or row_weights is not None:
+            raise UnsupportedError(
+                "topk_weights and row_weights of combine are not supported on a GPU yet: give topk_weights to dispatch"
+            )
+        two = routing.layout in ("by_rank", "masked")
+        rows = int(expert_out.shape[1 if two else 0])
+        if rows != routing.leading if two else rows < routing.leading:
+            raise InvalidArgument(
+                f"expert_out has shape {tuple(expert_out.shape)}; the dispatch unpacked {routing.leading} rows"
+            )
+        arguments = sized("ept_combine_args")
+        arguments.lane, arguments.layout = lane, LAYOUTS[routing.layout]
+        arguments.weights_applied = weights_applied
+        fill(arguments.expert_out, expert_out)
+        stream = self._stream(state)
+        if state.summed is not None:
+            self._call(lib.ept_gpu_moe_drain, lane, COMBINE, stream)
+            state.summed = None
+        self._call(lib.ept_gpu_moe_combine_send, arguments, _address(routing), routing.num_tokens, stream)
+        state.summed = _Summed(routing)
+
+    def combine_recv(self, lane: int, out: torch.Tensor | None) -> torch.Tensor:
+        import torch
+
+        state = self._lane(lane)
+        if state.summed is None:
+            raise InvalidArgument(f"combine_recv on lane {lane}, where no combine_send is to be received")
+        routing = state.summed.routing
+        shapes = self._shapes
+        if out is None:
+            y = torch.empty(routing.tokens, shapes.hidden, dtype=shapes.types.dtype, device=shapes.device)
+        else:
+            check_y(shapes, routing.tokens, out)
+            y = out
+        native = ffi.new("ept_tensor *")
+        fill(native, y[: routing.num_tokens])
+        self._call(lib.ept_gpu_moe_combine_recv, lane, native, _address(routing), self._stream(state))
+        state.summed = None
+        if routing.num_tokens < routing.tokens:
+            y[routing.num_tokens :].zero_()
+        return y
+
+    # -- state --
+
+    def check(self, lane: int | None) -> None:
+        for number in range(len(self._lanes)) if lane is None else (lane,):
+            self._lane(number)
+            self._call(lib.ept_gpu_moe_check, number)
+
+    def reset(self) -> None:
+        """Collective: waits for this rank's kernels, which end at their deadlines at the latest; then for all ranks."""
+        group = self._native.group
+        for lane in self._lanes:
+            if lane.stream is not None:
+                lane.stream.synchronize()
+            lane.sent = lane.summed = None
+        group.exchange_once({"ready": 1}, _READY)
+        call(lib.ept_gpu_lanes_reset, self._native.arena.pointer)
+        group.fault.zero_()
+        group.exchange_once({"ready": 2}, _READY)
+
+    # -- how it is done --
+
+    def _arrival(self, lane: int, sent: _Sent, stream: Any, exact: bool) -> SimpleNamespace:
+        import torch
+
+        rows = [0, 0, 0, 0]
+        if exact:
+            if torch.cuda.is_current_stream_capturing():
+                raise UnsupportedError("host_counts=True waits for the GPU, which a captured graph can't")
+            counts = torch.empty(4, dtype=torch.int64, device=self._shapes.device)
+            self._call(lib.ept_gpu_moe_dispatch_wait, lane, ffi.cast("uint64_t *", counts.data_ptr()), stream)
+            rows = counts.tolist()
+            self.check(lane)
+        return SimpleNamespace(
+            rows=rows[0],
+            max_rank_rows=rows[1],
+            contiguous_rows=rows[2],
+            max_expert_rows=rows[3],
+            payload_format=code_of("dispatch_dtype", self._shapes.types.dispatch),
+            scale_bytes=sent.scales[0],
+            scale_format=sent.scales[1],
+            has_weights=sent.routing.weighed,
+        )
+
+    def _scales(self, x: torch.Tensor, scales: torch.Tensor | None) -> tuple[int, int]:
+        types = self._shapes.types
+        if scales is not None:
+            return int(scales.shape[1]) * scales.element_size(), code_of("scales", scales.dtype)
+        if x.dtype == types.dtype and types.dispatch != types.dtype:
+            blocks = -(-self._shapes.hidden // FP8_BLOCK)
+            return (blocks, lib.EPT_DTYPE_E8M0) if self._native.ue8m0 else (blocks * 4, lib.EPT_DTYPE_F32)
+        return 0, lib.EPT_DTYPE_NONE
+
+    def _kept(self, routing: GpuRouting) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids and weights that a routing has."""
+        import torch
+
+        count, top_k = routing.num_tokens, self._shapes.top_k
+        at, size = int(lib.ept_gpu_routing_ids(self._native.pointer, count)), 4 * count * top_k
+        ids = routing._memory[at : at + size].view(torch.int32).view(count, top_k)
+        weights = routing._memory[at + size : at + 2 * size].view(torch.float32).view(count, top_k)
+        return ids, weights
+
+    def _lane(self, lane: int) -> _Lane:
+        number = whole("lane", lane)
+        if not 0 <= number < len(self._lanes):
+            raise InvalidArgument(f"lane={number}: this AllToAll has lanes 0 to {len(self._lanes) - 1}")
+        return self._lanes[number]
+
+    def _stream(self, state: _Lane) -> Any:
+        import torch
+
+        stream = torch.cuda.current_stream(self._shapes.device)
+        if stream.cuda_stream == 0 and self._native.arena.shares_process:
+            raise ConfigError(
+                "ranks of this group are threads of one process, and this one is on the default stream, which they "
+                "share: their kernels would wait behind one another for ever. Call inside torch.cuda.stream(...), with "
+                "a stream for each rank"
+            )
+        state.stream = stream
+        return ffi.cast("void *", stream.cuda_stream)
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        self._native.guard.enter()
+        try:
+            call(function, self._native.pointer, *arguments)
+        finally:
+            self._native.guard.leave()
+
+
+def _address(routing: GpuRouting) -> Any:
+    return ffi.cast("void *", routing._memory.data_ptr())
+
+
+def _on_gpu(routing: Routing) -> GpuRouting:
+    if not isinstance(routing, GpuRouting):
+        raise InvalidArgument("the routing is of a dispatch on the CPU; this AllToAll is on a GPU")
+    return routing

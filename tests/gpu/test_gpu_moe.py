@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch and combine on a GPU, ranks as threads with a stream each, bit for bit against the CPU tests' reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gpu_harness
+import moe_model as model
+import numpy as np
+import pytest
+import torch
+from gpu_harness import DEVICE, Scenario, World, run_all
+from harness import LAYOUTS, make_batches
+
+import eptransport as ept
+
+Make = Callable[..., World]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(make_world: Make, n: int, layout: str) -> None:
+    config = model.Config(n, 16, 4, 256)
+    world = make_world(n)
+    moes = world.all_to_alls(config, max_tokens=40)
+    tokens = [(11 * rank + 7) % 41 for rank in range(n)]
+    for seed, halves in enumerate((False, True)):
+        run_all(Scenario(config, make_batches(config, tokens, seed), [layout] * n), moes, world, halves=halves)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sent", "scales", "hidden"),
+    [("bf16", "bf16", "fp32", 7168), ("f16", "f16", "fp32", 1000), ("f32", "f32", "fp32", 12),
+     ("bf16", "e4m3", "fp32", 7168), ("bf16", "e4m3", "fp32", 144), ("f32", "e4m3", "fp32", 1152),
+     ("bf16", "e4m3", "ue8m0", 1040)],
+)  # fmt: skip
+@pytest.mark.parametrize("scale_layout", ["row", "column"])
+def test_formats(make_world: Make, dtype: str, sent: str, scales: str, hidden: int, scale_layout: str) -> None:
+    config = model.Config(4, 9, 4, hidden, dtype, sent, scale_format=scales)
+    world = make_world(4)
+    moes = world.all_to_alls(config, max_tokens=24, scale_layout=scale_layout)
+    for seed in range(2):
+        batches = make_batches(config, (24, 0, 5, 17), seed)
+        run_all(Scenario(config, batches, list(LAYOUTS)), moes, world)
+
+
+@pytest.mark.parametrize("host_counts", [False, True])
+def test_random_steps_in_two_lanes(make_world: Make, host_counts: bool) -> None:
+    rng = np.random.default_rng(5)
+    config = model.Config(4, 13, 3, 64, alignment=8)
+    world = make_world(4)
+    moes = world.all_to_alls(config, max_tokens=70, lanes=2)
+    for step in range(40):
+        tokens = [int(rng.integers(0, 71)) * int(rng.integers(0, 4) > 0) for _ in range(4)]
+        layouts = [str(rng.choice(LAYOUTS)) for _ in range(4)]
+        batches = make_batches(config, tokens, step, none=0.3, skew=float(rng.integers(0, 3)))
+        scenario = Scenario(config, batches, layouts)
+        run_all(scenario, moes, world, lane=int(rng.integers(0, 2)), halves=step % 2 == 0, host_counts=host_counts)
+
+
+def test_many_tokens(make_world: Make) -> None:
+    config = model.Config(4, 32, 8, 512)
+    world = make_world(4)
+    moes = world.all_to_alls(config, max_tokens=1024)
+    run_all(Scenario(config, make_batches(config, (1024, 1000, 513, 0), 1), list(LAYOUTS)), moes, world)
+
+
+def test_a_rank_that_never_comes(make_world: Make) -> None:
+    """The others' kernels end at their deadline with blank outputs, say for whom they waited, and a reset mends it."""
+    config = model.Config(3, 6, 2, 64)
+    world = make_world(3, timeout_s=2.0)
+    moes = world.all_to_alls(config, max_tokens=8)
+    scenario = Scenario(config, make_batches(config, (5, 6, 7), 1), ["rows", "masked", "contiguous"])
+    assert int(world.groups[0].fault) == 0
+
+    def run(rank: int) -> None:
+        if rank == 1:
+            return
+        got = moes[rank].dispatch(**scenario.arguments(rank))
+        y = moes[rank].combine(torch.ones(*got.x.shape, device=DEVICE, dtype=torch.bfloat16), got)
+        torch.cuda.current_stream().synchronize()
+        with pytest.raises(ept.LaneFault, match="for rank 1, whose signal stands at 0 of 1"):
+            moes[rank].check()
+        assert not y.any()
+        assert not got.x.any()
+        assert int(got.counts.sum()) == 0
+        assert int(world.groups[rank].fault) == int(ept.Code.TIMEOUT)
+
+    world.on_ranks(run)
+    world.on_ranks(lambda rank: moes[rank].reset())
+    assert int(world.groups[0].fault) == 0
+    run_all(scenario, moes, world)
+
+
+def test_outputs_too_small(make_world: Make) -> None:
+    config = model.Config(2, 4, 2, 64)
+    world = make_world(2, timeout_s=2.0)
+    moes = world.all_to_alls(config, max_tokens=8)
+    ids = np.full((8, 2), 3)
+    batches = make_batches(config, (8, 8), 1, ids=ids)
+
+    def run(rank: int) -> None:
+        moes[rank].dispatch(**Scenario(config, batches, ["rows"] * 2).arguments(rank, max_rows=15))
+        torch.cuda.current_stream().synchronize()
+        if rank == 1:
+            with pytest.raises(ept.LaneFault, match="received 16 rows; the outputs hold 15"):
+                moes[rank].check()
+
+    world.on_ranks(run)
+
+
+class Replayed:
+    """One rank's step in a captured graph: inputs and outputs at fixed addresses."""
+
+    def __init__(
+        self, world: World, rank: int, moe: ept.AllToAll, config: model.Config, tokens: int, lane: int
+    ) -> None:
+        self.stream = world.streams[rank]
+        self.lane, self.tokens = lane, tokens
+        self.x = torch.zeros(tokens, config.hidden, dtype=torch.bfloat16, device=DEVICE)
+        self.ids = torch.full((tokens, config.top_k), -1, dtype=torch.int64, device=DEVICE)
+        self.weights = torch.zeros(tokens, config.top_k, device=DEVICE)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            got = moe.dispatch(self.x, self.ids, self.weights, layout="rows", lane=lane)
+            # An expert that doubles: rows come back weighed by nobody, as the layout rows has it.
+            self.y = moe.combine(got.x + got.x, got)
+        self.got = got
+
+    def load(self, batch: model.Batch, config: model.Config) -> None:
+        from harness import arguments
+
+        given = arguments(config, batch)
+        with torch.cuda.stream(self.stream):
+            self.x.copy_(given["x"])
+            self.ids.copy_(given["topk_ids"])
+            self.weights.copy_(given["topk_weights"])
+
+    def expected(self, batch: model.Batch, config: model.Config) -> torch.Tensor:
+        """Every rank that has a part doubles the token: one sum a rank, in fp32, rounded once."""
+        per = -(-config.num_experts // config.world)
+        x = self.x.float().cpu()
+        homes = np.where(batch.ids >= 0, batch.ids // per, -1)
+        ranks = torch.tensor([len({int(h) for h in row if h >= 0}) for row in homes])
+        return (2 * x * ranks[:, None]).to(torch.bfloat16)
+
+
+def test_graphs_replayed_in_other_orders(make_world: Make) -> None:
+    """Graphs of different sizes in two lanes, replayed in any order with new inputs, eager steps between."""
+    rng = np.random.default_rng(9)
+    config = model.Config(4, 8, 2, 64)
+    world = make_world(4)
+    moes = world.all_to_alls(config, max_tokens=16, lanes=2)
+    sizes = [(16, 0), (3, 0), (7, 1), (0, 1)]
+    run_all(Scenario(config, make_batches(config, (4, 4, 4, 4), 0), ["rows"] * 4), moes, world)
+    graphs = [[Replayed(world, r, moes[r], config, *size) for size in sizes] for r in range(4)]
+    for step in range(60):
+        lane = int(rng.integers(0, 2))
+        picked = [[g for g in graphs[r] if g.lane == lane][int(rng.integers(0, 2))] for r in range(4)]
+        batches = make_batches(config, [g.tokens for g in picked], step + 1, none=0.3)
+        for graph, batch in zip(picked, batches, strict=True):
+            graph.load(batch, config)
+        for graph in picked:
+            with torch.cuda.stream(graph.stream):
+                graph.graph.replay()
+        for graph, batch in zip(picked, batches, strict=True):
+            graph.stream.synchronize()
+            assert torch.equal(graph.y.cpu(), graph.expected(batch, config))
+        if step % 5 == 0:
+            run_all(Scenario(config, make_batches(config, (4, 9, 0, 2), step), list(LAYOUTS)), moes, world, lane=lane)
+    for moe in moes:
+        moe.check()
+
+
+def test_what_is_refused(make_world: Make) -> None:
+    config = model.Config(2, 4, 2, 64)
+    world = make_world(2)
+    moes = world.all_to_alls(config, max_tokens=8)
+    scenario = Scenario(config, make_batches(config, (3, 3), 1), ["rows", "masked"])
+    given = scenario.arguments(0)
+    with pytest.raises(ept.ConfigError, match="default stream"):
+        moes[0].dispatch(**given)
+    with torch.cuda.stream(world.streams[0]):
+        with pytest.raises(ept.InvalidArgument, match="x is on cpu"):
+            moes[0].dispatch(**{**given, "x": given["x"].cpu()})
+        with pytest.raises(ept.UnsupportedError, match="keeps no counts"):
+            moes[0].stats()
+    late = gpu_harness.moved(torch.ones(3, 2), DEVICE)
+
+    def run(rank: int) -> None:
+        got = moes[rank].dispatch(**scenario.arguments(rank))
+        out = torch.zeros_like(got.x)
+        with pytest.raises(ept.UnsupportedError, match="topk_weights and row_weights of combine"):
+            moes[rank].combine(out, got, topk_weights=late)
+        moes[rank].combine(out, got)
+
+    world.on_ranks(run)
+
+
+def test_dispatch_again_by_the_routing(make_world: Make) -> None:
+    config = model.Config(2, 6, 3, 64)
+    world = make_world(2)
+    moes = world.all_to_alls(config, max_tokens=8)
+    scenario = Scenario(config, make_batches(config, (5, 8), 1), ["rows", "masked"])
+
+    def run(rank: int) -> Any:
+        got = moes[rank].dispatch(**scenario.arguments(rank))
+        given = scenario.arguments(rank)
+        again = moes[rank].dispatch(given["x"], routing=got.routing, layout=scenario.layouts[rank])
+        scenario.check(rank, again)
+        return moes[rank].combine(**scenario.combine_arguments(rank, again))
+
+    for rank, y in enumerate(world.on_ranks(run)):
+        scenario.check_y(rank, y)

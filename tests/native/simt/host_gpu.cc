@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "host_gpu.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "../check.h"
+#include "kernels.h"
+
+namespace simt {
+
+constexpr size_t kAlign = 256;  // as CUDA's
+
+HostGpu::~HostGpu() {
+  if (held_) check::failed(__FILE__, __LINE__, std::to_string(held_) + " allocations were never released");
+}
+void *HostGpu::allocate(uint64_t bytes) {
+  void *memory = aligned_alloc(kAlign, (bytes + kAlign - 1) / kAlign * kAlign);
+  if (!memory) check::failed(__FILE__, __LINE__, "no memory");
+  memset(memory, 0, bytes);
+  allocations++;
+  held_++;
+  return memory;
+}
+void HostGpu::release(void *memory) {
+  free(memory);
+  held_--;
+}
+void HostGpu::copy_in(void *to, const void *from, uint64_t bytes) { memcpy(to, from, bytes); }
+void HostGpu::clear(void *memory, uint64_t bytes) { memset(memory, 0, bytes); }
+void HostGpu::launch(ept::moe::cuda::Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
+                     void *argument) {
+  const char *bytes = static_cast<const char *>(argument);
+  machine.launch(stream, kernels[kernel].run, std::vector<char>(bytes, bytes + kernels[kernel].argument_bytes), blocks,
+                 threads, shared);
+}
+
+}  // namespace simt

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// host_gpu.h: a Gpu (native/moe/cuda/gpu.h) whose memory is the host's and whose kernels are fibers.
+#pragma once
+
+#include <map>
+
+#include "machine.h"
+#include "moe/cuda/gpu.h"
+
+namespace simt {
+
+class HostGpu final : public ept::moe::cuda::Gpu {
+ public:
+  HostGpu(uint64_t seed, uint32_t room) : machine(seed), room_(room) {}
+  ~HostGpu() override;
+
+  int32_t ordinal() const override { return 0; }
+  std::string identity() const override { return "GPU of fibers   "; }
+  uint32_t room(uint32_t) const override { return room_; }
+  void *allocate(uint64_t bytes) override;
+  void release(void *memory) override;
+  void *allocate_pinned(uint64_t bytes) override { return allocate(bytes); }
+  void release_pinned(void *memory) override { release(memory); }
+  void copy_in(void *to, const void *from, uint64_t bytes) override;
+  void clear(void *memory, uint64_t bytes) override;
+  void synchronise(void *) override { machine.run(); }
+  std::string share(void *) override { return {}; }
+  void *open(const std::string &) override { return nullptr; }  // all its ranks are of one process
+  void close(void *) override {}
+  void launch(ept::moe::cuda::Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
+              void *argument) override;
+
+  Machine machine;
+  uint32_t allocations = 0;
+
+ private:
+  const uint32_t room_;
+  uint32_t held_ = 0;
+};
+
+}  // namespace simt

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The kernels of dispatch and combine, compiled for a CPU. Under a namespace of their own: the library has some of the
+// same inline functions, which there spin in another way, and the linker would keep one of the two.
+#include "kernels.h"
+
+#include "machine.h"
+
+#define ept ept_on_fibers
+#define EPT_SPIN() ::simt::yield()
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // load and store stand under the same condition
+#endif
+#include "moe/cuda/moe.cu"
+
+namespace {
+
+template <class Argument, void (*kernel)(Argument)>
+simt::Kernel made() {
+  return {[](const void *argument) { kernel(*static_cast<const Argument *>(argument)); }, sizeof(Argument)};
+}
+
+}  // namespace
+
+using namespace ept::moe::cuda;
+const simt::Kernel simt::kernels[6] = {
+    made<DispatchSend, moe_dispatch_send>(), made<DispatchWait, moe_dispatch_wait>(),
+    made<DispatchRecv, moe_dispatch_recv>(), made<CombineSend, moe_combine_send>(),
+    made<CombineRecv, moe_combine_recv>(),   made<Drain, moe_drain>(),
+};

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "machine.h"
+
+#include <string.h>
+
+#include <string>
+
+#include "../check.h"
+
+namespace simt {
+
+namespace {
+
+constexpr size_t kStack = 64 << 10;
+
+Fiber *running;
+ucontext_t scheduler;
+std::vector<Fiber *> runnable;
+std::vector<std::unique_ptr<Fiber>> all_fibers, idle;
+
+std::string where() {
+  return "thread " + std::to_string(running->thread.x) + " of block " + std::to_string(running->block.x);
+}
+
+void leave() { swapcontext(&running->context, &scheduler); }
+
+void enter() {
+  Launch &launch = *running->launch;
+  launch.entry(launch.argument.data());
+  launch.left--;
+  running->launch = nullptr;
+  leave();
+}
+
+const uint64_t *meet(Meeting &meeting, uint32_t index, const char *operation, uint64_t value) {
+  uint64_t *values = meeting.values.data() + (meeting.turn & 1) * meeting.size;
+  values[index] = value;
+  if (meeting.arrived == 0)
+    meeting.operation = operation;
+  else if (strcmp(meeting.operation, operation) != 0)
+    check::failed(__FILE__, __LINE__, where() + " is at " + operation + ", others at " + meeting.operation);
+  if (++meeting.arrived == meeting.size) {
+    meeting.arrived = 0;
+    meeting.turn++;
+    for (Fiber *fiber : meeting.waiting) runnable.push_back(fiber);
+    meeting.waiting.clear();
+    runnable.push_back(running);
+  } else {
+    meeting.waiting.push_back(running);
+  }
+  leave();
+  return values;
+}
+
+void prepare(Fiber &fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, enter, 0);
+}
+
+void prepare(Meeting &meeting, uint32_t size) {
+  meeting.size = size;
+  meeting.values.resize(size_t(size) * 2);
+}
+
+}  // namespace
+
+const Fiber &here() { return *running; }
+
+void yield() {
+  runnable.push_back(running);
+  leave();
+}
+
+const uint64_t *meet_warp(const char *operation, uint64_t value) {
+  const uint32_t thread = running->thread.x;
+  return meet(running->state->warps[thread / kWarp], thread % kWarp, operation, value);
+}
+
+const uint64_t *meet_block(const char *operation, uint64_t value) {
+  return meet(running->state->all, running->thread.x, operation, value);
+}
+
+void misaligned(const void *address) {
+  check::failed(__FILE__, __LINE__, where() + " reads or writes 16 bytes at " + check::show_pointer(address));
+}
+
+void Machine::launch(const void *stream, Entry entry, std::vector<char> argument, uint32_t blocks, uint32_t threads,
+                     uint64_t shared) {
+  auto made = std::make_unique<Launch>();
+  made->entry = entry;
+  made->argument = std::move(argument);
+  made->blocks = blocks;
+  made->threads = threads;
+  made->shared = shared;
+  streams_[stream].push_back(std::move(made));
+}
+
+void Machine::begin(const void *stream) {
+  Launch &launch = *streams_[stream].front();
+  for (uint32_t b = 0; b < launch.blocks; b++) {
+    launch.states.push_back(std::make_unique<BlockState>());
+    BlockState &state = *launch.states.back();
+    state.warps.resize(launch.threads / kWarp);
+    for (Meeting &warp : state.warps) prepare(warp, kWarp);
+    prepare(state.all, launch.threads);
+    state.shared.assign(launch.shared + 16, char(0xab));  // as on a GPU, nobody has zeroed it
+    state.memory = state.shared.data() + (16 - reinterpret_cast<uintptr_t>(state.shared.data()) % 16) % 16;
+    for (uint32_t t = 0; t < launch.threads; t++) {
+      if (idle.empty()) {
+        idle.push_back(std::make_unique<Fiber>());
+        idle.back()->stack = std::make_unique<char[]>(kStack);
+      }
+      Fiber *fiber = idle.back().get();
+      all_fibers.push_back(std::move(idle.back()));
+      idle.pop_back();
+      fiber->thread.x = t;
+      fiber->block.x = b;
+      fiber->threads.x = launch.threads;
+      fiber->blocks.x = launch.blocks;
+      fiber->state = &state;
+      fiber->launch = &launch;
+      prepare(*fiber);
+      runnable.push_back(fiber);
+      launch.left++;
+    }
+  }
+}
+
+void Machine::run() {
+  for (auto &[stream, queue] : streams_)
+    if (!queue.empty()) begin(stream);
+  while (!runnable.empty()) {
+    const size_t at = random_() % runnable.size();
+    running = runnable[at];
+    runnable[at] = runnable.back();
+    runnable.pop_back();
+    swapcontext(&scheduler, &running->context);
+    if (running->launch) continue;
+    // It has ended; where it was the last of its launch, the next one of the stream begins.
+    for (auto &[stream, queue] : streams_) {
+      if (queue.empty() || queue.front()->left != 0 || queue.front()->states.empty()) continue;
+      queue.pop_front();
+      if (!queue.empty()) begin(stream);
+    }
+  }
+  for (auto &[stream, queue] : streams_)
+    if (!queue.empty()) check::failed(__FILE__, __LINE__, "threads wait at a meeting to which some will never come");
+  for (auto &fiber : all_fibers) idle.push_back(std::move(fiber));
+  all_fibers.clear();
+}
+
+}  // namespace simt

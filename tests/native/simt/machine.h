@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// machine.h: a GPU of fibers, so that kernels run where there is none: each of a kernel's threads is a fiber, and all
+// kernels that were launched run beside one another, on the one thread that calls `run`. Who goes on next is drawn from
+// a seed, at each point where threads meet or look again; so orders that a GPU seldom takes are taken, and the same
+// ones again. It finds threads of a warp that part before a point where they must meet, blocks whose threads don't all
+// come to a barrier, and kernels that wait for each other for ever. Memory that is weaker than a CPU's it doesn't have.
+#pragma once
+
+#include <stdint.h>
+#include <ucontext.h>
+
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace simt {
+
+constexpr uint32_t kWarp = 32;
+
+struct Dim {
+  uint32_t x = 0;
+};
+
+// Where threads meet: each brings a value and sees those of all. Two turns of values, since a thread may come to the
+// next meeting before another has read from this one; it can't come to the one after.
+struct Meeting {
+  uint32_t size = 0, arrived = 0;
+  uint64_t turn = 0;
+  const char *operation = nullptr;
+  std::vector<uint64_t> values;
+  std::vector<struct Fiber *> waiting;
+};
+
+struct BlockState {
+  std::vector<Meeting> warps;
+  Meeting all;
+  std::vector<char> shared;  // with 16 bytes to align by
+  char *memory = nullptr;
+};
+
+struct Launch;
+
+struct Fiber {
+  Dim thread, block, threads, blocks;
+  BlockState *state = nullptr;
+  Launch *launch = nullptr;
+  ucontext_t context{};
+  std::unique_ptr<char[]> stack;
+};
+
+using Entry = void (*)(const void *argument);
+
+struct Launch {
+  Entry entry;
+  std::vector<char> argument;
+  uint32_t blocks, threads;
+  uint64_t shared;
+  uint64_t left = 0;  // threads that have not ended
+  std::vector<std::unique_ptr<BlockState>> states;
+};
+
+class Machine {
+ public:
+  explicit Machine(uint64_t seed) : random_(seed) {}
+  Machine(const Machine &) = delete;
+  Machine &operator=(const Machine &) = delete;
+
+  // After what was launched on that stream before.
+  void launch(const void *stream, Entry entry, std::vector<char> argument, uint32_t blocks, uint32_t threads,
+              uint64_t shared);
+  // Until all that was launched has ended.
+  void run();
+
+ private:
+  void begin(const void *stream);
+  std::mt19937_64 random_;
+  std::map<const void *, std::deque<std::unique_ptr<Launch>>> streams_;
+};
+
+// ---- for the thread that runs ----
+
+const Fiber &here();
+// Lets another one go on.
+void yield();
+// All threads of this warp, or of this block: what they bring.
+const uint64_t *meet_warp(const char *operation, uint64_t value);
+const uint64_t *meet_block(const char *operation, uint64_t value);
+[[noreturn]] void misaligned(const void *address);
+
+}  // namespace simt

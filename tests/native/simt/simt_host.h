@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// simt_host.h: what simt.h (native/moe/cuda/) takes from CUDA, by machine.h's fibers.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "machine.h"
+
+#define EPT_KERNEL static void
+#define EPT_SHARED(name) char *name = ::simt::here().state->memory
+#define EPT_REST() ::simt::yield()
+#define EPT_UNROLL
+#define threadIdx (::simt::here().thread)
+#define blockIdx (::simt::here().block)
+#define blockDim (::simt::here().threads)
+#define gridDim (::simt::here().blocks)
+
+namespace ept::moe::cuda {
+
+struct alignas(16) Vector {
+  uint32_t word[4];
+};
+// Both want an address that is a multiple of 16, as the GPU does.
+inline Vector load16(const char *from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) ::simt::misaligned(from);
+  Vector v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+inline void store16(char *to, const Vector &v) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) ::simt::misaligned(to);
+  memcpy(to, &v, sizeof v);
+}
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
+inline float divided(float a, float b) { return a / b; }
+
+// Every mask in the kernels is all of the warp.
+template <class T>
+T __shfl_sync(uint32_t, T value, int lane) {
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  const uint64_t seen = ::simt::meet_warp("shfl", bits)[uint32_t(lane) % 32];
+  memcpy(&value, &seen, sizeof value);
+  return value;
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int step) {
+  return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ step);
+}
+inline uint32_t __ballot_sync(uint32_t, int predicate) {
+  const uint64_t *values = ::simt::meet_warp("ballot", predicate != 0);
+  uint32_t ballot = 0;
+  for (uint32_t i = 0; i < 32; i++) ballot |= uint32_t(values[i]) << i;
+  return ballot;
+}
+inline uint32_t __match_any_sync(uint32_t, uint32_t value) {
+  const uint64_t *values = ::simt::meet_warp("match", value);
+  uint32_t same = 0;
+  for (uint32_t i = 0; i < 32; i++) same |= uint32_t(values[i] == value) << i;
+  return same;
+}
+inline void __syncwarp() { ::simt::meet_warp("syncwarp", 0); }
+inline void __syncthreads() { ::simt::meet_block("syncthreads", 0); }
+inline int __syncthreads_or(int predicate) {
+  const uint64_t *values = ::simt::meet_block("syncthreads_or", predicate != 0);
+  for (uint32_t i = 0; i < blockDim.x; i++)
+    if (values[i]) return 1;
+  return 0;
+}
+inline void __threadfence_block() {}
+inline int __popc(uint32_t value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline uint32_t atomicAdd(uint32_t *at, uint32_t more) {
+  const uint32_t before = *at;
+  *at += more;
+  return before;
+}
+inline uint32_t atomicSub(uint32_t *at, uint32_t less) { return atomicAdd(at, 0 - less); }
+inline uint32_t atomicCAS(uint32_t *at, uint32_t expected, uint32_t desired) {
+  const uint32_t before = *at;
+  if (before == expected) *at = desired;
+  return before;
+}
+
+}  // namespace ept::moe::cuda
