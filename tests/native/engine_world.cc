@@ -19,10 +19,14 @@ namespace world {
 ept_error error{sizeof(ept_error), 0, -1, 0, 0, 0, 0, {}, {}};
 
 const ept_plugin *plugin_of(const std::string &backend) {
-  const char *folder = std::getenv("EPT_TEST_PLUGINS");
-  CHECK(folder != nullptr);
+  std::string file = backend;
+  if (file.find('/') == std::string::npos) {
+    const char *folder = std::getenv("EPT_TEST_PLUGINS");
+    CHECK(folder != nullptr);
+    file = std::string(folder) + "/ept_" + backend + ".so";
+  }
   const ept_plugin *plugin = nullptr;
-  OK(ept_plugin_open((std::string(folder) + "/ept_" + backend + ".so").c_str(), &plugin, &error));
+  OK(ept_plugin_open(file.c_str(), &plugin, &error));
   return plugin;
 }
 
@@ -48,6 +52,7 @@ void World::start(uint32_t rank, uint32_t epoch, const std::vector<std::pair<std
   config.plugin = plugin_of(options_.backend);
   config.values = values.data(), config.value_count = values.size();
   config.progress = progress < 0 ? options_.progress : progress;
+  config.spin_ns = options_.spin_ns;
   config.timeout_ns = 60 * second;
   config.dead_ns = options_.dead_ns, config.heartbeat_ns = options_.heartbeat_ns;
   OK(ept_engine_create(&config, &ranks_[rank].engine, &error));
@@ -84,8 +89,8 @@ void World::connect_all() {
   });
 }
 
-void World::stop(uint32_t rank) {
-  ept_engine_close(ranks_[rank].engine, 0, nullptr);
+void World::stop(uint32_t rank, uint64_t patience) {
+  ept_engine_close(ranks_[rank].engine, patience, nullptr);
   ranks_[rank].engine = nullptr;
 }
 
@@ -182,7 +187,10 @@ ept_write Route::write(uint64_t offset, uint64_t length) const {
 }
 
 int32_t Route::post(uint64_t offset, uint64_t length, ept_transfer_id *transfer) const {
-  const ept_write what = write(offset, length);
+  return post(write(offset, length), transfer);
+}
+
+int32_t Route::post(const ept_write &what, ept_transfer_id *transfer) const {
   int32_t code;
   while ((code = ept_engine_write(world[from], &what, transfer, &error)) == EPT_LATER) world.turn();
   return code;

@@ -21,8 +21,9 @@ extern ept_error error;
 #define OK(call) check::ok(__FILE__, __LINE__, #call, (call), world::error)
 
 struct Options {
-  std::string backend = "loopback";  // a built one
+  std::string backend = "loopback";  // a built one, or a file
   int32_t progress = EPT_PROGRESS_INLINE;
+  uint64_t spin_ns = 0;
   std::vector<std::pair<std::string, std::string>> values;  // of all ranks
   uint64_t dead_ns = 0, heartbeat_ns = 0;
 };
@@ -46,7 +47,7 @@ class World {
   void start(uint32_t rank, uint32_t epoch, const std::vector<std::pair<std::string, std::string>> &values = {},
              int32_t progress = -1);
   void connect_all();
-  void stop(uint32_t rank);  // its process ends
+  void stop(uint32_t rank, uint64_t patience = 0);  // its process ends; `patience` for it to take leave
   void rejoin(uint32_t rank, uint32_t epoch);
   void mask(uint32_t by, uint32_t rank, uint32_t membership = 1, const char *why = "the test says so");
   // `by` opens `rank`, in the life that it is in.
@@ -88,6 +89,7 @@ struct Route {
   ept_write write(uint64_t offset, uint64_t length) const;
   // Posts a write with the signal; LATER is waited out.
   int32_t post(uint64_t offset, uint64_t length, ept_transfer_id *transfer = nullptr) const;
+  int32_t post(const ept_write &what, ept_transfer_id *transfer = nullptr) const;
   uint64_t count() const;
   void until_count(uint64_t count) const;
 };
