@@ -29,8 +29,12 @@ void steps(const Group &group, ept_moe_config config, const std::vector<int32_t>
     Runner runner(objects[rank], mine, config.placement);
     for (uint32_t i = 0; i < count; i++) {
       Draw now = how;
-      if (i + 1 == count) now.may_abandon = false;  // the next AllToAll would wait for it; abandoned_and_grown has that
-      runner.run(draw(seed * 1000 + i, mine, now));
+      // The last step of each lane is whole, or the next AllToAll would wait for it; abandoned_and_grown has that.
+      const uint32_t left = count - i;
+      now.may_abandon = how.may_abandon && left > mine.lanes;
+      Step step = draw(seed * 1000 + i, mine, now);
+      if (left <= mine.lanes) step.lane = left - 1;
+      runner.run(step);
     }
   });
   close_all(objects);

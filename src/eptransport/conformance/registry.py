@@ -35,6 +35,8 @@ class Check:
     """The sentence that is checked."""
     body: Callable[[Subject], None]
     only_hostile: bool
+    limit_s: float | None = None
+    """Of this check, where it isn't that of the run."""
 
     @property
     def number(self) -> str:

@@ -108,7 +108,7 @@ def run_subject(under: Subject, wanted: Sequence[Check], limit_s: float = LIMIT_
         for check in wanted:
             worker = worker or _Worker(under)
             begun = time.monotonic()
-            verdict, text = worker.ask(check, limit_s)
+            verdict, text = worker.ask(check, limit_s if check.limit_s is None else check.limit_s)
             yield Outcome(
                 check.number,
                 check.clause,
@@ -136,11 +136,13 @@ class _Worker:
         self._process: BaseProcess = context.Process(target=_work, args=(theirs, spec_of(under)))
         self._process.start()
         theirs.close()
+        self._hung = False
 
     def ask(self, check: Check, limit_s: float) -> tuple[Verdict, str]:
         try:
             self._pipe.send(check.number)
             if not self._pipe.poll(limit_s):
+                self._hung = True
                 return "hung", f"it did not end within {limit_s:g} s"
             verdict, text = self._pipe.recv()
         except (EOFError, OSError):
@@ -150,7 +152,7 @@ class _Worker:
 
     def end(self) -> None:
         self._pipe.close()
-        self._process.join(5)
+        self._process.join(0 if self._hung else 5)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

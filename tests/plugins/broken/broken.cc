@@ -20,7 +20,7 @@
 //   fences_nothing          11    a fence is told as done and does nothing
 //   revokes_nothing         12    a revoked key goes on working
 //   no_bounds               12    a region can be written past its end
-//   regions_mixed_up        13    past a hundred, regions are those of earlier ones
+//   regions_mixed_up        13    past a hundred of a memory to a rank, regions are those of earlier ones
 //   crashes                        the first write ends the process
 //   never_returns                  the first write is never taken, and never refused
 #include <dlfcn.h>
@@ -33,6 +33,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -193,8 +194,6 @@ int32_t mem_deregister(ept_mem *mem) { return under->mem_deregister(mem); }
 
 int32_t region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob, size_t *blob_length,
                       uint64_t *key) {
-  static std::vector<std::string> earlier;
-  static size_t exported = 0;
   if (is("no_bounds")) {  // a few bytes more, where the memory has them
     const size_t room = *blob_length;
     if (under->region_export(mem, rank, offset, length + 64, blob, blob_length, key) == EPT_OK) return EPT_OK;
@@ -202,11 +201,15 @@ int32_t region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t len
   }
   const int32_t code = under->region_export(mem, rank, offset, length, blob, blob_length, key);
   if (code != EPT_OK || !is("regions_mixed_up")) return code;
-  exported++;
+  static std::mutex lock;
+  static std::map<std::pair<ept_mem *, uint32_t>, std::vector<std::string>> all;
+  static size_t exported = 0;
+  const std::lock_guard<std::mutex> held(lock);
+  std::vector<std::string> &earlier = all[{mem, rank}];
   const std::string own(static_cast<char *>(blob), *blob_length);
   if (earlier.size() < kRegions) {
     earlier.push_back(own);
-  } else if (const std::string &other = earlier[exported % kRegions]; other.size() == own.size()) {
+  } else if (const std::string &other = earlier[++exported % kRegions]; other.size() == own.size()) {
     memcpy(blob, other.data(), other.size());
   }
   return EPT_OK;
