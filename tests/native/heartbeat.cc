@@ -61,6 +61,10 @@ void slow_is_not_dead() {
   for (uint32_t about : {1u, 2u}) CHECK_EQ(world.info(0, about).status, EPT_PEER_UP);
   CHECK(world.info(0, 1).silent_ns < kDead);
   CHECK(world.info(0, 2).silent_ns > kDead);
+  // One that answers nothing isn't filled up with signs of life: each of the two has left it one at most, and what it
+  // said before. They had time for five each.
+  const int32_t unread = ept_engine_progress(world[2], &error);
+  CHECK(unread >= 0 && unread <= 4);
   // The one that stood still was not looking, so it judges nobody by that time.
   for (int i = 0; i < 100; i++) {
     CHECK(ept_engine_progress(world[2], &error) >= 0);
