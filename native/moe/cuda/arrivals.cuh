@@ -13,7 +13,7 @@ namespace ept::moe::cuda {
 enum Standing : uint32_t { kAway = 0, kHeaderIn = 1, kReady = 2 };
 
 EPT_DEVICE uint32_t scouts(uint32_t world) {
-  const uint32_t most = warps() < 4 ? 1 : warps() / 4;
+  const uint32_t most = warps() < 4 ? 1 : warps() / 2;
   return world < most ? world : most;
 }
 

@@ -12,6 +12,7 @@ namespace ept::moe::cuda {
 
 // Eight elements are 16 bytes of the 2-byte formats; what is left of a row of fp32 is done one by one.
 constexpr uint32_t kGroup = 8;
+constexpr uint32_t kAtOnce = 4;  // loads of 16 bytes in flight a lane
 
 // Messages are packed one rank after another, this rank's own last, so that each leaves as early as it can.
 class CombineSender {
@@ -143,7 +144,29 @@ class CombineSender {
     const Span16 span = span_of(groups, part, parts);
     for (uint64_t g = span.from + lane_id(); g - lane_id() < span.to; g += kWarp) {
       float acc[kGroup] = {};
-      for (uint32_t left = places; left; left &= left - 1) {
+      uint32_t left = places;
+      while (in == 2 && left) {  // by k, kAtOnce rows in flight
+        const auto n = uint32_t(__popc(left));
+        Vector held[kAtOnce];
+        float w[kAtOnce];
+        EPT_UNROLL
+        for (uint32_t i = 0; i < kAtOnce; i++) {
+          const uint32_t k = left ? uint32_t(__ffs(int(left)) - 1) : 0;
+          left &= left - 1;
+          const char *row = from_lane(from, k);
+          w[i] = from_lane(weight, k);
+          if (i < n && g < span.to) held[i] = load16(row + g * 16);
+        }
+        EPT_UNROLL
+        for (uint32_t i = 0; i < kAtOnce; i++) {
+          if (i >= n || g >= span.to) continue;
+          float x[kGroup];
+          widen8(x, held[i], a.format);
+          EPT_UNROLL
+          for (uint32_t e = 0; e < kGroup; e++) acc[e] = fused(w[i], x[e], acc[e]);
+        }
+      }
+      for (; left; left &= left - 1) {
         const auto k = uint32_t(__ffs(int(left)) - 1);
         const char *row = from_lane(from, k);
         const float w = from_lane(weight, k);
@@ -264,7 +287,24 @@ class CombineReceiver {
     const Span16 span = span_of(groups, part, parts);
     for (uint64_t g = span.from + lane_id(); g - lane_id() < span.to; g += kWarp) {
       float acc[kGroup] = {};
-      for (uint32_t p = 0; p < n; p++) {
+      uint32_t done = 0;
+      for (; in == 2 && done < n; done += kAtOnce) {  // by rank, kAtOnce rows in flight
+        Vector held[kAtOnce];
+        EPT_UNROLL
+        for (uint32_t i = 0; i < kAtOnce; i++) {
+          const char *row = from_lane(from, done + i < n ? done + i : 0);
+          if (done + i < n && g < span.to) held[i] = load16(row + g * 16);
+        }
+        EPT_UNROLL
+        for (uint32_t i = 0; i < kAtOnce; i++) {
+          if (done + i >= n || g >= span.to) continue;
+          float x[kGroup];
+          widen8(x, held[i], format);
+          EPT_UNROLL
+          for (uint32_t e = 0; e < kGroup; e++) acc[e] = acc[e] + x[e];
+        }
+      }
+      for (uint32_t p = done; p < n; p++) {
         const char *row = from_lane(from, p);
         if (g >= span.to) continue;
         float x[kGroup];

@@ -203,25 +203,44 @@ class DispatchReceiver {
     const bool weighed = !(s.flags[source] & EPT_MOE_NO_WEIGHTS);
     uint32_t *cursor = s.cursor + source * local;
     uint32_t wrong = 0;
-    for (uint32_t base = 0; base < entries; base += kWarp) {
-      const uint32_t i = base + lane_id(), j = i / top_k, k = i % top_k;
-      const char *row = rows + uint64_t(j) * row_bytes;
-      int32_t expert = -1;
-      if (i < entries) {
-        expert = reinterpret_cast<const int32_t *>(row + experts_at)[k];
-        if (expert < -1 || expert >= int32_t(local)) wrong = 1, expert = -1;
+    // One after another is only who comes first in a group: loads of kAhead rounds are in flight together.
+    constexpr uint32_t kAhead = 8;
+    for (uint32_t base = 0; base < entries; base += kAhead * kWarp) {
+      int32_t expert[kAhead], place[kAhead];
+      EPT_UNROLL
+      for (uint32_t n = 0; n < kAhead; n++) {
+        const uint32_t i = base + n * kWarp + lane_id();
+        const char *row = rows + uint64_t(i / top_k) * row_bytes;
+        expert[n] = i < entries ? reinterpret_cast<const int32_t *>(row + experts_at)[i % top_k] : -1;
       }
-      const uint32_t same = __match_any_sync(kAll, uint32_t(expert));
-      const uint32_t before = expert >= 0 ? cursor[expert] : 0;
-      __syncwarp();
-      if (expert >= 0 && !(same & below())) cursor[expert] = before + uint32_t(__popc(same));
-      __syncwarp();
-      if (i >= entries || j % gridDim.x != first) continue;
-      const uint64_t at = (uint64_t(s.begin[source]) + j) * top_k + k;
-      a.routing.place[at] = expert >= 0 ? int32_t(before + uint32_t(__popc(same & below()))) : -1;
-      a.routing.row_weights[at] = expert < 0 ? 0.0f
-                                  : weighed  ? reinterpret_cast<const float *>(row + weights_at)[k]
-                                             : 1.0f;
+      EPT_UNROLL
+      for (uint32_t n = 0; n < kAhead; n++) {
+        place[n] = -1;
+        if (base + n * kWarp >= entries) continue;
+        if (expert[n] < -1 || expert[n] >= int32_t(local)) wrong = 1, expert[n] = -1;
+        const uint32_t same = __match_any_sync(kAll, uint32_t(expert[n]));
+        const uint32_t before = expert[n] >= 0 ? cursor[expert[n]] : 0;
+        __syncwarp();
+        if (expert[n] >= 0 && !(same & below())) cursor[expert[n]] = before + uint32_t(__popc(same));
+        __syncwarp();
+        if (expert[n] >= 0) place[n] = int32_t(before + uint32_t(__popc(same & below())));
+      }
+      float weight[kAhead];
+      EPT_UNROLL
+      for (uint32_t n = 0; n < kAhead; n++) {
+        const uint32_t i = base + n * kWarp + lane_id();
+        const char *row = rows + uint64_t(i / top_k) * row_bytes;
+        weight[n] = place[n] < 0 ? 0.0f : 1.0f;
+        if (place[n] >= 0 && weighed && i / top_k % gridDim.x == first)
+          weight[n] = reinterpret_cast<const float *>(row + weights_at)[i % top_k];
+      }
+      EPT_UNROLL
+      for (uint32_t n = 0; n < kAhead; n++) {
+        const uint32_t i = base + n * kWarp + lane_id();
+        if (i >= entries || i / top_k % gridDim.x != first) continue;
+        a.routing.place[uint64_t(s.begin[source]) * top_k + i] = place[n];
+        a.routing.row_weights[uint64_t(s.begin[source]) * top_k + i] = weight[n];
+      }
     }
     // Each expert's rows must be as many as the header said: else two rows had one place, or a place none.
     for (uint32_t e = lane_id(); e < local; e += kWarp) {
