@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 
 import pytest
+from libfabrics import releases
 
 from eptransport.backends import registry
 from eptransport.conformance import Check, Skip, Subject, checks, subject
@@ -15,14 +16,16 @@ SEEDS = [int(seed) for seed in os.environ.get("EPT_CONTRACT_SEEDS", "1 7").split
 VARIANTS: dict[str, list[dict[str, str]]] = {
     "loopback": [{}, *({"adversary": str(seed)} for seed in SEEDS)],
     "tcp": [{}, {"streams": "1"}, {"streams": "4"}],
+    # One release: a process holds one libfabric, and checks run in this one.
+    "libfabric": [release.options("tcp") for release in releases() if not release.missing][:1],
 }
 
 
 def _subjects() -> list[Subject]:
     found = []
     for name, plugin in sorted(registry(()).plugins.items()):
-        if plugin.probe().usable:
-            for options in VARIANTS.get(name, [{}]):
+        for options in VARIANTS.get(name, [{}]):
+            if plugin.probe(options).usable:
                 under = subject(plugin, options, int(options.get("adversary", "1")))
                 found.append(replace(under, thorough=under.label == "loopback"))
     return found

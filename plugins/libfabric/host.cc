@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "host.h"
+
+#include <sys/stat.h>
+#include <sys/uio.h>
+
+#include <climits>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+
+namespace libfabric {
+
+Nonce this_host(const ept_host &host) {
+  std::string text;
+  std::ifstream boot("/proc/sys/kernel/random/boot_id");
+  std::getline(boot, text);
+  char space[PATH_MAX];
+  ssize_t length = readlink("/proc/self/ns/pid", space, sizeof space);
+  if (length > 0) text.append(space, static_cast<size_t>(length));
+  struct stat shm{};
+  if (stat("/dev/shm", &shm) == 0) text += format(" %llu", static_cast<unsigned long long>(shm.st_dev));
+  static const char key[] = "eptransport libfabric host";
+  Nonce id{};
+  host.hmac_sha256(host.context, key, sizeof key - 1, text.data(), text.size(), id.data());
+  return id;
+}
+
+bool can_copy_across() {
+  std::ifstream scope("/proc/sys/kernel/yama/ptrace_scope");
+  std::string level;
+  // Without the module there is no restriction; 0 is none, anything else keeps siblings apart.
+  if (scope && std::getline(scope, level) && level != "0") return false;
+  uint64_t from = 0x65707472616e73, to = 0;
+  iovec local{&to, sizeof to}, remote{&from, sizeof from};
+  return process_vm_readv(getpid(), &local, 1, &remote, 1, 0) == sizeof to && to == from;  // seccomp may forbid it
+}
+
+bool wants_gpu(const ept_host &host, const Settings &settings) {
+  if (settings.gpu != "auto") return settings.gpu == "1";
+  using Count = int (*)(int *);
+  using State = int (*)(int, unsigned *, int *);
+  Count count_of = nullptr;
+  State state_of = nullptr;
+  void *symbol = host.cuda(host.context, "cuDeviceGetCount");
+  memcpy(&count_of, &symbol, sizeof symbol);
+  symbol = host.cuda(host.context, "cuDevicePrimaryCtxGetState");
+  memcpy(&state_of, &symbol, sizeof symbol);
+  int devices = 0;
+  // Neither call makes a context; before cuInit both say "not initialised", and then nobody uses a GPU yet.
+  if (count_of == nullptr || state_of == nullptr || count_of(&devices) != 0) return false;
+  for (int device = 0; device < devices; ++device) {
+    unsigned flags = 0;
+    int active = 0;
+    if (state_of(device, &flags, &active) == 0 && active != 0) return true;
+  }
+  return false;
+}
+
+void prepare_environment(bool gpu, const std::string &provider) {
+  // Omni-Path's libraries put handlers of their own on SIGSEGV and its kin when they are loaded, and write a *.btr file
+  // into the working directory on a crash that is not theirs. They are no network of ours unless asked for.
+  setenv("IPATH_NO_BACKTRACE", "1", 0);
+  setenv("HFI_NO_BACKTRACE", "1", 0);
+  if (provider.compare(0, 3, "psm") != 0 && provider.compare(0, 3, "opx") != 0)
+    setenv("FI_PROVIDER", "^psm,psm2,psm3,opx", 0);
+  // libfabric makes a CUDA context of its own on GPU 0 (some 600 MiB) when it initialises memory kinds.
+  if (!gpu) setenv("FI_HMEM", "system", 0);
+  // EFA between two processes of a machine goes by libfabric's shared memory otherwise, whose GPU path has hung.
+  setenv("FI_EFA_ENABLE_SHM_TRANSFER", "0", 0);
+}
+
+int32_t numa_of(const std::string &pci) {
+  std::ifstream file("/sys/bus/pci/devices/" + pci + "/numa_node");
+  int32_t node = -1;
+  file >> node;
+  return file ? node : -1;
+}
+
+}  // namespace libfabric

@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: Apache-2.0
+// The libfabric backend: AWS EFA by a host proxy, and every other provider that libfabric has.
+// docs/backends/libfabric.md says how to run it; instance.h says which file does what. This one holds the limits and,
+// at the end, the table.
+#include <sys/epoll.h>
+#include <sys/timerfd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "burial.h"
+#include "host.h"
+#include "instance.h"
+#include "placement.h"
+
+using namespace libfabric;
+
+namespace {
+
+constexpr const char *kPluginVersion = "1";
+// For what was said last to leave before the endpoint is closed under it.
+constexpr uint64_t kFarewellNs = 50000000;
+
+void fill_caps(const Choice &choice, uint64_t max_message, bool own_keys, bool wait, ept_caps *caps) {
+  const uint32_t size = caps->size;
+  *caps = ept_caps{};
+  caps->size = size;
+  caps->memory_kinds = EPT_MEMORY_HOST | EPT_MEMORY_PINNED | EPT_MEMORY_SHM | (choice.gpu ? EPT_MEMORY_CUDA : 0);
+  caps->max_message = max_message;
+  caps->max_send = kMaxSend;
+  caps->max_iov = 1;
+  caps->immediate_bits = 32;
+  // A card's own keys are 32 bits and not drawn at random.
+  caps->protection = own_keys ? EPT_PROTECTION_KEY : EPT_PROTECTION_REGION;
+  caps->wait_descriptor = wait;
+  caps->can_revoke = choice.traits.revokes;
+  caps->operation_cost_ns = choice.traits.operation_cost_ns;
+  caps->waived = waived_by(choice.traits, &caps->waived_why);
+}
+
+// Settings, library and rails: all that probe and open have in common.
+int32_t choose(const ept_host *host, const ept_value *values, size_t count, Settings *settings,
+               std::shared_ptr<Library> *library, Choice *choice) {
+  int32_t code = read_settings(values, count, settings);
+  if (code != EPT_OK) {
+    choice->mend = "correct that setting";
+    return code;
+  }
+  if (!settings->strict.empty()) {
+    choice->mend = "leave EPT_LIBFABRIC_STRICT empty";
+    return fail(EPT_E_UNSUPPORTED, "open", -1, 0, "libfabric: strict is '%s', and this build can't be strict",
+                settings->strict.c_str());
+  }
+  const bool gpu = wants_gpu(*host, *settings);
+  prepare_environment(gpu, settings->provider);
+  Refusal refusal;
+  *library = open_library(settings->library, &refusal);
+  if (*library == nullptr) {
+    choice->mend = refusal.mend;
+    return fail(EPT_E_UNAVAILABLE, "open", -1, 0, "libfabric: %s", refusal.why.c_str());
+  }
+  code = choose_rails(*library, *settings, gpu, gpu_of(*host), choice);
+  // From 2.0 on shm lets the writer copy into the target by itself, and nobody there looks at the key.
+  if (code == EPT_OK && choice->setting == "shm")
+    choice->traits.revokes = FI_MAJOR((*library)->version()) < 2 && can_copy_across();
+  return code;
+}
+
+std::string release_of(Library &library) {
+  return format("libfabric %u.%u", FI_MAJOR(library.version()), FI_MINOR(library.version()));
+}
+
+// ---- opening --------------------------------------------------------------------------------------------------------
+
+int32_t libfabric_probe(const ept_host *host, const ept_value *values, size_t value_count, ept_probe *report) {
+  return guarded("probe", [&]() -> int32_t {
+    report->summary[0] = report->mend[0] = 0;
+    Settings settings;
+    std::shared_ptr<Library> library;
+    Choice choice;
+    choice.traits = traits_of("tcp");
+    int32_t code = choose(host, values, value_count, &settings, &library, &choice);
+    fill_caps(choice, std::max<uint64_t>(settings.max_message, 4096), true, false, &report->caps);
+    if (code != EPT_OK) {
+      snprintf(report->summary, sizeof report->summary, "%.255s", last_error().text);
+      snprintf(report->mend, sizeof report->mend, "%.255s", choice.mend.c_str());
+      return code;
+    }
+    const fi_info *info = choice.rails.front().get();
+    if ((info->domain_attr->mr_mode & FI_MR_PROV_KEY) != 0) report->caps.protection = EPT_PROTECTION_REGION;
+    snprintf(report->summary, sizeof report->summary, "%s (%.100s): provider %.40s, %zu rail%s over %.60s",
+             release_of(*library).c_str(), library->path().c_str(), info->fabric_attr->prov_name, choice.rails.size(),
+             choice.rails.size() == 1 ? "" : "s", info->domain_attr->name);
+    return EPT_OK;
+  });
+}
+
+// One descriptor to sleep on for all rails and for what is due by the clock.
+int32_t watch_rails(ept_instance *instance) {
+  instance->epoll.reset(epoll_create1(EPOLL_CLOEXEC));
+  instance->timer.reset(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC));
+  if (!instance->epoll || !instance->timer)
+    return fail(EPT_E_NOMEM, "open", -1, errno, "libfabric: the system refused a descriptor (errno %d)", errno);
+  instance->has_wait = true;
+  auto watch = [&](int fd) {
+    epoll_event event{};
+    event.events = EPOLLIN;
+    return epoll_ctl(instance->epoll.get(), EPOLL_CTL_ADD, fd, &event) == 0;
+  };
+  if (!watch(instance->timer.get())) instance->has_wait = false;
+  for (auto &rail : instance->rails)
+    if (rail->wait_fd < 0 || !watch(rail->wait_fd)) instance->has_wait = false;
+  return EPT_OK;
+}
+
+int32_t libfabric_open(const ept_host *host, const ept_open_params *params, ept_instance **result) {
+  *result = nullptr;
+  return guarded("open", [&]() -> int32_t {
+    if (params->world == 0 || params->rank >= params->world)
+      return fail(EPT_E_INVALID, "open", params->rank, 0, "libfabric: rank %u is outside the world of %u", params->rank,
+                  params->world);
+    if (params->secret == nullptr || params->secret_length == 0 || params->job == nullptr)
+      return fail(EPT_E_INVALID, "open", params->rank, 0,
+                  "libfabric: a job's name and secret are needed to tell peers from strangers");
+    auto instance = std::make_unique<ept_instance>();
+    instance->host = host;
+    instance->params = *params;
+    Choice choice;
+    int32_t code = choose(host, params->values, params->value_count, &instance->settings, &instance->library, &choice);
+    if (code != EPT_OK) return code;
+    instance->choice = std::move(choice);
+    instance->traits = instance->choice.traits;
+    if (instance->choice.setting == "shm") {
+      instance->buried = true;
+      shm_opened();
+    }
+    if (params->world > instance->traits.max_peers)
+      return fail(EPT_E_LIMIT, "open", params->rank, 0,
+                  "libfabric: provider %s takes %u ranks at most, the world is %u", instance->traits.setting.c_str(),
+                  instance->traits.max_peers, params->world);
+    const Room room{std::max(1u, params->world - 1), params->credits, params->send_credits};
+    instance->credentials = make_credentials(host, *params);
+    instance->max_message = instance->settings.max_message;
+    Address &own = instance->own;
+    for (Info &info : instance->choice.rails) {
+      instance->rails.push_back(std::make_unique<Rail>());
+      Rail *rail = instance->rails.back().get();
+      rail->number = static_cast<uint32_t>(instance->rails.size() - 1);
+      code = open_rail(*instance->library, instance->settings, room, std::move(info), instance->traits, rail);
+      if (code != EPT_OK) return code;
+      instance->max_message = std::min(instance->max_message, rail->max_message);
+      instance->traits.revokes = instance->traits.revokes && rail->traits.revokes;
+      own.rails.push_back(rail->address);
+    }
+    instance->choice.traits = instance->traits;
+    instance->peers.resize(params->world);
+    instance->worker.instance = instance.get();
+    own.rank = params->rank;
+    own.epoch = params->epoch;
+    own.nonce = instance->credentials.nonce;
+    own.host = this_host(*host);
+    own.provider = instance->rails.front()->info->fabric_attr->prov_name;
+    code = watch_rails(instance.get());
+    if (code != EPT_OK) return code;
+    instance->log(EPT_LOG_DEBUG,
+                  format("libfabric: rank %u opened %zu rails of %s, %s", params->rank, instance->rails.size(),
+                         own.provider.c_str(), release_of(*instance->library).c_str()));
+    *result = instance.release();
+    return EPT_OK;
+  });
+}
+
+void libfabric_close(ept_instance *instance) {
+  instance->farewell(kFarewellNs);
+  instance->exports.clear();
+  delete instance;
+}
+
+int32_t libfabric_caps(ept_instance *instance, ept_caps *caps) {
+  const bool own_keys =
+      std::all_of(instance->rails.begin(), instance->rails.end(), [](const auto &rail) { return rail->own_keys; });
+  fill_caps(instance->choice, instance->max_message, own_keys, instance->has_wait, caps);
+  return EPT_OK;
+}
+
+int32_t libfabric_rails(ept_instance *instance, ept_rail *rails, uint32_t capacity, uint32_t *count) {
+  return guarded("rails", [&] {
+    *count = static_cast<uint32_t>(instance->rails.size());
+    for (uint32_t i = 0; i < std::min(capacity, *count); ++i) {
+      const Rail &own = *instance->rails[i];
+      const fi_info *info = own.info.get();
+      ept_rail &rail = rails[i];
+      const uint32_t size = rail.size;
+      rail = ept_rail{};
+      rail.size = size;
+      rail.numa = -1;
+      snprintf(rail.name, sizeof rail.name, "%.50s/%u", info->domain_attr->name, i);
+      snprintf(rail.fabric, sizeof rail.fabric, "%.31s", info->fabric_attr->prov_name);
+      if (info->nic != nullptr && info->nic->bus_attr != nullptr && info->nic->bus_attr->bus_type == FI_BUS_PCI) {
+        const auto &pci = info->nic->bus_attr->attr.pci;
+        snprintf(rail.pci, sizeof rail.pci, "%04x:%02x:%02x.%x", pci.domain_id, pci.bus_id, pci.device_id,
+                 pci.function_id);
+        rail.numa = numa_of(rail.pci);
+      }
+      if (info->nic != nullptr && info->nic->link_attr != nullptr) rail.bits_per_s = info->nic->link_attr->speed;
+      rail.port = i;
+      rail.max_regions = instance->settings.max_regions;
+      rail.max_peers = instance->traits.max_peers;
+      rail.cq_depth = own.cq_depth;
+      rail.tx_depth = own.tx_depth;
+    }
+    return static_cast<int32_t>(EPT_OK);
+  });
+}
+
+int32_t libfabric_local_address(ept_instance *instance, void *blob, size_t *length) {
+  return guarded("local_address", [&]() -> int32_t {
+    std::vector<uint8_t> bytes = encode(instance->own);
+    if (*length < bytes.size())
+      return fail(EPT_E_INVALID, "local_address", -1, 0, "libfabric: the blob needs %zu bytes, there is room for %zu",
+                  bytes.size(), *length);
+    memcpy(blob, bytes.data(), bytes.size());
+    *length = bytes.size();
+    return EPT_OK;
+  });
+}
+
+int32_t libfabric_reach(ept_instance *instance, const void *address, size_t length, ept_reach *reach) {
+  return guarded("reach", [&] {
+    const uint32_t size = reach->size;
+    *reach = ept_reach{};
+    reach->size = size;
+    Address peer;
+    int32_t code = decode(address, length, &peer);
+    if (code == EPT_OK && peer.provider != instance->own.provider)
+      code = fail(EPT_E_MISMATCH, "reach", peer.rank, 0, "libfabric: rank %u uses provider %s, this one %s", peer.rank,
+                  peer.provider.c_str(), instance->own.provider.c_str());
+    if (code == EPT_OK && instance->own.provider == "shm" && peer.host != instance->own.host)
+      code =
+          fail(EPT_E_UNAVAILABLE, "reach", peer.rank, 0,
+               "libfabric: rank %u is on another machine or in another container, where shm does not reach", peer.rank);
+    if (code != EPT_OK) {
+      snprintf(reach->why_not, sizeof reach->why_not, "%.255s", last_error().text);
+      return code;
+    }
+    reach->latency_ns = instance->traits.latency_ns;
+    reach->bytes_per_s = instance->traits.bytes_per_s * instance->rails.size();
+    reach->operation_cost_ns = instance->traits.operation_cost_ns;
+    return code;
+  });
+}
+
+// ---- peers, workers, memory: instance.h says where ------------------------------------------------------------------
+
+int32_t libfabric_peer_open(ept_instance *instance, uint32_t rank, uint32_t epoch, const void *address, size_t length) {
+  return guarded("peer_open", [&] { return instance->peer_open(rank, epoch, address, length); });
+}
+int32_t libfabric_peer_state(ept_instance *instance, uint32_t rank) {
+  return guarded("peer_state", [&] { return instance->peer_state(rank); });
+}
+int32_t libfabric_peer_close(ept_instance *instance, uint32_t rank) {
+  return guarded("peer_close", [&] { return instance->peer_close(rank); });
+}
+int32_t libfabric_peer_fence(ept_instance *instance, uint32_t rank, uint32_t epoch, uint64_t cookie) {
+  return guarded("peer_fence", [&] { return instance->peer_fence(rank, epoch, cookie); });
+}
+
+int32_t libfabric_worker_open(ept_instance *instance, ept_worker **worker) {
+  if (instance->worker_is_open)
+    return fail(EPT_E_LIMIT, "worker_open", -1, 0, "libfabric: an instance has one worker, and it is open");
+  instance->worker_is_open = true;
+  *worker = &instance->worker;
+  return EPT_OK;
+}
+void libfabric_worker_close(ept_worker *worker) {
+  worker->instance->worker_is_open = false;
+  worker->instance->abandon();
+}
+
+int32_t libfabric_mem_register(ept_instance *instance, const ept_memory *memory, ept_mem **result) {
+  return guarded("mem_register", [&] { return instance->mem_register(memory, result); });
+}
+int32_t libfabric_mem_deregister(ept_mem *mem) {
+  return guarded("mem_deregister", [&] { return mem->owner->mem_deregister(mem); });
+}
+int32_t libfabric_region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob,
+                                size_t *blob_length, uint64_t *key) {
+  return guarded("region_export",
+                 [&] { return mem->owner->region_export(mem, rank, offset, length, blob, blob_length, key); });
+}
+int32_t libfabric_region_revoke(ept_mem *mem, uint32_t rank, uint64_t key) {
+  return guarded("region_revoke", [&] { return mem->owner->region_revoke(mem, rank, key); });
+}
+int32_t libfabric_region_import(ept_instance *instance, uint32_t rank, const void *blob, size_t length,
+                                ept_region **result) {
+  return guarded("region_import", [&] { return instance->region_import(rank, blob, length, result); });
+}
+void libfabric_region_drop(ept_region *region) { delete region; }
+
+// ---- moving ---------------------------------------------------------------------------------------------------------
+
+int32_t libfabric_post(ept_worker *worker, const ept_op *ops, size_t count, size_t *posted) {
+  *posted = 0;
+  return guarded("post", [&] { return worker->instance->post(ops, count, posted); });
+}
+int32_t libfabric_poll(ept_worker *worker, ept_event *events, size_t capacity) {
+  return guarded("poll", [&] { return worker->instance->poll(events, capacity); });
+}
+int32_t libfabric_arm(ept_worker *worker, int32_t *descriptor) {
+  return guarded("arm", [&] { return worker->instance->arm(descriptor); });
+}
+int32_t libfabric_quiesce(ept_worker *worker, uint32_t rank, int32_t scope, uint64_t cookie) {
+  return guarded("quiesce", [&] { return worker->instance->quiesce(rank, scope, cookie); });
+}
+
+int32_t libfabric_query(ept_instance *instance, const char *feature, int64_t *value) {
+  if (strcmp(feature, "strangers") == 0)
+    *value = static_cast<int64_t>(instance->strangers.load(std::memory_order_relaxed));
+  else
+    return fail(EPT_E_UNSUPPORTED, "query", -1, 0, "libfabric: there is no feature '%s'", feature);
+  return EPT_OK;
+}
+
+int32_t libfabric_counters(ept_worker *worker, uint32_t rail, ept_rail_counters *counters) {
+  const auto &rails = worker->instance->rails;
+  if (rail >= rails.size())
+    return fail(EPT_E_INVALID, "counters", -1, 0, "libfabric: rail %u, there are %zu", rail, rails.size());
+  // The caller's struct may be older and shorter than ours, or newer and longer.
+  const uint32_t size = counters->size;
+  memset(counters, 0, size);
+  memcpy(counters, &rails[rail]->counters, std::min<size_t>(size, sizeof rails[rail]->counters));
+  counters->size = size;
+  return EPT_OK;
+}
+
+void libfabric_last_error(ept_error *error) {
+  const uint32_t size = error->size;
+  *error = last_error();
+  error->size = size;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_v1 = {
+    .size = sizeof(ept_backend),
+    .abi = EPT_BACKEND_ABI,
+    .name = "libfabric",
+    .version = kPluginVersion,
+    .settings = kSettings,
+    .setting_count = kSettingCount,
+    .probe = libfabric_probe,
+    .open = libfabric_open,
+    .close = libfabric_close,
+    .caps = libfabric_caps,
+    .rails = libfabric_rails,
+    .local_address = libfabric_local_address,
+    .reach = libfabric_reach,
+    .join = nullptr,  // peers meet one by one
+    .peer_open = libfabric_peer_open,
+    .peer_state = libfabric_peer_state,
+    .peer_close = libfabric_peer_close,
+    .peer_fence = libfabric_peer_fence,
+    .worker_open = libfabric_worker_open,
+    .worker_close = libfabric_worker_close,
+    .mem_alloc = nullptr,  // any memory that the provider can register will do
+    .mem_free = nullptr,
+    .mem_register = libfabric_mem_register,
+    .mem_deregister = libfabric_mem_deregister,
+    .region_export = libfabric_region_export,
+    .region_revoke = libfabric_region_revoke,
+    .region_import = libfabric_region_import,
+    .region_drop = libfabric_region_drop,
+    .region_map = nullptr,  // a peer's memory is never in this address space
+    .signal_export = nullptr,
+    .signal_import = nullptr,
+    .post = libfabric_post,
+    .poll = libfabric_poll,
+    .arm = libfabric_arm,
+    .visible = nullptr,  // a completion with remote data comes after the bytes
+    .quiesce = libfabric_quiesce,
+    .device_open = nullptr,  // kernels reach these networks by the proxy
+    .device_peer = nullptr,
+    .device_region = nullptr,
+    .device_signal = nullptr,
+    .device_image = nullptr,
+    .device_module = nullptr,
+    .query = libfabric_query,
+    .counters = libfabric_counters,
+    .last_error = libfabric_last_error,
+};

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "memory.h"
+
+#include <cstring>
+
+#include "instance.h"
+
+using namespace libfabric;
+
+namespace {
+
+uint64_t random_key(const ept_host &host) {
+  uint64_t key = 0;
+  host.random(host.context, &key, sizeof key);
+  return key;
+}
+
+}  // namespace
+
+int32_t ept_instance::mem_register(const ept_memory *memory, ept_mem **result) {
+  *result = nullptr;
+  const int32_t kinds = EPT_MEMORY_HOST | EPT_MEMORY_PINNED | EPT_MEMORY_SHM | (choice.gpu ? EPT_MEMORY_CUDA : 0);
+  if ((memory->kind & kinds) == 0)
+    return fail(
+        EPT_E_UNSUPPORTED, "mem_register", -1, 0,
+        "libfabric: memory of kind %d can't be registered with provider %s here%s", memory->kind,
+        traits.setting.c_str(),
+        memory->kind == EPT_MEMORY_CUDA ? "; GPU memory needs EPT_LIBFABRIC_GPU=1 and a card that reaches it" : "");
+  auto start = reinterpret_cast<uint64_t>(memory->address);
+  if (memory->address == nullptr || memory->length == 0 || start + memory->length < start)
+    return fail(EPT_E_INVALID, "mem_register", -1, 0, "libfabric: %llu bytes at %p are no memory",
+                static_cast<unsigned long long>(memory->length), memory->address);
+  auto mem = std::make_unique<ept_mem>();
+  mem->owner = this;
+  mem->memory = *memory;
+  mem->in_flight = 0;
+  mem->rails.resize(rails.size());
+  for (size_t i = 0; i < rails.size(); ++i) {
+    int32_t code = register_range(*library, rails[i].get(), *memory, static_cast<uint8_t *>(memory->address),
+                                  memory->length, FI_WRITE | FI_SEND, random_key(*host), mem->rails[i].mr.out());
+    if (code != EPT_OK) return code;
+    mem->rails[i].descriptor = fi_mr_desc(mem->rails[i].mr.get());
+  }
+  *result = mem.release();
+  return EPT_OK;
+}
+
+int32_t ept_instance::mem_deregister(ept_mem *mem) {
+  if (mem->in_flight > 0)
+    return fail(EPT_E_INVALID, "mem_deregister", -1, 0,
+                "libfabric: %llu operations have still to read from this memory; quiesce first, or close their peers",
+                static_cast<unsigned long long>(mem->in_flight));
+  for (auto entry = exports.begin(); entry != exports.end();)
+    entry = entry->second.mem == mem ? exports.erase(entry) : std::next(entry);
+  for (auto &rail : rails)
+    for (Operation &operation : rail->operations)
+      if (operation.mem == mem) operation.mem = nullptr;
+  delete mem;
+  return EPT_OK;
+}
+
+int32_t ept_instance::region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob,
+                                    size_t *blob_length, uint64_t *key) {
+  const ept_memory &memory = mem->memory;
+  if ((memory.access & EPT_ACCESS_REMOTE_WRITE) == 0)
+    return fail(EPT_E_ACCESS, "region_export", rank, 0,
+                "libfabric: this memory was registered without the right to be written");
+  if (rank >= params.world || offset > memory.length || length > memory.length - offset)
+    return fail(EPT_E_INVALID, "region_export", rank, 0,
+                "libfabric: %llu bytes at offset %llu of %llu for rank %u of %u",
+                static_cast<unsigned long long>(length), static_cast<unsigned long long>(offset),
+                static_cast<unsigned long long>(memory.length), rank, params.world);
+  const size_t size = sizeof(RegionBlob) + rails.size() * sizeof(uint64_t);
+  if (*blob_length < size)
+    return fail(EPT_E_INVALID, "region_export", rank, 0, "libfabric: the blob needs %zu bytes, there is room for %zu",
+                size, *blob_length);
+  if (exports.size() >= settings.max_regions)
+    return fail(EPT_E_LIMIT, "region_export", rank, 0,
+                "libfabric: %u regions are exported, which is the limit (EPT_LIBFABRIC_MAX_REGIONS); revoke some",
+                settings.max_regions);
+  Export made;
+  made.mem = mem;
+  made.rank = rank;
+  made.any_epoch = peers[rank] == nullptr;
+  made.epoch = made.any_epoch ? 0 : peers[rank]->epoch;
+  RegionBlob head{kRegionMagic, kVersion, static_cast<uint16_t>(rails.size()), params.rank, params.epoch, length, 0};
+  uint8_t *base = static_cast<uint8_t *>(memory.address) + offset;
+  if (rails.front()->virtual_address) head.address = reinterpret_cast<uint64_t>(base);
+  auto *out = static_cast<uint8_t *>(blob);
+  memcpy(out, &head, sizeof head);
+  out += sizeof head;
+  for (auto &rail : rails) {
+    made.rails.emplace_back();
+    // No provider registers nothing. An empty region gets a byte that lies in the memory; its length says none.
+    uint8_t *first = length == 0 && offset == memory.length ? base - 1 : base;
+    int32_t code = register_range(*library, rail.get(), memory, first, length != 0 ? length : 1, FI_REMOTE_WRITE,
+                                  random_key(*host), made.rails.back().out());
+    if (code != EPT_OK) return code;
+    const uint64_t rail_key = fi_mr_key(made.rails.back().get());
+    memcpy(out, &rail_key, sizeof rail_key);
+    out += sizeof rail_key;
+  }
+  *blob_length = size;
+  *key = next_export++;
+  exports.emplace(*key, std::move(made));
+  return EPT_OK;
+}
+
+int32_t ept_instance::region_revoke(ept_mem *mem, uint32_t rank, uint64_t key) {
+  auto found = exports.find(key);
+  if (found == exports.end() || found->second.mem != mem || found->second.rank != rank)
+    return fail(EPT_E_INVALID, "region_revoke", rank, 0, "libfabric: key %llx is none of this memory for rank %u",
+                static_cast<unsigned long long>(key), rank);
+  exports.erase(found);
+  return EPT_OK;
+}
+
+void ept_instance::close_exports_of(uint32_t rank, uint32_t epoch) {
+  for (auto entry = exports.begin(); entry != exports.end();) {
+    const Export &given = entry->second;
+    const bool stale = given.rank == rank && !given.any_epoch && given.epoch <= epoch;
+    entry = stale ? exports.erase(entry) : std::next(entry);
+  }
+}
+
+int32_t ept_instance::region_import(uint32_t rank, const void *blob, size_t length, ept_region **result) {
+  *result = nullptr;
+  RegionBlob head{};
+  if (length >= sizeof head) memcpy(&head, blob, sizeof head);
+  if (head.magic != kRegionMagic)
+    return fail(EPT_E_INVALID, "region_import", rank, 0, "libfabric: %zu bytes that are no region of this backend",
+                length);
+  if (head.version != kVersion)
+    return fail(EPT_E_VERSION, "region_import", rank, 0,
+                "libfabric: the region of rank %u is of version %u, this plugin reads %u", rank, head.version,
+                kVersion);
+  if (head.exporter != rank)
+    return fail(EPT_E_INVALID, "region_import", rank, 0, "libfabric: this is a region of rank %u, not of rank %u",
+                head.exporter, rank);
+  if (head.rails == 0 || head.rails > kMaxRails || length != sizeof head + head.rails * sizeof(uint64_t))
+    return fail(EPT_E_INVALID, "region_import", rank, 0, "libfabric: a region of %u rails in %zu bytes", head.rails,
+                length);
+  auto region = std::make_unique<ept_region>();
+  region->owner = this;
+  region->rank = rank;
+  region->epoch = head.exporter_epoch;
+  region->address = head.address;
+  region->length = head.length;
+  region->keys.resize(head.rails);
+  memcpy(region->keys.data(), static_cast<const uint8_t *>(blob) + sizeof head, head.rails * sizeof(uint64_t));
+  *result = region.release();
+  return EPT_OK;
+}

@@ -1,0 +1,476 @@
+// SPDX-License-Identifier: Apache-2.0
+// The hot half: post, poll, arm, quiesce.
+//
+// INVARIANTS
+//  - Every WRITE and SIGNAL is an RMA write with remote CQ data, payload or not: that is the one operation of which
+//    every provider checks the key and tells the target. Its 32 bits are the immediate.
+//  - An event is given straight from a completion queue only while nothing older waits in `pending`; so a peer's PEER
+//    event comes before what follows from it.
+//  - A failure of one operation ends its peer, unless the provider refused that operation and nothing of it landed
+//    (Fault::refused): what else may have become of it can't be known, and an ERROR of a peer that lives promises that
+//    there was no IMM.
+#include <sys/epoll.h>
+#include <sys/timerfd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "instance.h"
+
+using namespace libfabric;
+
+namespace {
+
+constexpr size_t kReadAtOnce = 32;      // entries of a completion queue
+constexpr uint32_t kClockEvery = 64;    // polls between two looks at clock and event queues
+constexpr uint32_t kErrorsAtOnce = 32;  // bad entries read in one go
+constexpr uint64_t kTick = 5000000;     // on_time at least so often while the caller spins
+
+}  // namespace
+
+// ---- post -----------------------------------------------------------------------------------------------------------
+
+int32_t ept_instance::post(const ept_op *ops, size_t count, size_t *posted) {
+  size_t done = 0;
+  int32_t code = EPT_OK;
+  for (; done < count; ++done) {
+    const ept_op &op = ops[done];
+    Peer *peer = nullptr;
+    code = check(op, &peer);
+    if (code == EPT_OK) code = op.kind == EPT_OP_SEND ? post_send(peer, op) : post_write(peer, op);
+    if (code != EPT_OK) break;
+  }
+  *posted = done;
+  return code;
+}
+
+int32_t ept_instance::check(const ept_op &op, Peer **result) {
+  Peer *peer = op.peer < peers.size() ? peers[op.peer].get() : nullptr;
+  if (peer == nullptr || peer->state != Peer::State::kUp) {
+    if (peer == nullptr)
+      return fail(closed_epochs.count(op.peer) != 0 ? EPT_E_CLOSED : EPT_E_INVALID, "post", op.peer, 0,
+                  "libfabric: rank %u is not open", op.peer);
+    if (peer->state == Peer::State::kEnded)
+      return fail(peer->code, "post", op.peer, peer->number, "libfabric: %s", peer->text.c_str());
+    return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: rank %u is not connected yet", op.peer);
+  }
+  *result = peer;
+  if (op.rail >= rails.size())
+    return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: rail %u, there are %zu", op.rail, rails.size());
+  if (op.flags != 0) return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: flags are %u, must be 0", op.flags);
+  if (op.kind == EPT_OP_SEND) {
+    if (op.length > kMaxSend || (op.length > 0 && op.source == nullptr))
+      return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: a SEND of %llu bytes from %p; max_send is %u",
+                  static_cast<unsigned long long>(op.length), op.source, kMaxSend);
+    return EPT_OK;
+  }
+  if (op.kind != EPT_OP_WRITE && op.kind != EPT_OP_SIGNAL)
+    return fail(op.kind == EPT_OP_READ ? EPT_E_UNSUPPORTED : EPT_E_INVALID, "post", op.peer, 0,
+                "libfabric: operations of kind %d are not done here", op.kind);
+  const ept_region *region = op.region;
+  if (region == nullptr || region->rank != op.peer)
+    return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: the region of an operation to rank %u is %s", op.peer,
+                region == nullptr ? "missing" : "that of another rank");
+  if (region->epoch != peer->epoch)
+    return fail(EPT_E_CLOSED, "post", op.peer, 0,
+                "libfabric: the region is of epoch %u of rank %u, which is in epoch %u now", region->epoch, op.peer,
+                peer->epoch);
+  if (op.kind == EPT_OP_WRITE && op.length > 0) {
+    const ept_mem *mem = op.source_mem;
+    const uint64_t from = reinterpret_cast<uint64_t>(op.source);
+    const uint64_t start = mem == nullptr ? 0 : reinterpret_cast<uint64_t>(mem->memory.address);
+    if (op.length > max_message)
+      return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: a WRITE of %llu bytes is past max_message, %llu",
+                  static_cast<unsigned long long>(op.length), static_cast<unsigned long long>(max_message));
+    if (mem == nullptr || mem->owner != this || from < start || from - start > mem->memory.length ||
+        op.length > mem->memory.length - (from - start))
+      return fail(EPT_E_INVALID, "post", op.peer, 0,
+                  "libfabric: the source of a WRITE of %llu bytes is not inside source_mem",
+                  static_cast<unsigned long long>(op.length));
+  }
+  return EPT_OK;
+}
+
+int32_t ept_instance::post_write(Peer *peer, const ept_op &op) {
+  const uint32_t number = op.rail < peer->rails ? op.rail : op.rail % peer->rails;
+  Rail *rail = rails[number].get();
+  const bool payload = op.kind == EPT_OP_WRITE && op.length > 0;
+  const ept_region *region = op.region;
+  if (number >= region->keys.size())
+    return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: the region has keys for %zu rails, not for rail %u",
+                region->keys.size(), number);
+  Operation *operation = rail->take(Operation::Kind::kWrite, peer);
+  if (operation == nullptr) {
+    ++rail->counters.later;
+    return EPT_LATER;
+  }
+  operation->cookie = op.cookie;
+  operation->length = payload ? op.length : 0;
+  operation->serial = next_serial++;
+  // An operation without payload has a source all the same: EFA wants a descriptor with every one.
+  const void *source = payload ? op.source : rail->sent.bytes.get();
+  void *descriptor = payload ? op.source_mem->rails[number].descriptor : rail->sent.descriptor;
+  ssize_t status =
+      fi_writedata(rail->ep.get(), source, operation->length, descriptor, op.immediate, peer->addresses[number],
+                   region->address + (payload ? op.offset : 0), region->keys[number], &operation->context);
+  if (status != 0) {
+    rail->give_back(operation);
+    if (status == -FI_EAGAIN) {
+      ++rail->counters.later;
+      return EPT_LATER;
+    }
+    return fail(EPT_E_IO, "post", op.peer, static_cast<int>(-status),
+                "libfabric: a write of %llu bytes to rank %u was refused by provider %s: %s",
+                static_cast<unsigned long long>(op.length), op.peer, traits.setting.c_str(),
+                library->strerror(static_cast<int>(-status)));
+  }
+  if (payload) {
+    operation->mem = op.source_mem;
+    ++op.source_mem->in_flight;
+  }
+  ++peer->in_flight;
+  ++rail->counters.tx_operations;
+  rail->counters.tx_bytes += operation->length;
+  return EPT_OK;
+}
+
+int32_t ept_instance::post_send(Peer *peer, const ept_op &op) {
+  Rail *rail = rails[op.rail % peer->rails].get();
+  Operation *operation = rail->free_sends.empty() ? nullptr : rail->take(Operation::Kind::kSend, peer);
+  if (operation == nullptr) {
+    ++rail->counters.later;
+    return EPT_LATER;
+  }
+  operation->buffer = rail->sent.bytes.get() + size_t{rail->free_sends.back()} * kMessageBytes;
+  rail->free_sends.pop_back();
+  operation->cookie = op.cookie;
+  operation->length = op.length;
+  operation->serial = next_serial++;
+  MessageHead head{kMessageMagic,
+                   kVersion,
+                   static_cast<uint8_t>(MessageType::kSend),
+                   static_cast<uint8_t>(rail->number),
+                   params.rank,
+                   params.epoch,
+                   peer->rank,
+                   peer->epoch,
+                   static_cast<uint32_t>(op.length),
+                   0,
+                   {}};
+  memcpy(head.token, peer->to_it.data(), sizeof head.token);
+  memcpy(operation->buffer, &head, sizeof head);
+  if (op.length > 0) memcpy(operation->buffer + sizeof head, op.source, op.length);
+  ssize_t status = fi_send(rail->ep.get(), operation->buffer, sizeof head + op.length, rail->sent.descriptor,
+                           peer->addresses[rail->number], &operation->context);
+  if (status != 0) {
+    rail->give_back(operation);
+    if (status == -FI_EAGAIN) {
+      ++rail->counters.later;
+      return EPT_LATER;
+    }
+    return fail(EPT_E_IO, "post", op.peer, static_cast<int>(-status),
+                "libfabric: a message of %llu bytes to rank %u was refused by provider %s: %s",
+                static_cast<unsigned long long>(op.length), op.peer, traits.setting.c_str(),
+                library->strerror(static_cast<int>(-status)));
+  }
+  ++peer->in_flight;
+  ++rail->counters.tx_sends;
+  return EPT_OK;
+}
+
+// ---- poll -----------------------------------------------------------------------------------------------------------
+
+int32_t ept_instance::poll(ept_event *events, size_t capacity) {
+  if (!texts.empty()) texts.clear();
+  if (!shown.empty()) shown.clear();
+  for (auto &rail : rails) {
+    if (!rail->shown.empty()) {
+      rail->to_post.insert(rail->to_post.end(), rail->shown.begin(), rail->shown.end());
+      rail->shown.clear();
+    }
+  }
+  Output out{events, capacity, 0};
+  if (!pending.empty()) give_pending(&out);
+  if (++since_clock >= kClockEvery || time_due_ns == 0) {
+    since_clock = 0;
+    uint64_t time = now();
+    if (time >= time_due_ns) {
+      time_due_ns = time + kTick;
+      on_time(time);
+    }
+    for (auto &rail : rails) read_events(rail.get());
+  }
+  // The first to be read changes, so that a busy rail does not starve the others where the caller has little room.
+  const auto count = static_cast<uint32_t>(rails.size());
+  for (uint32_t i = 0; i < count && !out.full(); ++i) {
+    uint32_t number = next_rail + i;
+    read_queue(rails[number < count ? number : number - count].get(), &out);
+  }
+  if (++next_rail >= count) next_rail = 0;
+  if (!quiesces.empty()) give_quiesced();
+  if (!pending.empty()) give_pending(&out);
+  return static_cast<int32_t>(out.count);
+}
+
+void ept_instance::read_queue(Rail *rail, Output *out) {
+  fi_cq_data_entry entries[kReadAtOnce];
+  while (!out->full()) {
+    const size_t room = std::min(kReadAtOnce, out->capacity - out->count);
+    ssize_t count = fi_cq_read(rail->cq.get(), entries, room);
+    if (count == -FI_EAGAIN) {
+      if (!fences.empty()) drained(rail);
+      break;
+    }
+    if (count == -FI_EAVAIL) {
+      read_error(rail, out);
+      continue;
+    }
+    if (count < 0) {
+      rail_broke(rail, static_cast<int>(-count),
+                 format("its completion queue can't be read: %s", library->strerror(static_cast<int>(-count))));
+      break;
+    }
+    for (ssize_t i = 0; i < count; ++i) {
+      const fi_cq_data_entry &entry = entries[i];
+      if ((entry.flags & FI_REMOTE_CQ_DATA) != 0) {
+        immediate(rail, entry.data, entry.len, out);
+        Operation *used = rail->imm_takes_receive ? rail->of_context(entry.op_context) : nullptr;
+        if (used != nullptr) rail->to_post.push_back(used->index);
+        continue;
+      }
+      Operation *operation = rail->of_context(entry.op_context);
+      if (operation == nullptr) continue;
+      if (operation->kind == Operation::Kind::kReceive)
+        on_message(rail, operation, entry.len, out);
+      else
+        completed(rail, operation, out);
+    }
+    if (count < static_cast<ssize_t>(room)) {
+      // Less than there was room for is as good as empty; but a fence needs to see the end of it.
+      if (fences.empty()) break;
+    }
+  }
+  if (!rail->to_post.empty()) rail->post_receives();
+}
+
+void ept_instance::immediate(Rail *rail, uint64_t data, uint64_t length, Output *out) {
+  if (data > UINT32_MAX) {
+    ++rail->counters.errors;
+    return stranger("remote CQ data of more than 32 bits");
+  }
+  ++rail->counters.rx_operations;
+  rail->counters.rx_bytes += length;  // 0 where the provider does not say
+  ept_event *event = emit(out, EPT_EVENT_IMM, UINT32_MAX, 0, rail->number);
+  event->immediate = static_cast<uint32_t>(data);
+  event->length = length;
+}
+
+void ept_instance::completed(Rail *rail, Operation *operation, Output *out) {
+  Peer *peer = operation->peer;
+  --peer->in_flight;
+  if (operation->mem != nullptr) --operation->mem->in_flight;
+  if (operation->kind != Operation::Kind::kControl && !operation->told) {
+    if (peer->state == Peer::State::kEnded) {
+      // After the end of a peer there is nothing but ERRORs.
+      ++rail->counters.errors;
+      add_pending(EPT_EVENT_ERROR, peer->rank, peer->epoch, rail->number, operation->cookie, peer->code, peer->text);
+      pending.back().event.provider_errno = peer->number;
+    } else {
+      ept_event *event = emit(out, EPT_EVENT_LOCAL_DONE, peer->rank, peer->epoch, rail->number);
+      event->cookie = operation->cookie;
+      event->length = operation->length;
+    }
+  }
+  rail->give_back(operation);
+  if (peer->in_flight == 0 && peer->state == Peer::State::kEnded) {
+    peer->orphans_due_ns = 0;
+    reap();
+  }
+}
+
+void ept_instance::failed(Rail *rail, Operation *operation, const Fault &fault, Output *out) {
+  Peer *peer = operation->peer;
+  const bool control = operation->kind == Operation::Kind::kControl;
+  const std::string what = operation->kind == Operation::Kind::kWrite ? "a write of" : "a message of";
+  std::string text = format("%s %llu bytes to rank %u failed on %s: %s", what.c_str(),
+                            static_cast<unsigned long long>(operation->length), peer->rank,
+                            rail->info->domain_attr->name, fault.text.c_str());
+  if (control || peer->state == Peer::State::kEnded || operation->told) {
+    if (control && peer->state == Peer::State::kConnecting) peer->last_try = text;
+    return completed(rail, operation, out);
+  }
+  if (!fault.refused || !traits.revokes) {
+    const int32_t code = fault.code == EPT_E_ACCESS || fault.code == EPT_E_CLOSED ? EPT_E_PEER_LOST : fault.code;
+    end_peer(peer, code == EPT_E_IO ? EPT_E_PEER_LOST : code, fault.provider_errno,
+             format("rank %u is lost: %s", peer->rank, text.c_str()), true);
+    return completed(rail, operation, out);
+  }
+  ++rail->counters.errors;
+  add_pending(EPT_EVENT_ERROR, peer->rank, peer->epoch, rail->number, operation->cookie, fault.code, std::move(text));
+  pending.back().event.provider_errno = fault.provider_errno;
+  operation->told = true;
+  completed(rail, operation, out);
+}
+
+void ept_instance::read_error(Rail *rail, Output *out) {
+  for (uint32_t i = 0; i < kErrorsAtOnce; ++i) {
+    fi_cq_err_entry entry{};
+    ssize_t status = fi_cq_readerr(rail->cq.get(), &entry, 0);
+    if (status != 1) return;
+    Operation *operation = rail->of_context(entry.op_context);
+    const Fault fault = explain(rail->cq.get(), entry, rail->traits.efa, library->strerror(entry.err));
+    if (operation == nullptr) {
+      // At the target of a write that was refused, or of nothing that can be named: no operation of ours is concerned.
+      log(EPT_LOG_WARNING, format("libfabric: rank %u: %s: an error that names no operation: %s", params.rank,
+                                  rail->info->domain_attr->name, fault.text.c_str()));
+      continue;
+    }
+    if (operation->kind == Operation::Kind::kReceive) {
+      rail->to_post.push_back(operation->index);
+      continue;
+    }
+    failed(rail, operation, fault, out);
+  }
+}
+
+// What a provider can't put into a completion queue, since it knows no operation for it.
+void ept_instance::read_events(Rail *rail) {
+  if (!rail->eq) return;
+  uint8_t entry[256];
+  uint32_t event = 0;
+  ssize_t status = fi_eq_read(rail->eq.get(), &event, entry, sizeof entry, 0);
+  if (status != -FI_EAVAIL) return;
+  fi_eq_err_entry error{};
+  if (fi_eq_readerr(rail->eq.get(), &error, 0) < 0) return;
+  char buffer[256] = {};
+  const char *words = fi_eq_strerror(rail->eq.get(), error.prov_errno, error.err_data, buffer, sizeof buffer);
+  rail_broke(rail, error.prov_errno != 0 ? error.prov_errno : error.err,
+             format("its event queue says: %s (%d; provider: %s, %d)", library->strerror(error.err), error.err,
+                    words != nullptr ? words : "no words", error.prov_errno));
+}
+
+// Nobody can say which operations an error of a whole rail concerns: all peers with one under way on it are lost.
+void ept_instance::rail_broke(Rail *rail, int number, const std::string &why) {
+  log(EPT_LOG_ERROR, format("libfabric: rank %u: rail %u (%s): %s", params.rank, rail->number,
+                            rail->info->domain_attr->name, why.c_str()));
+  for (Operation &operation : rail->operations) {
+    const bool counts = operation.kind == Operation::Kind::kWrite || operation.kind == Operation::Kind::kSend;
+    if (!counts || operation.peer->state == Peer::State::kEnded) continue;
+    end_peer(operation.peer, EPT_E_PEER_LOST, number,
+             format("rank %u is lost: rail %u (%s) failed with operations to it under way: %s", operation.peer->rank,
+                    rail->number, rail->info->domain_attr->name, why.c_str()),
+             true);
+  }
+}
+
+ept_event *ept_instance::emit(Output *out, int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail) {
+  if (pending.empty() && !out->full()) return out->add(kind, peer, epoch, rail);
+  add_pending(kind, peer, epoch, rail, 0, EPT_OK, "");
+  return &pending.back().event;
+}
+
+void ept_instance::give_pending(Output *out) {
+  while (!pending.empty() && !out->full()) {
+    Pending &entry = pending.front();
+    ept_event *event = out->add(entry.event.kind, 0, 0, 0);
+    const uint32_t size = event->size;
+    *event = entry.event;
+    event->size = size;
+    if (entry.has_text) {
+      texts.push_back(std::move(entry.text));
+      event->text = texts.back().c_str();
+    }
+    if (entry.has_data) {
+      shown.push_back(std::move(entry.data));
+      event->data = shown.back().data();
+    }
+    pending.pop_front();
+  }
+}
+
+void ept_instance::drained(Rail *rail) {
+  for (size_t i = 0; i < fences.size();) {
+    Fence &fence = fences[i];
+    const uint32_t bit = 1u << rail->number;
+    if ((fence.rails & bit) != 0) {
+      fence.rails &= ~bit;
+      add_pending(EPT_EVENT_FENCED, fence.rank, fence.epoch, rail->number, fence.cookie, EPT_OK, "");
+    }
+    if (fence.rails == 0)
+      fences.erase(fences.begin() + static_cast<ptrdiff_t>(i));
+    else
+      ++i;
+  }
+}
+
+// ---- arm ------------------------------------------------------------------------------------------------------------
+
+int32_t ept_instance::arm(int32_t *descriptor) {
+  *descriptor = -1;
+  if (!pending.empty() || !fences.empty() || !quiesces.empty()) return EPT_LATER;
+  for (auto &rail : rails) {
+    read_events(rail.get());
+    if (!rail->shown.empty() || !rail->to_post.empty()) return EPT_LATER;
+  }
+  if (!pending.empty()) return EPT_LATER;
+  if (!has_wait) return EPT_OK;
+  for (auto &rail : rails) {
+    fid *queue = &rail->cq->fid;
+    if (fi_trywait(rail->fabric.get(), &queue, 1) != 0) return EPT_LATER;
+  }
+  const uint64_t next = next_deadline();
+  if (next != timer_set_ns) {
+    itimerspec spec{};
+    if (next != 0) {
+      const uint64_t time = now(), in = next > time ? next - time : 1;
+      spec.it_value.tv_sec = static_cast<time_t>(in / 1000000000);
+      spec.it_value.tv_nsec = static_cast<long>(in % 1000000000);
+      time_due_ns = 0;  // the poll that it wakes looks at the clock
+    }
+    timerfd_settime(timer.get(), 0, &spec, nullptr);
+    timer_set_ns = next;
+  }
+  *descriptor = epoll.get();
+  return EPT_OK;
+}
+
+// ---- quiesce --------------------------------------------------------------------------------------------------------
+
+int32_t ept_instance::quiesce(uint32_t rank, int32_t scope, uint64_t cookie) {
+  if (scope != EPT_SCOPE_LOCAL && scope != EPT_SCOPE_REMOTE)
+    return fail(EPT_E_INVALID, "quiesce", rank, 0, "libfabric: scope %d is neither local nor remote", scope);
+  quiesces.push_back({cookie, rank, scope, next_serial});
+  give_quiesced();
+  return EPT_OK;
+}
+
+void ept_instance::give_quiesced() {
+  for (size_t i = 0; i < quiesces.size();) {
+    const Quiesce &entry = quiesces[i];
+    bool busy = false;
+    const Operation *stuck = nullptr;
+    for (const auto &rail : rails) {
+      for (const Operation &operation : rail->operations) {
+        if (operation.kind != Operation::Kind::kWrite && operation.kind != Operation::Kind::kSend) continue;
+        if (operation.serial >= entry.serial) continue;
+        if (entry.rank != UINT32_MAX && operation.peer->rank != entry.rank) continue;
+        if (operation.told)
+          stuck = &operation;  // told, and the provider holds it still
+        else
+          busy = true;
+      }
+    }
+    if (busy) {
+      ++i;
+      continue;
+    }
+    if (stuck == nullptr)
+      add_pending(EPT_EVENT_QUIESCED, entry.rank, 0, 0, entry.cookie, EPT_OK, "");
+    else
+      add_pending(EPT_EVENT_QUIESCED, entry.rank, stuck->peer->epoch, 0, entry.cookie, EPT_E_STUCK,
+                  format("the endpoint of rank %u, which still holds operations to rank %u, epoch %u: its provider has "
+                         "not given them back",
+                         params.rank, stuck->peer->rank, stuck->peer->epoch));
+    quiesces.erase(quiesces.begin() + static_cast<ptrdiff_t>(i));
+  }
+}
