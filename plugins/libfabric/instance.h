@@ -9,6 +9,7 @@
 //   worker.cc     post, poll, arm, quiesce
 //   memory.cc     registrations, exports, keys
 //   errors.cc     completions that went wrong
+//   strict.h      a stricter network, by a setting
 //   libfabric.cc  limits, and the table that wires all of it
 //
 // There is no thread and no lock here: the engine makes all calls of an instance one at a time, and every provider is
@@ -26,6 +27,7 @@
 #include "errors.h"
 #include "handshake.h"
 #include "memory.h"
+#include "strict.h"
 
 namespace libfabric {
 
@@ -100,7 +102,8 @@ struct ept_instance {
   ept_open_params params{};
   libfabric::Settings settings;
   std::shared_ptr<libfabric::Library> library;
-  libfabric::Traits traits{};  // of all rails together
+  std::shared_ptr<libfabric::StrictReport> strict;  // nullptr: that setting is empty
+  libfabric::Traits traits{};                       // of all rails together
   libfabric::Credentials credentials;
   libfabric::Address own;
   libfabric::Choice choice;

@@ -39,18 +39,37 @@ void fill_caps(const Choice &choice, uint64_t max_message, bool own_keys, bool w
   caps->waived = waived_by(choice.traits, &caps->waived_why);
 }
 
+// EPT_LIBFABRIC_STRICT: strict.h between us and the library. `salt`: another schedule for each rank and epoch.
+int32_t make_stricter(const ept_host *host, const Settings &settings, uint64_t salt, std::shared_ptr<Library> *library,
+                      std::shared_ptr<StrictReport> *report) {
+  if (settings.strict.empty()) return EPT_OK;
+  StrictOptions options;
+  const std::string wrong = parse_strict(settings.strict, &options);
+  if (!wrong.empty()) return fail(EPT_E_CONFIG, "open", -1, 0, "libfabric: %s", wrong.c_str());
+  options.salt = salt;
+  options.say = [host](const std::string &text) {
+    host->log(host->context, EPT_LOG_WARNING, ("libfabric: " + text).c_str());
+  };
+  // The last who holds the report writes it down: that is after the endpoints.
+  *report = std::shared_ptr<StrictReport>(options.report.get(), [options, salt](const StrictReport *done) {
+    const std::string words = done->words();
+    const bool told = !options.report_to.empty() && words != "nothing";  // a probe does nothing
+    FILE *file = told ? fopen(options.report_to.c_str(), "a") : nullptr;
+    if (file == nullptr) return;
+    fprintf(file, "rank %llu: %s\n", static_cast<unsigned long long>(salt >> 32), words.c_str());
+    fclose(file);
+  });
+  *library = make_strict(std::move(*library), options);
+  return EPT_OK;
+}
+
 // Settings, library and rails: all that probe and open have in common.
-int32_t choose(const ept_host *host, const ept_value *values, size_t count, Settings *settings,
-               std::shared_ptr<Library> *library, Choice *choice) {
+int32_t choose(const ept_host *host, const ept_value *values, size_t count, uint64_t salt, Settings *settings,
+               std::shared_ptr<Library> *library, std::shared_ptr<StrictReport> *report, Choice *choice) {
   int32_t code = read_settings(values, count, settings);
   if (code != EPT_OK) {
     choice->mend = "correct that setting";
     return code;
-  }
-  if (!settings->strict.empty()) {
-    choice->mend = "leave EPT_LIBFABRIC_STRICT empty";
-    return fail(EPT_E_UNSUPPORTED, "open", -1, 0, "libfabric: strict is '%s', and this build can't be strict",
-                settings->strict.c_str());
   }
   const bool gpu = wants_gpu(*host, *settings);
   prepare_environment(gpu, settings->provider);
@@ -59,6 +78,11 @@ int32_t choose(const ept_host *host, const ept_value *values, size_t count, Sett
   if (*library == nullptr) {
     choice->mend = refusal.mend;
     return fail(EPT_E_UNAVAILABLE, "open", -1, 0, "libfabric: %s", refusal.why.c_str());
+  }
+  code = make_stricter(host, *settings, salt, library, report);
+  if (code != EPT_OK) {
+    choice->mend = "correct EPT_LIBFABRIC_STRICT";
+    return code;
   }
   code = choose_rails(*library, *settings, gpu, gpu_of(*host), choice);
   // From 2.0 on shm lets the writer copy into the target by itself, and nobody there looks at the key.
@@ -80,7 +104,8 @@ int32_t libfabric_probe(const ept_host *host, const ept_value *values, size_t va
     std::shared_ptr<Library> library;
     Choice choice;
     choice.traits = traits_of("tcp");
-    int32_t code = choose(host, values, value_count, &settings, &library, &choice);
+    std::shared_ptr<StrictReport> strict;
+    int32_t code = choose(host, values, value_count, 0, &settings, &library, &strict, &choice);
     fill_caps(choice, std::max<uint64_t>(settings.max_message, 4096), true, false, &report->caps);
     if (code != EPT_OK) {
       snprintf(report->summary, sizeof report->summary, "%.255s", last_error().text);
@@ -127,7 +152,8 @@ int32_t libfabric_open(const ept_host *host, const ept_open_params *params, ept_
     instance->host = host;
     instance->params = *params;
     Choice choice;
-    int32_t code = choose(host, params->values, params->value_count, &instance->settings, &instance->library, &choice);
+    int32_t code = choose(host, params->values, params->value_count, uint64_t{params->rank} << 32 | params->epoch,
+                          &instance->settings, &instance->library, &instance->strict, &choice);
     if (code != EPT_OK) return code;
     instance->choice = std::move(choice);
     instance->traits = instance->choice.traits;

@@ -318,7 +318,8 @@ void ept_instance::read_error(Rail *rail, Output *out) {
     ssize_t status = fi_cq_readerr(rail->cq.get(), &entry, 0);
     if (status != 1) return;
     Operation *operation = rail->of_context(entry.op_context);
-    const Fault fault = explain(rail->cq.get(), entry, rail->traits.efa, library->strerror(entry.err));
+    const Fault fault =
+        explain(rail->cq.get(), entry, rail->traits.efa || strict != nullptr, library->strerror(entry.err));
     if (operation == nullptr) {
       // At the target of a write that was refused, or of nothing that can be named: no operation of ours is concerned.
       log(EPT_LOG_WARNING, format("libfabric: rank %u: %s: an error that names no operation: %s", params.rank,

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend under the strict shim: a network that reorders, holds back, stalls and refuses as EFA may, or more
+(docs/backends/libfabric.md). Seeds are Hypothesis's. Each example is a process of its own, with all ranks in it."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from libfabrics import Libfabric, cases
+
+from eptransport.backends import registry
+from eptransport.conformance import Subject, subject
+from eptransport.conformance.world import World, slots, warnings
+
+STRICT = st.builds(
+    "{}:window={},eagain={},rma={}".format,
+    st.integers(0, 2**32),
+    st.sampled_from([0, 1, 4, 16, 64]),
+    st.sampled_from([0, 0.1, 0.3]),
+    st.sampled_from([4096, 65536]),
+)
+MISCHIEF = ("put off", "overtook", "shuffled", "posts told EAGAIN", "reads told EAGAIN")
+# What strict.h counts among violations, in its words.
+VIOLATION = re.compile(
+    r"without|wrong desc|contexts|unknown here|don't know us|too long|flags|that isn't|overrun|whose memory"
+)
+
+
+def _under(release: dict[str, str], strict: str, seed: int = 1) -> Subject:
+    plugin = registry(()).plugins["libfabric"]
+    return replace(subject(plugin, {**release, "strict": strict}, seed), hostile=True)
+
+
+def schedule(_rank: int, _n: int, folder: Path, release: dict[str, str], strict: str) -> tuple[str, list[str]]:
+    """Two or three ranks write to one another: counted once, with all their bytes, and nothing beside them. Returns the
+    shim's own counts and what was warned of."""
+    seed = int(strict.partition(":")[0])
+    ranks = 2 + seed % 2
+    with tempfile.NamedTemporaryFile(dir=folder) as report:
+        lines: list[str] = []
+        with warnings(lines), World(_under(release, f"{strict},report_to={report.name}", seed), ranks) as world:
+            routes = [world.route(a, b, 1 << 14) for a in range(ranks) for b in range(ranks) if a != b]
+            todo = [(route, *piece) for route in routes for piece in slots(world, route.size, 8, 1 << 14)]
+            world.random.shuffle(todo)
+            world.settle([route.write(offset, length) for route, offset, length in todo])
+            for route in routes:
+                route.counted(8, "after all writes")
+                route.look("after all writes")
+        return Path(report.name).read_text(), lines
+
+
+Spawn = Callable[..., list[Any]]
+
+
+@pytest.mark.parametrize("case", cases("tcp"))
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(strict=STRICT)
+@example(strict="7:window=16,eagain=0.3,rma=4096")
+def test_schedules(case: tuple[Libfabric, str], spawn: Spawn, strict: str) -> None:
+    release, provider = case
+    (answer,) = spawn(1, schedule, release.options(provider), strict)
+    assert not isinstance(answer, Exception), answer
+    report, lines = answer
+    assert not lines, lines
+    assert not VIOLATION.search(report.replace("without a receive", "")), report
+    if strict == "7:window=16,eagain=0.3,rma=4096":
+        assert all(word in report for word in MISCHIEF), report
+
+
+def test_a_wrong_word_is_named(spawn: Spawn) -> None:
+    """Without the setting's grammar nobody would know that a test's mischief was never turned on."""
+    release = next((case for case in cases("tcp") if not case.marks), None)
+    if release is None:
+        pytest.skip("no libfabric here has provider tcp")
+    ((chosen, provider),) = release.values
+    (answer,) = spawn(1, schedule, chosen.options(provider), "7:windows=3")
+    assert "does not understand" in str(answer)
