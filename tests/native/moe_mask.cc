@@ -167,6 +167,41 @@ void while_waited_for(Phase phase, const std::vector<uint32_t> &victims, const e
   CHECK_EQ(after.grants > 0, step.whole);
 }
 
+// Rank 0 has all that others sent it, and chunks left for ranks 1 and 3, neither of which makes room. It waits for rank
+// 1, which is alive and late. That rank 3 is masked ends the wait all the same: who is late may be stuck because of it.
+void beside_one_that_is_late() {
+  const ept_moe_config config = streams();
+  Ranks ranks(config);
+  ranks.good_steps(300);
+  Step step = ranks.mixed(310);
+  for (uint32_t r = 0; r < kWorld; r++) {
+    moe_model::Input &input = step.inputs[r];
+    input.tokens = r == 0 ? config.max_tokens : 0;
+    input.ids.clear();
+    for (uint32_t i = 0; i < input.tokens; i++) input.ids.insert(input.ids.end(), {2, 6, -1});  // ranks 1 and 3
+    input.weights.assign(input.ids.size(), 1.0f);
+    input.x.assign(size_t(input.tokens) * config.hidden * 2, 0);
+  }
+  ranks.log_mask(3);
+  ranks.on(
+      ranks.all(),
+      [&](uint32_t rank) {
+        ranks.runners[rank].begin(step);
+        ranks.runners[rank].send(step, nullptr);
+        if (rank != 0) return;
+        Error error;
+        const int32_t code = dispatch_recv(ranks.objects[rank], error);
+        expect_lost(ranks, rank, code, error, "dispatch_recv", {3});
+      },
+      [&] {
+        ranks.until_waiting({0}, "dispatch_recv");
+        ranks.carry_out(0);
+      });
+  for (const uint32_t r : ranks.active()) ranks.carry_out(r);
+  ranks.reset();
+  ranks.good_steps(320);
+}
+
 // What a step began with it keeps: the rows, the counts and what is lost are of one membership, though a rank is masked
 // between its calls. Its combine says so, and a dispatch by the kept routing takes the mask anew.
 void taken_once() {
@@ -278,6 +313,7 @@ int main() {
   RUN(while_waited_for(Phase::dispatch, {2, 3}, halves()));
   RUN(while_waited_for(Phase::combine, {0, 3}, halves()));
   RUN(while_waited_for(Phase::dispatch, {2}, streams()));
+  RUN(beside_one_that_is_late());
   RUN(taken_once());
   RUN(learned_in_a_reset());
   RUN(comes_back(1, halves()));
