@@ -29,7 +29,7 @@ Options adversary(uint64_t seed) {
 Group::Group(uint32_t world, const Options &options) : engines(world), arenas(world) {
   static std::atomic<int> job{0};
   const std::string name = "moe_test " + std::to_string(getpid()) + " " + std::to_string(job++);
-  const ept_plugin *plugin = open_plugin(options.plugin);
+  const ept_plugin *plugin = options.opened ? options.opened : open_plugin(options.plugin);
   std::vector<ept_value> values;
   for (const auto &[key, text] : options.values) values.push_back({key.c_str(), text.c_str()});
   Error error;

@@ -34,7 +34,8 @@ struct Error : ept_error {
 const ept_plugin *open_plugin(const std::string &name);
 
 struct Options {
-  std::string plugin = "loopback";
+  std::string plugin = "loopback";     // a built one
+  const ept_plugin *opened = nullptr;  // instead
   std::vector<std::pair<std::string, std::string>> values;
   int32_t progress = EPT_PROGRESS_AUTO;
   uint64_t timeout_ns = 60 * kSecond;
