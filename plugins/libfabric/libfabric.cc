@@ -84,7 +84,7 @@ int32_t choose(const ept_host *host, const ept_value *values, size_t count, uint
     choice->mend = "correct EPT_LIBFABRIC_STRICT";
     return code;
   }
-  code = choose_rails(*library, *settings, gpu, gpu_of(*host), choice);
+  code = choose_rails(*library, *settings, gpu, {gpu_of(*host), "/sys"}, choice);
   // From 2.0 on shm lets the writer copy into the target by itself, and nobody there looks at the key.
   if (code == EPT_OK && choice->setting == "shm")
     choice->traits.revokes = FI_MAJOR((*library)->version()) < 2 && can_copy_across();

@@ -146,8 +146,8 @@ uint32_t waived_by(const Traits &traits, const char **why) {
   return 1u << 9 | 1u << 10 | 1u << 11 | 1u << 12;
 }
 
-int32_t choose_rails(const std::shared_ptr<Library> &library, const Settings &settings, bool gpu,
-                     const std::string &gpu_pci, Choice *choice) {
+int32_t choose_rails(const std::shared_ptr<Library> &library, const Settings &settings, bool gpu, const Place &place,
+                     Choice *choice) {
   std::vector<std::string> wanted = {settings.provider};
   if (settings.provider == "auto") wanted.assign(std::begin(kAutomatic), std::end(kAutomatic));
   std::string refusals;
@@ -207,7 +207,7 @@ int32_t choose_rails(const std::shared_ptr<Library> &library, const Settings &se
                        [](const fi_info *a, const fi_info *b) { return rank_of(a) < rank_of(b); });
       found.erase(found.begin() + 1, found.end());
     } else {
-      keep_near(&found, gpu_pci, "/sys");
+      keep_near(&found, place.gpu, place.sysfs);
     }
     if (found.empty()) {
       refusals += (refusals.empty() ? "" : "; ") + setting + ": none of what it offers has RDM endpoints with writes" +

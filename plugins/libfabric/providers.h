@@ -69,10 +69,15 @@ struct Choice {
   std::string mend;       // where it failed
 };
 
-// The rails to open. CONFIG: the provider or an interface is unknown, with what there is; UNAVAILABLE: it is known and
-// has nothing to offer here.
-// `gpu_pci`: the GPU that this rank uses, whose share of the cards is taken where no interface is named; may be empty.
-int32_t choose_rails(const std::shared_ptr<Library> &library, const Settings &settings, bool gpu,
-                     const std::string &gpu_pci, Choice *choice);
+// What decides among several cards.
+struct Place {
+  std::string gpu;             // its PCI address; empty: unknown, all cards are taken
+  std::string sysfs = "/sys";  // or a test's
+};
+
+// The rails to open: of cards, those near the GPU, if the settings don't name others. CONFIG: the provider or an
+// interface is unknown, with what there is; UNAVAILABLE: it is known and has nothing to offer here.
+int32_t choose_rails(const std::shared_ptr<Library> &library, const Settings &settings, bool gpu, const Place &place,
+                     Choice *choice);
 
 }  // namespace libfabric
