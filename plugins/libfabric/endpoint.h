@@ -107,6 +107,7 @@ struct Rail {
     if (operation->buffer != nullptr)
       free_sends.push_back(static_cast<uint32_t>((operation->buffer - sent.bytes.get()) / kMessageBytes));
     operation->buffer = nullptr;
+    operation->mem = nullptr;  // what is free reads from nothing: abandon counts
     operation->kind = Operation::Kind::kFree;
     free.push_back(operation->index);
   }

@@ -79,9 +79,8 @@ struct Output {
   bool full() const { return count == capacity; }
   ept_event *add(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail) {
     ept_event *event = &events[count++];
-    const uint32_t size = event->size;
     *event = ept_event{};
-    event->size = size;
+    event->size = sizeof *event;
     event->kind = kind;
     event->peer = peer;
     event->epoch = epoch;

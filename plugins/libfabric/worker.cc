@@ -374,9 +374,8 @@ void ept_instance::give_pending(Output *out) {
   while (!pending.empty() && !out->full()) {
     Pending &entry = pending.front();
     ept_event *event = out->add(entry.event.kind, 0, 0, 0);
-    const uint32_t size = event->size;
     *event = entry.event;
-    event->size = size;
+    event->size = sizeof *event;
     if (entry.has_text) {
       texts.push_back(std::move(entry.text));
       event->text = texts.back().c_str();
