@@ -98,6 +98,7 @@ std::string load(Driver &d) {
   get(d.cuEventSynchronize, "cuEventSynchronize");
   get(d.cuEventElapsedTime, "cuEventElapsedTime");
   get(d.cuFuncLoad, "cuFuncLoad", false);
+  get(d.cuMemGetHandleForAddressRange, "cuMemGetHandleForAddressRange", false);
   return get.missing;
 }
 

@@ -45,6 +45,7 @@ enum Attribute : int {  // CUdevice_attribute, those in use
 enum FunctionAttribute : int { kFunctionRegisters = 4, kFunctionLocalBytes = 3, kMaxDynamicShared = 8 };
 constexpr unsigned kHostPortable = 1, kHostMapped = 2;  // cuMemHostAlloc, cuMemHostRegister
 constexpr unsigned kIpcLazyPeerAccess = 1;              // cuIpcOpenMemHandle
+constexpr int kHandleDmabuf = 1;                        // cuMemGetHandleForAddressRange: the handle is an int
 constexpr unsigned kEventDisableTiming = 2, kStreamNonBlocking = 1;
 
 // The table: one function pointer an entry, named as in cuda.h; where the driver's symbol has a version, driver.cc
@@ -104,6 +105,7 @@ struct Driver {
   Result (*cuEventElapsedTime)(float *ms, Event begin, Event end);
   // NULL where the driver is too old for them.
   Result (*cuFuncLoad)(Function);
+  Result (*cuMemGetHandleForAddressRange)(void *handle, Pointer, size_t, int type, unsigned long long flags);
 };
 
 // The driver, initialised. NULL: UNAVAILABLE, and `error` says what is missing and how to get it.

@@ -142,3 +142,79 @@ extern "C" __global__ void litmus_expires(const uint64_t *never, uint64_t timeou
   *answer = wait(never, 1, begin + timeout_ns).code;
   *took = Hardware::now() - begin;
 }
+
+// Two processes: one puts `words` words of this round into the other's memory, the other looks.
+extern "C" __global__ void litmus_put(const ept_path *path, uint32_t *source, uint32_t words, uint32_t round,
+                                      uint64_t timeout_ns, int32_t *wrong) {
+  for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) source[i] = word_of(5, round, i);
+  __syncthreads();
+  const Put made = put(Block(), *path, source, 0, words * 4ull, 0, deadline_in(timeout_ns));
+  if (threadIdx.x == 0) report(wrong, made.code);
+}
+
+extern "C" __global__ void litmus_look(const uint64_t *arrived, const uint32_t *window, uint32_t words, uint32_t round,
+                                       uint64_t timeout_ns, int32_t *wrong) {
+  __shared__ Seen seen;
+  if (threadIdx.x == 0) seen = wait(arrived, round + 1, deadline_in(timeout_ns));
+  __syncthreads();
+  if (threadIdx.x == 0) report(wrong, seen.code ? seen.code : seen.count == round + 1 ? EPT_OK : EPT_E_INTERNAL);
+  if (!seen.came()) return;
+  for (uint32_t i = threadIdx.x; i < words; i += blockDim.x)
+    if (window[i] != word_of(5, round, i)) report(wrong, EPT_E_MISMATCH);
+}
+
+// One rank of `world`, a block a peer: `words` words of each round go to every peer, mapped or through the ring as its
+// path says, and what comes from it is looked at word by word. Windows and sources have two halves, for even rounds and
+// odd ones: a peer that sends round n + 2 has seen this rank's n + 1, which followed the look at n. A half of a source
+// is used again after the flush of what was put from it. Starts with round `first`, so that a rank may be many
+// launches.
+extern "C" __global__ void litmus_exchange(const ept_path *paths, const uint64_t *const *arrived,
+                                           const uint32_t *const *windows, uint32_t *sources, uint32_t me,
+                                           uint32_t words, uint32_t first, uint32_t rounds, uint64_t timeout_ns,
+                                           int32_t *wrong) {
+  const uint32_t peer = blockIdx.x, world = gridDim.x;
+  if (peer == me) return;
+  const uint64_t deadline = deadline_in(timeout_ns);
+  __shared__ int32_t code;
+  uint64_t tickets[2];
+  for (uint32_t round = first; round < first + rounds; round++) {
+    const uint32_t half = round % 2 * words;
+    uint32_t *source = sources + peer * 2 * words + half;
+    if (threadIdx.x == 0) code = round < first + 2 ? EPT_OK : flush(paths[peer], tickets[round % 2], deadline).code;
+    __syncthreads();
+    if (code) break;
+    for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) source[i] = word_of(me * world + peer, round, i);
+    __syncthreads();
+    const Put made = put(Block(), paths[peer], source, half * 4ull, words * 4ull, round % 2, deadline);
+    tickets[round % 2] = made.ticket;
+    if (threadIdx.x == 0) {
+      const uint64_t count = round / 2 + 1;
+      const Seen seen = wait(&arrived[peer][round % 2], count, deadline, status(paths[peer]));
+      const bool exact = seen.count == count;
+      code = made.code ? made.code : seen.code ? seen.code : exact ? EPT_OK : EPT_E_INTERNAL;
+    }
+    __syncthreads();
+    if (code) break;
+    for (uint32_t i = threadIdx.x; i < words; i += blockDim.x)
+      if (windows[peer][half + i] != word_of(peer * world + me, round, i)) report(wrong, EPT_E_MISMATCH);
+    __syncthreads();
+  }
+  if (threadIdx.x > 0) return;
+  // The next launch uses both halves again.
+  for (uint32_t i = 0; i < 2 && !code; i++) code = flush(paths[peer], tickets[i], deadline).code;
+  report(wrong, code);
+}
+
+// Keeps the memory system busy until `stop` (pinned) is set, beside a litmus: stores all over `memory` and adds to a
+// few hot words of it, so that what is not ordered comes out of order.
+extern "C" __global__ void litmus_noise(uint32_t *memory, uint64_t words, const uint64_t *stop, uint64_t timeout_ns) {
+  const uint64_t deadline = deadline_in(timeout_ns);
+  uint64_t at = (blockIdx.x * blockDim.x + threadIdx.x) * 0x9e3779b97f4a7c15ull;
+  while (!Hardware::acquire_system(stop) && !reached(Hardware::now(), deadline)) {
+    for (uint32_t i = 0; i < 64; i++) {
+      at = at * 6364136223846793005ull + 1442695040888963407ull;
+      memory[(at >> 20) % words] = static_cast<uint32_t>(at);
+    }
+    atomicAdd(&memory[at >> 32 & 0xff], 1u);
+  }
+}

@@ -64,7 +64,11 @@ std::string size_of(const char *what, uint64_t bytes) {
 }  // namespace
 
 int32_t home_of(const ept_caps &caps) {
-  return caps.memory_kinds & EPT_MEMORY_CUDA ? EPT_MEMORY_CUDA : EPT_MEMORY_PINNED;
+  return caps.memory_kinds & (EPT_MEMORY_CUDA | EPT_MEMORY_DMABUF) ? EPT_MEMORY_CUDA : EPT_MEMORY_PINNED;
+}
+
+Described::~Described() {
+  if (memory.kind == EPT_MEMORY_DMABUF && memory.fd >= 0) close(memory.fd);
 }
 
 int32_t DeviceMemory::allocate(std::shared_ptr<Primary> primary, uint64_t bytes, std::unique_ptr<DeviceMemory> *memory,
@@ -77,9 +81,17 @@ int32_t DeviceMemory::allocate(std::shared_ptr<Primary> primary, uint64_t bytes,
           checked(d.cuMemAlloc(&address, rounded), "gpu_memory", size_of("GPU memory", rounded).c_str(), error)) {
     return code;
   }
-  memory->reset(new DeviceMemory(std::move(primary), address, rounded));
-  const Result zeroed = d.cuMemsetD8(address, 0, rounded);
-  return checked(zeroed ? zeroed : d.cuCtxSynchronize(), "gpu_memory", "zeroing GPU memory", error);
+  memory->reset(new DeviceMemory(primary, address, rounded));
+  // On a stream of its own: waiting for the whole context would wait for kernels of other ranks of this process, which
+  // may wait for this one.
+  Stream stream = nullptr;
+  Result zeroed = d.cuStreamCreate(&stream, kStreamNonBlocking);
+  if (zeroed == kSuccess) {
+    zeroed = d.cuMemsetD8Async(address, 0, rounded, stream);
+    if (zeroed == kSuccess) zeroed = d.cuStreamSynchronize(stream);
+    (void)d.cuStreamDestroy(stream);
+  }
+  return checked(zeroed, "gpu_memory", "zeroing GPU memory", error);
 }
 
 DeviceMemory::~DeviceMemory() {
@@ -111,6 +123,42 @@ int32_t DeviceMemory::blob(std::string *out, ept_error *error) const {
   }
   out->assign(reinterpret_cast<const char *>(&blob), sizeof blob);
   return EPT_OK;
+}
+
+int32_t DeviceMemory::describe(const ept_caps &caps, Described *out, ept_error *error) const {
+  const Driver &d = primary_->driver();
+  const bool has_dmabuf = d.cuMemGetHandleForAddressRange && primary_->attribute(kDmabufSupported);
+  out->memory = {};
+  out->memory.size = sizeof out->memory;
+  out->memory.address = reinterpret_cast<void *>(address_);
+  out->memory.length = bytes_;
+  out->memory.cuda_device = primary_->ordinal();
+  out->memory.fd = -1;
+  out->memory.role = EPT_ROLE_DATA;
+  out->memory.access = EPT_ACCESS_LOCAL | EPT_ACCESS_REMOTE_WRITE;
+  if (caps.memory_kinds & EPT_MEMORY_DMABUF && has_dmabuf) {
+    Entered entered(*primary_);
+    int fd = -1;
+    if (int32_t code = checked(d.cuMemGetHandleForAddressRange(&fd, address_, bytes_, kHandleDmabuf, 0), "gpu_memory",
+                               "showing GPU memory to a NIC as a dmabuf", error)) {
+      return code;
+    }
+    out->memory.kind = EPT_MEMORY_DMABUF;
+    out->memory.fd = fd;
+    return EPT_OK;
+  }
+  if (caps.memory_kinds & EPT_MEMORY_CUDA) {
+    out->memory.kind = EPT_MEMORY_CUDA;
+    return EPT_OK;
+  }
+  if (caps.memory_kinds & EPT_MEMORY_DMABUF) {
+    return fail(error, EPT_E_UNSUPPORTED, "gpu_memory", -1,
+                "the backend takes GPU memory as a dmabuf, and this driver gives none (it takes Linux 5.12, a driver "
+                "of R515 with open kernel modules or later): rows go through pinned host memory instead");
+  }
+  return fail(error, EPT_E_UNSUPPORTED, "gpu_memory", -1,
+              "the backend takes no GPU memory (kinds of mask %u): rows go through pinned host memory",
+              caps.memory_kinds);
 }
 
 int32_t MappedMemory::open(std::shared_ptr<Primary> primary, const std::string &text,

@@ -15,9 +15,20 @@
 
 namespace ept::cuda {
 
-// Where rows should lie for a network: EPT_MEMORY_CUDA where it reads and writes a GPU's memory, else
-// EPT_MEMORY_PINNED.
+// Where rows should lie for a network: EPT_MEMORY_CUDA where it reads and writes a GPU's memory (as a dmabuf or by its
+// address), else EPT_MEMORY_PINNED.
 int32_t home_of(const ept_caps &caps);
+
+// What ept_memory_register takes, with the descriptor that a dmabuf brings; it may go once the memory is registered.
+class Described {
+ public:
+  Described() = default;
+  ~Described();
+  Described(const Described &) = delete;
+  Described &operator=(const Described &) = delete;
+
+  ept_memory memory{};  // fd -1 but for a dmabuf
+};
 
 class DeviceMemory {
  public:
@@ -34,6 +45,9 @@ class DeviceMemory {
   // What MappedMemory opens on the same machine, in any process. Opaque; whoever holds it can read and write all of
   // the memory, so it goes to members of the group alone. It is good until the memory goes.
   int32_t blob(std::string *out, ept_error *error) const;
+  // All of it for the networks with these caps: a dmabuf where both they and the driver have those, else the address,
+  // for networks that take it (with nvidia-peermem). UNSUPPORTED: it can't be registered there.
+  int32_t describe(const ept_caps &caps, Described *out, ept_error *error) const;
 
  private:
   DeviceMemory(std::shared_ptr<Primary> primary, Pointer address, uint64_t bytes)
