@@ -141,7 +141,7 @@ void World::until(const char *what, const std::function<bool()> &is_so) {
 }
 
 Route::Route(World &in, uint32_t from_rank, uint32_t to_rank, size_t bytes)
-    : world(in), from(from_rank), to(to_rank), source(bytes), target(bytes) {
+    : world(in), from(from_rank), to(to_rank), source(in.bytes(bytes)), target(in.bytes(bytes)) {
   for (size_t i = 0; i < bytes; i++) source[i] = static_cast<uint8_t>(1 + (i * 7 + i / 251 + from) % 255);  // never 0
   register_source();
   register_target();

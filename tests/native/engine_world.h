@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <list>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,8 @@ class World {
   uint32_t size() const { return static_cast<uint32_t>(ranks_.size()); }
   bool lives(uint32_t rank) const { return ranks_[rank].engine != nullptr; }
   ept_engine *operator[](uint32_t rank) const { return ranks_[rank].engine; }
+  // Bytes that live until the last engine is closed: a network may read a source for as long as its engine lives.
+  std::vector<uint8_t> &bytes(size_t length) { return memories_.emplace_back(length); }
   uint32_t epoch(uint32_t rank) const { return ranks_[rank].epoch; }
 
   // A process that is `rank`; `values` on top of those of all; `progress`, if given, instead. Connects
@@ -68,6 +71,7 @@ class World {
   };
   Options options_;
   std::string job_;
+  std::list<std::vector<uint8_t>> memories_;
   std::vector<Rank> ranks_;
 };
 
@@ -76,7 +80,7 @@ class World {
 struct Route {
   World &world;
   uint32_t from, to;
-  std::vector<uint8_t> source, target;
+  std::vector<uint8_t> &source, &target;  // the world's
   ept_memory_id source_memory = 0, target_memory = 0;
   ept_region_id region = 0;
   ept_signal_id signal = 0;
