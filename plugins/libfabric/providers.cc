@@ -119,7 +119,10 @@ Info make_hints(const std::shared_ptr<Library> &library, const Traits &traits, b
 bool fits(const fi_info *info, const Traits &traits) {
   if (info->ep_attr->type != FI_EP_RDM || info->domain_attr->cq_data_size < 4) return false;
   if ((info->caps & (FI_MSG | FI_RMA)) != (FI_MSG | FI_RMA) || (info->mode & ~kModes) != 0) return false;
-  return traits.fabric == nullptr || strcmp(info->fabric_attr->name, traits.fabric) == 0;
+  // Releases that know no efa-direct name efa's fabric by its subnet: "EFA-fe80::".
+  const char *fabric = info->fabric_attr->name;
+  if (traits.setting == "efa" && strncmp(fabric, "EFA-", 4) == 0) return true;
+  return traits.fabric == nullptr || strcmp(fabric, traits.fabric) == 0;
 }
 
 bool is_loopback(const fi_info *info) {

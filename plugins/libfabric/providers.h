@@ -15,7 +15,7 @@ namespace libfabric {
 struct Traits {
   std::string setting;   // EPT_LIBFABRIC_PROVIDER
   std::string provider;  // as in a hint's prov_name
-  const char *fabric;    // fabric_attr->name must be this; nullptr: any
+  const char *fabric;    // fabric_attr->name must be this, efa's may be an old name of it; nullptr: any
   bool nic;              // a domain is a card: a rail for each
   bool efa;              // EFA's options, error codes and rules
   // Completions at FI_TRANSMIT_COMPLETE come from the card over there (verbs, EFA): they tell of a refusal. Elsewhere

@@ -28,14 +28,15 @@ class Cards final : public libfabric::Library {
       nic.nic.bus_attr = &nic.bus;
     }
   }
+  void as_before_efa_direct() { old_ = true; }
   ~Cards() override { CHECK_EQ(infos_, 0); }
 
   int getinfo(uint32_t, const char *, const char *, uint64_t, const fi_info *hints, fi_info **infos) override {
     *infos = nullptr;
     if (hints == nullptr || strcmp(hints->fabric_attr->prov_name, "efa") != 0) return -FI_ENODATA;
     for (auto &[card, nic] : nics_) {
-      add(infos, &nic.nic, "efa-direct", "rdmap" + card + "-direct");
-      add(infos, &nic.nic, "efa", "rdmap" + card + "-rdm");
+      if (!old_) add(infos, &nic.nic, "efa-direct", "rdmap" + card + "-direct");
+      add(infos, &nic.nic, old_ ? "EFA-fe80::" : "efa", "rdmap" + card + "-rdm");
     }
     return *infos != nullptr ? 0 : -FI_ENODATA;
   }
@@ -79,6 +80,7 @@ class Cards final : public libfabric::Library {
   std::map<std::string, Nic> nics_;
   std::string path_ = "libfabric.so.1";
   int infos_ = 0;
+  bool old_ = false;
 };
 
 Settings of_provider(const char *provider) {
@@ -88,9 +90,11 @@ Settings of_provider(const char *provider) {
 }
 
 // The domains of the rails.
-std::vector<std::string> rails(const Machine &machine, const Settings &settings, const std::string &gpu) {
+std::vector<std::string> rails(const Machine &machine, const Settings &settings, const std::string &gpu,
+                               bool before_efa_direct = false) {
   Choice choice;
   auto library = std::make_shared<Cards>(machine.nics);
+  if (before_efa_direct) library->as_before_efa_direct();
   CHECK_EQ(libfabric::choose_rails(library, settings, false, {gpu, machine.sysfs()}, &choice), EPT_OK);
   std::vector<std::string> domains;
   for (const libfabric::Info &info : choice.rails) domains.push_back(info->domain_attr->name);
@@ -144,6 +148,13 @@ void efa_direct_is_a_fabric_of_its_own() {
   for (const std::string &domain : mine) CHECK_HAS(domain, "-direct");
 }
 
+void old_releases_name_the_fabric_by_its_subnet() {
+  check::running("EFA-fe80::");
+  Machine machine;
+  switches(&machine, 8, 4, 1);
+  CHECK_EQ(rails(machine, of_provider("efa"), machine.gpus[3], true).size(), size_t{4});
+}
+
 }  // namespace
 
 int main() {
@@ -151,5 +162,6 @@ int main() {
   without_a_gpu_all_are_taken();
   settings_come_first();
   efa_direct_is_a_fabric_of_its_own();
+  old_releases_name_the_fabric_by_its_subnet();
   return 0;
 }
