@@ -44,6 +44,8 @@ struct Peer {
   uint64_t hello_due_ns = 0, hello_pause_ns = 0;
   uint64_t in_flight = 0;  // contexts that the provider holds, or that wait to be told
   std::string last_try = "nothing was heard of it yet";
+  bool was_up = false;
+  bool parted = false;  // it has said Bye
 
   int32_t code = EPT_OK;  // why it ended
   int number = 0;
@@ -106,7 +108,10 @@ struct ept_instance {
   libfabric::Credentials credentials;
   libfabric::Address own;
   libfabric::Choice choice;
-  bool buried = false;  // its rails go by burial.h
+  bool buried = false;   // its rails go by burial.h
+  bool layered = false;  // its provider is a layer over another: ...;ofi_rxm
+  // Ranks whose link is closed here and that were up and may still write: what their Bye must hold. See left_open.
+  std::unordered_map<uint32_t, libfabric::Token> unparted;
   uint64_t max_message = 0;
 
   // Before the rails: what is in flight on them names peers and memory.
@@ -148,6 +153,7 @@ struct ept_instance {
   void reap();
   void abandon();                   // the worker is closed: what is in flight is nobody's any more
   void farewell(uint64_t most_ns);  // lets what was said last leave
+  bool left_open() const;           // the rails can't be closed without harm
 
   // worker.cc
   int32_t post(const ept_op *ops, size_t count, size_t *posted);

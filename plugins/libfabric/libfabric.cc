@@ -187,6 +187,7 @@ int32_t libfabric_open(const ept_host *host, const ept_open_params *params, ept_
     own.nonce = instance->credentials.nonce;
     own.host = this_host(*host);
     own.provider = instance->rails.front()->info->fabric_attr->prov_name;
+    instance->layered = own.provider.find(";ofi_rxm") != std::string::npos;
     code = watch_rails(instance.get());
     if (code != EPT_OK) return code;
     instance->log(EPT_LOG_DEBUG,

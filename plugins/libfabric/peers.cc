@@ -147,8 +147,13 @@ void ept_instance::greet(Peer *peer, uint64_t now_ns) {
   peer->hello_pause_ns = std::min(2 * peer->hello_pause_ns, kLongestPause);
 }
 
+// It says too that nothing of this rank is half there: see left_open. Who has a write under way goes without a word.
 void ept_instance::send_bye(Peer *peer) {
-  if (peer->state == Peer::State::kUp && peer->rank != params.rank) send_greeting(peer, 0, MessageType::kBye);
+  if (peer->state != Peer::State::kUp || peer->rank == params.rank) return;
+  for (const auto &rail : rails)
+    for (const Operation &operation : rail->operations)
+      if (operation.kind == Operation::Kind::kWrite && operation.peer == peer) return;
+  send_greeting(peer, 0, MessageType::kBye);
 }
 
 void ept_instance::stranger(const char *what) {
@@ -167,8 +172,13 @@ void ept_instance::on_message(Rail *rail, Operation *receive, size_t length, Out
   if (head.from >= params.world || head.to != params.rank || head.to_epoch != params.epoch)
     return stranger("it is for another rank, or for another life of this one");
   Peer *peer = peers[head.from].get();
-  if (peer == nullptr || peer->epoch != head.from_epoch) return;  // not opened yet: it will say it again
   const auto type = static_cast<MessageType>(head.type);
+  if (auto entry = unparted.find(head.from); entry != unparted.end() && type == MessageType::kBye &&
+                                             same_bytes(head.token, entry->second.data(), sizeof head.token)) {
+    unparted.erase(entry);
+    return;
+  }
+  if (peer == nullptr || peer->epoch != head.from_epoch) return;  // not opened yet: it will say it again
   if (type == MessageType::kHello || type == MessageType::kAck) {
     Greeting greeting;
     if (head.length != sizeof greeting) return stranger("its greeting is cut");
@@ -177,6 +187,7 @@ void ept_instance::on_message(Rail *rail, Operation *receive, size_t length, Out
   }
   if (peer->its_opening == 0 || !same_bytes(head.token, peer->from_it.data(), sizeof head.token))
     return stranger("it does not hold the token of the rank that it says it is from");
+  if (type == MessageType::kBye) peer->parted = true;
   if (peer->state == Peer::State::kEnded) return;
   if (peer->state == Peer::State::kConnecting) {
     // Only who heard this rank on all rails says anything else: its Acks are on their way.
@@ -249,6 +260,7 @@ void ept_instance::maybe_up(Peer *peer) {
   const auto all = static_cast<uint32_t>((uint64_t{1} << peer->rails) - 1);
   if (peer->state != Peer::State::kConnecting || (peer->heard & peer->acknowledged) != all) return;
   peer->state = Peer::State::kUp;
+  peer->was_up = true;
   peer->hello_due_ns = 0;
   add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_OK, "");
   log(EPT_LOG_DEBUG, format("libfabric: rank %u: rank %u is up, %u rails of %s", params.rank, peer->rank, peer->rails,
@@ -314,6 +326,7 @@ int32_t ept_instance::peer_close(uint32_t rank) {
   uint32_t &closed = closed_epochs[rank];
   closed = std::max(closed, peer->epoch);
   send_bye(peer.get());
+  if (peer->was_up && !peer->parted && rank != params.rank) unparted[rank] = peer->from_it;
   end_peer(peer.get(), EPT_E_CLOSED, 0, format("rank %u was closed here while this was under way", rank), false);
   leaving.push_back(std::move(peer));
   reap();
@@ -335,11 +348,23 @@ void ept_instance::abandon() {
 
 ept_instance::~ept_instance() {
   exports.clear();  // before the domains that they are of
-  if (buried)
+  if (buried) {
     shm_closed(std::move(rails));
-  else
-    rails.clear();
+  } else if (left_open()) {
+    log(EPT_LOG_DEBUG, format("libfabric: rank %u: its endpoints stay open until the process ends: %zu ranks may be "
+                              "amid a write to it",
+                              params.rank, unparted.size()));
+    for (auto &rail : rails) static_cast<void>(rail.release());
+  }
+  rails.clear();
 }
+
+// The layer ofi_rxm (tcp of 1.17 has it, and verbs) ends the process with SIGSEGV where an endpoint is closed into
+// which a write with remote data is half received: that is flushed with an error that has no context, and rxm reads it.
+// A target doesn't know what is half there. But who said Bye had nothing under way; so an endpoint is closed when all
+// that were up have said it, and else stays open, unpolled, until the process ends. The others' links end as they do
+// where a process hangs.
+bool ept_instance::left_open() const { return layered && !unparted.empty(); }
 
 void ept_instance::farewell(uint64_t most_ns) {
   auto speaking = [&] {
@@ -350,7 +375,7 @@ void ept_instance::farewell(uint64_t most_ns) {
   };
   ept_event events[16];
   for (ept_event &event : events) event.size = sizeof event;
-  for (const uint64_t end = now() + most_ns; speaking() && now() < end;) poll(events, 16);
+  for (const uint64_t end = now() + most_ns; (speaking() || left_open()) && now() < end;) poll(events, 16);
 }
 
 // Forgets closed peers that nothing names any more.
