@@ -4,6 +4,8 @@
 // says, and every token knows what it has lost. When a mask comes is decided by what has happened (a call that has
 // returned, a wait that was seen), never by time.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <thread>
 
 #include "moe_ranks.h"
@@ -183,17 +185,20 @@ void beside_one_that_is_late() {
     input.x.assign(size_t(input.tokens) * config.hidden * 2, 0);
   }
   ranks.log_mask(3);
+  std::atomic<uint32_t> sent{0};  // a rank that is masked in the midst of its send would be told so there
   ranks.on(
       ranks.all(),
       [&](uint32_t rank) {
         ranks.runners[rank].begin(step);
         ranks.runners[rank].send(step, nullptr);
+        sent++;
         if (rank != 0) return;
         Error error;
         const int32_t code = dispatch_recv(ranks.objects[rank], error);
         expect_lost(ranks, rank, code, error, "dispatch_recv", {3});
       },
       [&] {
+        while (sent != kWorld) std::this_thread::sleep_for(std::chrono::milliseconds(1));
         ranks.until_waiting({0}, "dispatch_recv");
         ranks.carry_out(0);
       });
