@@ -140,6 +140,24 @@ Proxy::Counts Proxy::counts() const {
   return counts_;
 }
 
+uint64_t Proxy::raised(uint32_t peer, uint32_t number) const {
+  std::lock_guard hold(mutex_);
+  return get(peers_[peer].raised, number);
+}
+
+bool Proxy::quiesce(uint64_t deadline_ns) const {
+  while (true) {
+    {
+      std::lock_guard hold(mutex_);
+      const ept_command *next = end_.slots + (end_.next & (end_.capacity - 1));
+      if (!in_hand_ && device::Hardware::acquire_system(&next->sequence) != end_.next + 1) return true;
+    }
+    if (now_ns() > deadline_ns) return false;
+    const timespec nap{0, 20'000};
+    nanosleep(&nap, nullptr);
+  }
+}
+
 void Proxy::fail_peer(uint32_t rank, const ept_error &why) {
   Peer &peer = peers_[rank];
   if (peer.status) return;
@@ -249,6 +267,8 @@ bool Proxy::end(uint32_t rank) {
         fail(&why, code, "proxy", int32_t(rank), "a put of %llu bytes from a GPU of rank %u to rank %u failed%s%s",
              static_cast<unsigned long long>(held.command.bytes), rank_, rank, info.why[0] ? ": " : "", info.why);
         fail_peer(rank, why);
+      } else if (held.posted && held.command.signal != EPT_NO_SIGNAL) {
+        set(peer.raised, held.command.signal, get(peer.raised, held.command.signal) + 1);
       }
     }
     if (held.value != UINT32_MAX) free_values_.push_back(held.value);
@@ -269,7 +289,8 @@ void Proxy::look_at_peers() {
     ept_peer_info info{};
     info.size = sizeof info;
     if (ept_engine_peer(engine_, r, &info, nullptr) != EPT_OK) continue;
-    if (info.status != EPT_PEER_LOST && info.status != EPT_PEER_LEFT && info.status != EPT_PEER_MASKED) continue;
+    const bool left = info.status == EPT_PEER_LEFT && options_.left_ends;
+    if (info.status != EPT_PEER_LOST && info.status != EPT_PEER_MASKED && !left) continue;
     ept_error why{};
     fail(&why, EPT_E_PEER_LOST, "proxy", int32_t(r), "rank %u %s: %s", r,
          info.status == EPT_PEER_LOST   ? "is lost"
@@ -308,6 +329,7 @@ void Proxy::run() {
       if (now - looked > kPeersEvery) looked = now, look_at_peers();
       busy = in_hand_ != 0;
     }
+    if (options_.each) options_.each();
     if (ept_engine_progress(engine_, nullptr) > 0) any = true;
     if (closing && (!busy || now - closing > kClosing)) return;
     if (any) moved = now;

@@ -17,6 +17,7 @@
 
 #include <atomic>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -51,6 +52,8 @@ class Proxy {
     uint64_t nap_ns = 50'000;      // then it sleeps so long between two looks: the most that a first command waits
     std::vector<int32_t> cpus;     // where the thread may run; empty: anywhere
     uint64_t first = 0;            // ticket; tests
+    bool left_ends = true;  // a peer that has left in good order gets a status; its last messages may be on the way
+    std::function<void()> each;  // called in every turn of the thread, with no lock held
   };
   Proxy(ept_engine *engine, const RingPlace &place, Options options);
   Proxy(ept_engine *engine, const RingPlace &place) : Proxy(engine, place, Options()) {}
@@ -75,6 +78,10 @@ class Proxy {
 
   // The peer is back, and its regions and signals are set anew: its status is 0 again.
   void reopen(uint32_t peer);
+  // How many puts have raised that signal of the peer since the start.
+  uint64_t raised(uint32_t peer, uint32_t number) const;
+  // Until every command that was pushed before has ended; false: not by then (CLOCK_MONOTONIC, ns).
+  bool quiesce(uint64_t deadline_ns) const;
   // LATER: none yet. Else the first error since the start (of that peer, or any: UINT32_MAX), with its sentence.
   int32_t failure(uint32_t peer, ept_error *error) const;
 
@@ -95,6 +102,7 @@ class Proxy {
     size_t posted = 0;
     std::vector<ept_region_id> regions;
     std::vector<ept_remote_signal_id> signals;
+    std::vector<uint64_t> raised;  // by signal
     int32_t status = 0;
     ept_error why{};
   };
@@ -111,8 +119,8 @@ class Proxy {
   const Options options_;
   uint32_t world_ = 0, rank_ = 0;
   ept_ring header_{};
-  device::RingEnd end_{};
   mutable std::mutex mutex_;  // all below
+  device::RingEnd end_{};
   std::vector<Peer> peers_;
   std::vector<ept_memory_id> memories_;
   std::vector<uint64_t> values_;  // registered: what a value is written from

@@ -65,7 +65,7 @@ void Arena::begin_attempt(const Members &with) {
   attempts_++;
 }
 
-std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<Lane *> &its_lanes) {
+std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<Lane *> &its_lanes, Side *side) {
   std::lock_guard<std::mutex> lock(collective_);
   if (closed_) fail(EPT_E_CLOSED, -1, "the arena was closed");
   refuse_suspended();
@@ -78,14 +78,22 @@ std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<
     with = *members_of_step();
   }
   begin_attempt(with);
-  std::shared_ptr<Object> object = agree(config, with, deadline);
+  std::vector<Place> places(world);
+  std::shared_ptr<Object> object = agree(config, with, deadline, side, places);
   const LaneMap needs = lane_map(object->shape);
   const LaneMap larger = {
       at_least(map.dispatch_recv, needs.dispatch_recv), at_least(map.combine_recv, needs.combine_recv),
       at_least(map.dispatch_send, needs.dispatch_send), at_least(map.combine_send, needs.combine_send)};
   const auto count = uint32_t(std::max<size_t>(lanes.size(), object->config.lanes));
-  if (count > lanes.size() || larger.bytes(1) != map.bytes(1))
-    grow(larger, count, with, deadline, "to enlarge the arena");
+  const bool grows = count > lanes.size() || larger.bytes(1) != map.bytes(1);
+  if (all_map(places)) {
+    object->number = ++objects_;
+    return object;
+  }
+  refuse_drivers(places, with, grows);
+  if (grows) grow(larger, count, with, deadline, "to enlarge the arena");
+  bring_sides(places, with, deadline, side);
+  driver_ = side ? Driver::kernels : Driver::calls;
   object->number = ++objects_;
   if (expected_) expected_--;
   pool.grow(object->threads);
@@ -174,7 +182,8 @@ void compare(const Object &mine, uint32_t rank, uint32_t peer, Bytes &theirs) {
 }  // namespace
 
 // Every rank tells every other its config, or why it refuses the one it was given, so that all fail alike.
-std::shared_ptr<Object> Arena::agree(const ept_moe_config &config, const Members &with, const Deadline &deadline) {
+std::shared_ptr<Object> Arena::agree(const ept_moe_config &config, const Members &with, const Deadline &deadline,
+                                     Side *side, std::vector<Place> &places) {
   std::shared_ptr<Object> object;
   Failure refused{Error()};
   try {
@@ -182,13 +191,19 @@ std::shared_ptr<Object> Arena::agree(const ept_moe_config &config, const Members
       fail(EPT_E_INVALID, -1, "the config is for rank %u of %u; the engine is rank %u of %u", config.rank, config.world,
            rank, world);
     object = std::make_shared<Object>(config);
+    if (side && (expected_ || with.count() != world))
+      fail(EPT_E_UNSUPPORTED, -1, "rank %u is on a GPU, whose kernels know no masks: all ranks must be up", rank);
+    if (side) places[rank] = side->place();
+    places[rank].lanes = driver_;
   } catch (const Failure &failure) {
     refused = failure;
+    object.reset();
   }
   const std::string host = host_name();
   Bytes mine;
   mine.put(refused.error.code).put_text(refused.error.text, strlen(refused.error.text));
   mine.put_text(host.data(), host.size());
+  mine.put(places[rank]);
   if (object) {
     const Bytes described = describe(*object);
     mine.put_text(described.all().data(), described.all().size());
@@ -205,11 +220,64 @@ std::shared_ptr<Object> Arena::agree(const ept_moe_config &config, const Members
     const std::string text = theirs.get_text();
     if (code != EPT_OK) fail(EPT_E_MISMATCH, int32_t(r), "rank %u refuses its config: %s", r, text.c_str());
     sharing += theirs.get_text() == host;
+    places[r] = theirs.get<Place>();
     Bytes described(theirs.get_text());
     compare(*object, rank, r, described);
   }
   object->threads = config.threads ? config.threads : std::max(1u, cores_here() / sharing);
   return object;
+}
+
+// All ranks see the same places, so all of them refuse, or none does.
+void Arena::refuse_drivers(const std::vector<Place> &places, const Members &with, bool larger) const {
+  for (uint32_t r = 0; r < world; r++) {
+    const Place &place = places[r];
+    if (!with.has(r) || place.lanes == Driver::none) continue;
+    const Driver now = place.on_gpu ? Driver::kernels : Driver::calls;
+    if (place.lanes != now)
+      fail(EPT_E_UNSUPPORTED, int32_t(r),
+           "rank %u has an AllToAll on the %s in this group, and now one on the %s, of which one talks through the "
+           "backend: make a group for each",
+           r, now == Driver::calls ? "GPU" : "CPU", now == Driver::calls ? "CPU" : "GPU");
+    if (larger && place.lanes == Driver::kernels)
+      fail(EPT_E_UNSUPPORTED, int32_t(r),
+           "this AllToAll needs more lanes, or larger ones, than those that the GPU of rank %u uses with the backend, "
+           "which can't grow: make the largest AllToAll of the group first",
+           r);
+  }
+}
+
+void Arena::bring_sides(const std::vector<Place> &places, const Members &with, const Deadline &deadline, Side *side) {
+  bool any = false;
+  for (const Place &place : places) any = any || place.on_gpu;
+  if (!any) return;
+  const auto attempted = [](Failure &failed, auto &&body) {
+    try {
+      body();
+    } catch (const Failure &failure) {
+      failed = failure;
+    }
+  };
+  Failure failed{Error()};
+  std::string offer;
+  if (side) attempted(failed, [&] { offer = side->offer(*this, places); });
+  const auto offered = exchange(
+      engine, rank, with, kTagSide | attempt(),
+      [&](uint32_t) { return status(failed).put_text(offer.data(), offer.size()).all(); }, deadline,
+      "to bring its GPU's memory");
+  if (failed.error.code) throw failed;
+  std::vector<Bytes> rest;
+  throw_theirs(offered, rank, with, &rest);
+  std::vector<std::string> offers(world);
+  for (uint32_t r = 0; r < world; r++)
+    if (r != rank && with.has(r)) offers[r] = rest[r].get_text();
+  offers[rank] = offer;
+  if (side) attempted(failed, [&] { side->accept(offers); });
+  const auto ready = exchange(
+      engine, rank, with, kTagSideReady | attempt(), [&](uint32_t) { return status(failed).all(); }, deadline,
+      "to map its peers' memory");
+  if (failed.error.code) throw failed;
+  throw_theirs(ready, rank, with, &rest);
 }
 
 void Arena::close(uint64_t timeout) {

@@ -15,6 +15,7 @@
 #include "moe/lane.h"
 #include "moe/members.h"
 #include "moe/reports.h"
+#include "moe/side.h"
 
 namespace ept::moe {
 
@@ -51,8 +52,9 @@ struct Arena {
   std::vector<std::unique_ptr<Lane>> lanes;  // grows under `collective`, and with every lane held
 
   // Collective calls: one at a time.
-  // `its_lanes`: the lanes of the new object, which live as long as the arena.
-  std::shared_ptr<Object> create(const ept_moe_config &config, std::vector<Lane *> &its_lanes);
+  // `its_lanes`: the lanes of the new object, which live as long as the arena. `side`: of a rank whose kernels will
+  // drive them. None are made where all ranks are such and map each other's memory.
+  std::shared_ptr<Object> create(const ept_moe_config &config, std::vector<Lane *> &its_lanes, Side *side = nullptr);
   // LATER: the membership moves; learn of it and call again.
   int32_t reset(uint64_t timeout_ns);
   void close(uint64_t timeout_ns);
@@ -83,7 +85,10 @@ struct Arena {
   using Holds = std::vector<std::unique_ptr<Lane::Held>>;
   friend struct Resetting;
   struct Growth;
-  std::shared_ptr<Object> agree(const ept_moe_config &config, const Members &with, const Deadline &deadline);
+  std::shared_ptr<Object> agree(const ept_moe_config &config, const Members &with, const Deadline &deadline, Side *side,
+                                std::vector<Place> &places);
+  void refuse_drivers(const std::vector<Place> &places, const Members &with, bool larger) const;
+  void bring_sides(const std::vector<Place> &places, const Members &with, const Deadline &deadline, Side *side);
   Holds until_idle(const Members &with, const Deadline &deadline, const char *what);
   void grow(const LaneMap &larger, uint32_t lanes, const Members &with, const Deadline &deadline, const char *what);
 
@@ -102,6 +107,7 @@ struct Arena {
   std::atomic<uint64_t> step_{0};
   std::vector<uint8_t> returned_;  // [world] is back, and not taken in by a reset yet
   uint32_t objects_ = 0;
+  Driver driver_ = Driver::none;
   std::atomic<bool> closed_{false}, suspended_{false};
 };
 

@@ -185,4 +185,22 @@ std::vector<std::string> exchange(ept_engine *engine, uint32_t rank, const Membe
   return talks.results();
 }
 
+Bytes status(const Failure &failure) {
+  Bytes bytes;
+  bytes.put(failure.error.code).put_text(failure.error.text, strlen(failure.error.text));
+  return bytes;
+}
+
+void throw_theirs(const std::vector<std::string> &said, uint32_t rank, const Members &members,
+                  std::vector<Bytes> *rest) {
+  rest->clear();
+  for (uint32_t r = 0; r < said.size(); r++) {
+    rest->emplace_back(said[r]);
+    if (r == rank || !members.has(r)) continue;
+    const auto code = (*rest)[r].get<int32_t>();
+    const std::string text = (*rest)[r].get_text();
+    if (code != EPT_OK) fail(code, int32_t(r), "rank %u could not take part: %s", r, text.c_str());
+  }
+}
+
 }  // namespace ept::moe

@@ -23,6 +23,9 @@ constexpr uint64_t kTagReady = EPT_TAG_OURS | 4ull << 48;
 constexpr uint64_t kTagReset = EPT_TAG_OURS | 5ull << 48;
 constexpr uint64_t kTagClean = EPT_TAG_OURS | 6ull << 48;
 constexpr uint64_t kTagOffer = EPT_TAG_OURS | 8ull << 48;
+constexpr uint64_t kTagSide = EPT_TAG_OURS | 9ull << 48;
+constexpr uint64_t kTagSideReady = EPT_TAG_OURS | 10ull << 48;
+constexpr uint64_t kTagSideMeet = EPT_TAG_OURS | 11ull << 48;  // + how many before
 
 // Bytes of a message, appended and read in the same order.
 class Bytes {
@@ -65,5 +68,10 @@ class Bytes {
 std::vector<std::string> exchange(ept_engine *engine, uint32_t rank, const Members &members, uint64_t tag,
                                   const std::function<std::string(uint32_t)> &to, const Deadline &deadline,
                                   const char *what);
+
+// What a rank says of its own part, before what else is to be said; and the others', of whom one that failed is thrown.
+Bytes status(const Failure &failure);
+void throw_theirs(const std::vector<std::string> &said, uint32_t rank, const Members &members,
+                  std::vector<Bytes> *rest);
 
 }  // namespace ept::moe

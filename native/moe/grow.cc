@@ -44,23 +44,6 @@ uint32_t life_of(ept_engine *engine, uint32_t rank) {
   return info.epoch;
 }
 
-void throw_theirs(const std::vector<std::string> &said, uint32_t rank, const Members &members,
-                  std::vector<Bytes> &bytes) {
-  for (uint32_t r = 0; r < said.size(); r++) {
-    bytes.emplace_back(said[r]);
-    if (r == rank || !members.has(r)) continue;
-    const auto code = bytes[r].get<int32_t>();
-    const std::string text = bytes[r].get_text();
-    if (code != EPT_OK) fail(code, int32_t(r), "rank %u could not take part: %s", r, text.c_str());
-  }
-}
-
-Bytes status(const Failure &failure) {
-  Bytes bytes;
-  bytes.put(failure.error.code).put_text(failure.error.text, strlen(failure.error.text));
-  return bytes;
-}
-
 }  // namespace
 
 Arena::Growth::~Growth() {
@@ -187,7 +170,7 @@ void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, con
       deadline, what);
   if (failed.error.code) throw failed;
   std::vector<Bytes> bytes;
-  throw_theirs(offered, rank, with, bytes);
+  throw_theirs(offered, rank, with, &bytes);
   try {
     for (uint32_t r = 0; r < world; r++)
       if (r != rank && with.has(r)) growth.accept(r, bytes[r]);
@@ -198,7 +181,7 @@ void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, con
       engine, rank, with, kTagReady | attempt(), [&](uint32_t) { return status(failed).all(); }, deadline, what);
   if (failed.error.code) throw failed;
   bytes.clear();
-  throw_theirs(ready, rank, with, bytes);
+  throw_theirs(ready, rank, with, &bytes);
 
   growth.kept = true;
   for (auto &lane : growth.fresh) lanes.push_back(std::move(lane));

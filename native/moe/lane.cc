@@ -3,6 +3,8 @@
 // lane.cc: holding a lane, its generations, what it owes, and its waits. out.cc and in.cc have the messages.
 #include "moe/lane.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 
 #include "moe/arena.h"
@@ -13,7 +15,15 @@ const char *kind_name(Kind kind) {
   return kind == Kind::dispatch ? "dispatch" : kind == Kind::combine ? "combine" : "late weights";
 }
 
-Lane::Lane(Arena &of, uint32_t number) : arena(of), index(number), links(of.world), fault(Error()) {}
+Words::Words(uint32_t world) : bytes_(align_up(uint64_t(world) * kEach * sizeof(uint64_t), page_bytes())) {
+  void *at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (at == MAP_FAILED) fail(EPT_E_NOMEM, -1, "the machine has no %llu bytes left", (unsigned long long)bytes_);
+  words_ = static_cast<uint64_t *>(at);
+}
+
+Words::~Words() { munmap(words_, bytes_); }
+
+Lane::Lane(Arena &of, uint32_t number) : arena(of), index(number), words(of.world), links(of.world), fault(Error()) {}
 
 Lane::Held::Held(Lane &lane, const Deadline &deadline, const char *operation) : lane_(lane) {
   std::unique_lock<std::mutex> lock(lane.mutex_);

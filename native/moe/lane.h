@@ -131,6 +131,28 @@ struct Exchange {
   }
 };
 
+// Where the counts of a lane's signals stand: pages of their own, since a GPU may look at them too; and of each peer a
+// pair of cache lines of its own.
+class Words {
+ public:
+  static constexpr uint32_t kEach = 16;  // of which 10 are used, in this order: [position][phase][slot], granted[phase]
+  explicit Words(uint32_t world);
+  ~Words();
+  Words(const Words &) = delete;
+  Words &operator=(const Words &) = delete;
+
+  uint64_t *arrived(uint32_t peer, uint32_t phase, uint32_t slot, uint32_t position) const {
+    return words_ + peer * kEach + position * 4 + phase * 2 + slot;
+  }
+  uint64_t *granted(uint32_t peer, uint32_t phase) const { return words_ + peer * kEach + 8 + phase; }
+  uint64_t *all() const { return words_; }
+  uint64_t bytes() const { return bytes_; }
+
+ private:
+  uint64_t *words_ = nullptr;
+  const uint64_t bytes_;
+};
+
 class Lane {
  public:
   Lane(Arena &arena, uint32_t index);
@@ -198,6 +220,7 @@ class Lane {
 
   Arena &arena;
   const uint32_t index;
+  const Words words;
   std::vector<Link> links;  // [world]; that of this rank has the local signals
   ept_memory_id memory_id = 0;
   char *base = nullptr;

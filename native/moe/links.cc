@@ -11,12 +11,19 @@ void make_signals(ept_engine *engine, Lane &lane, uint32_t source) {
     const std::string data = phase + " of lane " + std::to_string(lane.index);
     const std::string grants = "grants of " + data;
     // Our own waits tell more than the engine's could (wait.cc), and the phases have the same numbers.
-    const auto create = [&](const std::string &label, ept_signal_id *id) {
-      check(ept_signal_create(engine, source, label.c_str(), nullptr, id, &error), error);
+    const auto create = [&](const std::string &label, uint64_t *word, ept_signal_id *id) {
+      *word = 0;  // a link that is made anew finds the counts of the one before
+      ept_memory home{};
+      home.size = sizeof home;
+      home.kind = EPT_MEMORY_HOST;
+      home.address = word;
+      home.length = sizeof *word;
+      check(ept_signal_create(engine, source, label.c_str(), &home, id, &error), error);
       check(ept_signal_phase(engine, *id, p, &error), error);
     };
-    for (uint32_t i = 0; i < 4; i++) create(data, &link.arrived[p][i / 2][i % 2]);
-    create(grants, &link.granted[p]);
+    for (uint32_t i = 0; i < 4; i++)
+      create(data, lane.words.arrived(source, p, i / 2, i % 2), &link.arrived[p][i / 2][i % 2]);
+    create(grants, lane.words.granted(source, p), &link.granted[p]);
   }
 }
 

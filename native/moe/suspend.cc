@@ -19,6 +19,8 @@ void Arena::suspend(uint64_t timeout) {
   std::lock_guard<std::mutex> lock(collective_);
   if (closed_) fail(EPT_E_CLOSED, -1, "the arena was closed");
   if (suspended_) return;
+  if (driver_ == Driver::kernels)
+    fail(EPT_E_UNSUPPORTED, -1, "rank %u's lanes are used by its GPU, which can't give them up: close the group", rank);
   const Deadline deadline(timeout == UINT64_MAX ? timeout_ns : timeout);
   const std::shared_ptr<const Members> with = members_of_step();
   begin_attempt(*with);

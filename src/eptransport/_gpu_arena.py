@@ -1,9 +1,12 @@
-"""The lanes' memory on a GPU, shared by the AllToAlls of a group, and the native object under one of them."""
+"""The lanes' memory on a GPU, shared by the AllToAlls of a group, and the native object under one of them.
+
+All ranks learn where the others compute when an AllToAll is made (`ept_gpu_lanes_join`, with `ept_moe_create` of CPU
+ranks). Where all are on GPUs and map each other's memory, the lanes are made here, over the store; else they are the
+group's lanes over the engine."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,15 @@ from eptransport import _record as record
 from eptransport._call import call, ffi, lib, new_error, sized, timeout_ns
 from eptransport._guard import Guard
 from eptransport._process import process
-from eptransport.errors import ConfigError, EptError, InvalidArgument, MismatchError, UnsupportedError
+from eptransport.errors import (
+    EptError,
+    InvalidArgument,
+    LaneFault,
+    MismatchError,
+    PeerLost,
+    Timeout,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +33,10 @@ __all__ = ["GpuArena", "NativeGpuMoe", "create_gpu_moe", "cuda_device"]
 
 logger = logging.getLogger("eptransport")
 
-CONNECTIONS = 32
-"""Streams of one process that CUDA keeps apart, where it is told to: as many ranks may be threads of one process."""
 BLOB_BYTES = 4096
 
 _SAID: record.Shape = {
     "config": record.a_text,
-    "process": record.a_text,
     "blob": record.a_text,
 }
 _FIELDS: tuple[str, ...] = (
@@ -69,20 +77,17 @@ class GpuArena:
     """One set of lanes: all objects that fit it and are made later use it. A larger one gets a set of its own, so that
     graphs that were captured on earlier objects keep their addresses."""
 
-    def __init__(self, group: Group, config: Any, device: torch.device, fault: torch.Tensor) -> None:
-        native = sized("ept_gpu_config")
-        native.device = device.index
-        native.blocks = group.settings.gpu_blocks or 0
-        native.timeout_ns = timeout_ns(group.settings.timeout_s)
-        native.process = int(process.token[:16], 16)
-        native.group_fault = ffi.cast("int32_t *", fault.data_ptr()) if fault.device == device else ffi.NULL
-        self._fault = fault
+    def __init__(self, pointer: Any, device: torch.device, fault: torch.Tensor, over_engine: bool) -> None:
+        self.pointer = pointer
         self.device = device
+        self._fault = fault
+        self.over_engine = over_engine
         self.objects = 0
-        self.shares_process = False
-        handle = ffi.new("ept_gpu_lanes **")
-        call(lib.ept_gpu_lanes_create, native, config, handle)
-        self.pointer = handle[0]
+
+    @property
+    def shares_process(self) -> bool:
+        """Whether other ranks are threads of this process."""
+        return bool(lib.ept_gpu_lanes_share_process(self.pointer))
 
     def blob(self) -> str:
         length = ffi.new("size_t *", BLOB_BYTES)
@@ -90,15 +95,13 @@ class GpuArena:
         call(lib.ept_gpu_lanes_export, self.pointer, room, length)
         return bytes(ffi.buffer(room, length[0])).hex()
 
-    def connect(self, group: Group, said: list[dict[str, Any]]) -> None:
+    def connect(self, said: list[dict[str, Any]]) -> None:
         for rank, other in enumerate(said):
             try:
                 blob = bytes.fromhex(other["blob"])
             except ValueError:
                 blob = b""
             call(lib.ept_gpu_lanes_connect, self.pointer, rank, blob, len(blob))
-        others = [other["process"] for rank, other in enumerate(said) if rank != group.rank]
-        self.shares_process = said[group.rank]["process"] in others
         call(lib.ept_gpu_lanes_start, self.pointer)
 
     def fits(self, config: Any) -> bool:
@@ -131,12 +134,58 @@ class NativeGpuMoe:
 
 def create_gpu_moe(group: Group, config: Any, device: torch.device) -> NativeGpuMoe:
     """Collective. A rank that fails here tells the others why."""
-    arena = next((one for one in group._gpu_arenas if one.device == device and one.fits(config)), None)
-    fresh = arena is None
+    fault = _fault_of(group, device)
+    native = _native_config(group, device, fault)
+    arena, number = _joined(group, config, native, device, fault)
+    if arena is None:
+        arena, number = _mapped(group, config, native, device, fault), group._members.made
+    handle = ffi.new("ept_gpu_moe **")
+    call(lib.ept_gpu_moe_create, arena.pointer, config, number, handle)
+    return NativeGpuMoe(group, arena, handle[0], config.scale_format == lib.EPT_SCALES_UE8M0)
+
+
+def _native_config(group: Group, device: torch.device, fault: torch.Tensor) -> Any:
+    native = sized("ept_gpu_config")
+    native.device = device.index
+    native.blocks = group.settings.gpu_blocks or 0
+    native.timeout_ns = timeout_ns(group.settings.timeout_s)
+    native.process = int(process.token[:16], 16)
+    native.group_fault = ffi.cast("int32_t *", fault.data_ptr()) if fault.device == device else ffi.NULL
+    native.mapped = group.settings.intra != "off"
+    return native
+
+
+def _joined(
+    group: Group, config: Any, native: Any, device: torch.device, fault: torch.Tensor
+) -> tuple[GpuArena | None, int]:
+    """The lanes over the engine; None where all ranks map each other's memory."""
+    engine, members = group.engine._native, group._members
+    known = next((one for one in group._gpu_arenas if one.over_engine), None)
+    if known is not None and known.device != device:
+        raise UnsupportedError(f"this group's lanes are on {known.device}, and this AllToAll on {device}: make a group")
+    members.learn_if_told()
+    handle, number = ffi.new("ept_gpu_lanes **"), ffi.new("uint32_t *")
+    before = ffi.NULL if known is None else known.pointer
+    try:
+        engine.call_arena(lib.ept_gpu_lanes_join, group.arena(), native, config, before, handle, number)
+    except (PeerLost, LaneFault, Timeout) as error:
+        members.after(error, group.settings.on_lost)
+        raise
+    if handle[0] == ffi.NULL or known is not None:
+        return known, number[0]
+    return _kept(group, GpuArena(handle[0], device, fault, True)), number[0]
+
+
+def _mapped(group: Group, config: Any, native: Any, device: torch.device, fault: torch.Tensor) -> GpuArena:
+    """Lanes in memory that every rank maps: those of an earlier AllToAll, or new ones."""
+    known = next((one for one in group._gpu_arenas if one.device == device and one.fits(config)), None)
+    arena = known
     try:
         if arena is None:
-            arena = GpuArena(group, config, device, _fault_of(group, device))
-        said = {"config": _text_of(config), "process": process.token, "blob": arena.blob() if fresh else ""}
+            handle = ffi.new("ept_gpu_lanes **")
+            call(lib.ept_gpu_lanes_create, native, config, handle)
+            arena = GpuArena(handle[0], device, fault, False)
+        said = {"config": _text_of(config), "blob": arena.blob() if known is None else ""}
     except EptError as error:
         group.say_once(error)
         raise
@@ -149,29 +198,16 @@ def create_gpu_moe(group: Group, config: Any, device: torch.device) -> NativeGpu
                 operation="moe_create",
                 peer=rank,
             )
-    if fresh:
-        processes = [other["process"] for other in heard]
-        if processes.count(process.token) > 1:
-            _refuse_few_connections()
-        arena.connect(group, heard)
-        group._gpu_arenas.append(arena)
-        group.engine._native.children[id(arena)] = arena.close
-    handle = ffi.new("ept_gpu_moe **")
-    number = group._members.made
-    call(lib.ept_gpu_moe_create, arena.pointer, config, number, handle)
-    return NativeGpuMoe(group, arena, handle[0], config.scale_format == lib.EPT_SCALES_UE8M0)
+    if known is not None:
+        return known
+    arena.connect(heard)
+    return _kept(group, arena)
 
 
-def _refuse_few_connections() -> None:
-    """Ranks that are threads of one process wait for one another's kernels: so their streams must not share a
-    connection, behind which a kernel that is waited for would stand."""
-    told = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
-    if not told.isdecimal() or int(told) < CONNECTIONS:
-        raise ConfigError(
-            f"ranks of this group are threads of one process on a GPU, and CUDA_DEVICE_MAX_CONNECTIONS is "
-            f"{told or 'not set'}: set it to {CONNECTIONS} before CUDA starts, or their kernels wait behind one "
-            "another for ever"
-        )
+def _kept(group: Group, arena: GpuArena) -> GpuArena:
+    group._gpu_arenas.append(arena)
+    group.engine._native.children[id(arena)] = arena.close
+    return arena
 
 
 def _fault_of(group: Group, device: torch.device) -> torch.Tensor:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import monotonic
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from eptransport import _record as record
-from eptransport._call import call, ffi, lib, sized, whole
+from eptransport._call import call, ffi, lib, sized, timeout_ns, whole
 from eptransport._convert import code_of, fill
 from eptransport._inputs import check_combine, check_topk, check_x, check_y
 from eptransport._outputs import check_out, make_outputs
 from eptransport._shapes import LAYOUTS
 from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
-from eptransport.errors import ConfigError, InvalidArgument, UnsupportedError
+from eptransport.errors import Code, ConfigError, InvalidArgument, Timeout, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -241,17 +242,32 @@ class GpuSteps:
             self._lane(number)
             self._call(lib.ept_gpu_moe_check, number)
 
-    def reset(self) -> None:
+    def reset(self, timeout: float) -> None:
         """Collective: waits for this rank's kernels, which end at their deadlines at the latest; then for all ranks."""
         group = self._native.group
         for lane in self._lanes:
             if lane.stream is not None:
                 lane.stream.synchronize()
             lane.sent = lane.summed = None
+        if self._native.arena.over_engine:
+            self._reset_over_engine(timeout)
+            group.fault.zero_()
+            return
         group.exchange_once({"ready": 1}, _READY)
-        call(lib.ept_gpu_lanes_reset, self._native.arena.pointer)
+        call(lib.ept_gpu_lanes_reset, self._native.arena.pointer, timeout_ns(timeout))
         group.fault.zero_()
         group.exchange_once({"ready": 2}, _READY)
+
+    def _reset_over_engine(self, timeout: float) -> None:
+        members = self._native.group._members
+        deadline = monotonic() + timeout
+        while True:
+            members.learn()
+            left = timeout_ns(max(0.0, deadline - monotonic()))
+            if call(lib.ept_gpu_lanes_reset, self._native.arena.pointer, left) == Code.OK:
+                return
+            if monotonic() > deadline:
+                raise Timeout("reset: the membership went on changing until the deadline", operation="reset")
 
     # -- how it is done --
 

@@ -411,7 +411,7 @@ class AllToAll(Closing):
         Collective over the ranks that are up, and for all AllToAlls of the group at once; blocks. Goes on without ranks
         that are masked, and with those that were readmitted. Masked, Timeout, PeerLost."""
         if self._gpu is not None:
-            self._gpu.reset()
+            self._gpu.reset(self.group.settings.timeout_s if timeout is None else timeout)
             return
         deadline = monotonic() + (self.group.settings.timeout_s if timeout is None else timeout)
         while True:

@@ -42,8 +42,8 @@ class World:
 
         return harness.on_ranks(self.groups, on_stream)
 
-    def all_to_alls(self, config: model.Config, **arguments: Any) -> list[ept.AllToAll]:
-        return harness.all_to_alls(self.groups, config, device=DEVICE, **arguments)
+    def all_to_alls(self, config: model.Config, devices: Sequence[str] = (), **arguments: Any) -> list[ept.AllToAll]:
+        return harness.all_to_alls(self.groups, config, devices or [DEVICE] * len(self.groups), **arguments)
 
     def close(self) -> None:
         torch.cuda.synchronize()

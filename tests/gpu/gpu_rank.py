@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a rank that is a process of its own does on the GPU: steps as test_gpu_moe.py's, their memory shared by CUDA
-IPC. Every process draws all ranks' inputs from the same seed, and checks its own part against the reference."""
+IPC, or over tcp where `intra` is off. Every process draws all ranks' inputs from the same seed, and checks its own part
+against the reference."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from torch.distributed import FileStore
 import eptransport as ept
 
 
-def steps(rank: int, n: int, folder: Path, count: int) -> list[str]:
+def steps(rank: int, n: int, folder: Path, count: int, intra: str | None) -> list[str]:
     config = model.Config(n, 9, 4, 272, "bf16", "e4m3")
-    settings = ept.Settings(backend="tcp", timeout_s=60.0, threads=1)
+    settings = ept.Settings(backend="tcp", timeout_s=60.0, threads=1, intra=intra)
     done: list[str] = []
     torch.zeros(1, device=DEVICE)
     with ept.Group(settings, store=FileStore(str(folder / "store"), n), rank=rank, world_size=n) as group:

@@ -147,11 +147,12 @@ class Replayed:
         return (2 * x * ranks[:, None]).to(torch.bfloat16)
 
 
-def test_graphs_replayed_in_other_orders(make_world: Make) -> None:
+@pytest.mark.parametrize("intra", [None, "off"])
+def test_graphs_replayed_in_other_orders(make_world: Make, intra: str | None) -> None:
     """Graphs of different sizes in two lanes, replayed in any order with new inputs, eager steps between."""
     rng = np.random.default_rng(9)
     config = model.Config(4, 8, 2, 64)
-    world = make_world(4)
+    world = make_world(4, intra=intra)
     moes = world.all_to_alls(config, max_tokens=16, lanes=2)
     sizes = [(16, 0), (3, 0), (7, 1), (0, 1)]
     run_all(Scenario(config, make_batches(config, (4, 4, 4, 4), 0), ["rows"] * 4), moes, world)

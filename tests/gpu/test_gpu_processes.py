@@ -10,13 +10,14 @@ import pytest
 from children import process_context, run_child
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_processes(tmp_path: Path, n: int) -> None:
+@pytest.mark.parametrize(("n", "intra"), [(2, None), (4, None), (2, "off"), (4, "off")])
+def test_processes(tmp_path: Path, n: int, intra: str | None) -> None:
     context = process_context()
     pipes, children = [], []
     for rank in range(n):
         ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=run_child, args=(theirs, gpu_rank.steps, rank, n, tmp_path, (4,)), daemon=True)
+        arguments = (theirs, gpu_rank.steps, rank, n, tmp_path, (4, intra))
+        child = context.Process(target=run_child, args=arguments, daemon=True)
         child.start()
         theirs.close()
         pipes.append(ours)

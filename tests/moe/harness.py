@@ -107,7 +107,10 @@ def on_some(all_groups: Sequence[ept.Group], ranks: Sequence[int], run: Callable
     return dict(zip(ranks, answers, strict=True))
 
 
-def all_to_alls(all_groups: Sequence[ept.Group], config: model.Config, **arguments: Any) -> list[ept.AllToAll]:
+def all_to_alls(
+    all_groups: Sequence[ept.Group], config: model.Config, devices: Sequence[str] = (), **arguments: Any
+) -> list[ept.AllToAll]:
+    """`devices`: by rank; without, the CPU."""
     arguments.setdefault("max_tokens", 32)
     arguments.setdefault("lanes", 1)
     if config.placement is not None:
@@ -124,6 +127,7 @@ def all_to_alls(all_groups: Sequence[ept.Group], config: model.Config, **argumen
             combine_dtype=TORCH[config.returned],
             alignment=config.alignment,
             scale_format=config.scale_format,
+            device=devices[group.rank] if devices else None,
             **arguments,
         ),
     )

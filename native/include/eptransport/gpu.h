@@ -4,8 +4,10 @@
  * the GPU but ept_gpu_lanes_create, _start, _reset and _close; what goes wrong in a kernel is told by
  * ept_gpu_moe_check.
  *
- * Set-up, on every rank: lanes_create; lanes_export, whose blob the caller brings to all ranks; lanes_connect for each
- * other rank; lanes_start. Then any number of ept_gpu_moe that fit the lanes.
+ * Set-up, on every rank: lanes_join, in the place of ept_moe_create, which ranks on a CPU call. Where it gives no
+ * lanes, since all ranks are on GPUs and map each other's memory: lanes_create; lanes_export, whose blob the caller
+ * brings to all ranks; lanes_connect for each other rank; lanes_start. Then any number of ept_gpu_moe that fit the
+ * lanes.
  *
  * A step in a lane: dispatch_send, dispatch_recv, combine_send, combine_recv, each on the same stream. A send whose
  * phase has a message still to be received needs ept_gpu_moe_drain before: the caller keeps count.
@@ -30,8 +32,16 @@ typedef struct ept_gpu_config {
   uint64_t timeout_ns;  /* of a wait inside a kernel */
   uint64_t process;     /* a number of this process, different in every other */
   int32_t *group_fault; /* on the device: set to the ept_code of a fault; or NULL */
+  uint32_t mapped;      /* 0: peers go through the engine that could map this rank's memory (EPT_INTRA=off) */
+  uint32_t reserved;
 } ept_gpu_config;
 
+/* Collective with ept_moe_create: an AllToAll of ranks on GPUs and CPUs. `known`: what an earlier call with this arena
+ * has given, or NULL; it comes back in *lanes. Lanes are closed before their arena is. *number: of the AllToAll. */
+int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const ept_moe_config *moe,
+                           const ept_gpu_lanes *known, ept_gpu_lanes **lanes, uint32_t *number, ept_error *error);
+/* Whether other ranks are threads of this process; after lanes_start or lanes_join. */
+int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes);
 /* Memory for all lanes of this rank, as `moe` needs it. */
 int32_t ept_gpu_lanes_create(const ept_gpu_config *config, const ept_moe_config *moe, ept_gpu_lanes **lanes,
                              ept_error *error);
@@ -42,9 +52,9 @@ int32_t ept_gpu_lanes_connect(ept_gpu_lanes *lanes, uint32_t rank, const void *b
  */
 int32_t ept_gpu_lanes_start(ept_gpu_lanes *lanes, ept_error *error);
 int32_t ept_gpu_lanes_fit(const ept_gpu_lanes *lanes, const ept_moe_config *moe, ept_error *error);
-/* Between two barriers of all ranks, with no kernel of these lanes under way: empty, at generation 0, without faults.
- */
-int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, ept_error *error);
+/* With no kernel of these lanes under way: empty, without faults. Lanes of lanes_join: collective with ept_moe_reset,
+ * and answers like it. Others: between two barriers of all ranks. */
+int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, uint64_t timeout_ns, ept_error *error);
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes);
 /* No kernel of any rank may use them any more. */
 void ept_gpu_lanes_close(ept_gpu_lanes *lanes);

@@ -52,7 +52,9 @@ enum Trouble : uint32_t {
   kIds = 3,     // expected: number of experts; seen: the id
   kRoom = 4,    // expected: rows that came; seen: rows that the output holds
   kRow = 5,     // a row is not what its header promised
-  kPost = 6     // seen: the code that the path answered
+  kPost = 6,    // seen: the code that the path answered
+  kLost = 7,    // expected: what was waited for, seen: the code that the proxy told of the peer
+  kSlot = 8     // expected and seen: what the peer must have consumed, and has
 };
 
 // Written by kernels of the lane, which never run beside each other.
@@ -68,11 +70,16 @@ struct LaneTable {
   uint32_t membership, reserved;
   LaneMap map;
   uint64_t timeout_ns;
-  char *base;              // this lane's memory
-  const ept_path *paths;   // [world]
-  uint64_t *const *words;  // [world] where the signals of that source stand: uint64_t[kSignals]
-  uint32_t *done;          // [world] pieces of the message to that rank that are packed; 0 between launches
-  uint64_t *tickets;       // [world, kSignals] of the proxy's last put from that staging, + 1; 0: none
+  char *const *in;          // [world] where this lane's receive half for messages of that source begins
+  char *staging;            // the lane's memory that the network sends from; NULL: no peer is behind one
+  const ept_path *paths;    // [world]
+  uint64_t *const *words;   // [world] where the signals of that source stand: uint64_t[kSignals]
+  uint32_t *done;           // [world] pieces of the message to that rank that are packed; 0 between launches
+  uint64_t *tickets;        // [world, kSignals] of the proxy's last put from that staging, + 1; 0: none
+  const uint64_t *offsets;  // [world, kSignals] what that source's counts are ahead of generation / 2
+  uint64_t *heard;          // [world, EPT_PHASES] what the source has consumed, as its headers said
+  const uint64_t *acks;     // the same, as its messages to the engine said; NULL: no CPU rank is in the group
+  uint64_t *lands;          // [EPT_PHASES, EPT_MOE_SLOTS, world] where in `in` that source's message comes
   LaneState *state;
   Told *told;
   int32_t *group_fault;

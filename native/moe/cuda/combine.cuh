@@ -36,7 +36,9 @@ class CombineSender {
 
  private:
   EPT_DEVICE void send() {
-    settle(t, kCombineSend, EPT_PHASE_COMBINE, generation);
+    if (!settle(t, kCombineSend, EPT_PHASE_COMBINE, generation)) return;
+    for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
+      expect(t, EPT_PHASE_COMBINE, generation, r, t.map.recv(EPT_PHASE_COMBINE, slot) + a.routing.combine_at[r]);
     for (uint32_t r = threadIdx.x; r <= world; r += blockDim.x) s.begin[r] = a.routing.begin[r];
     __syncthreads();
     parts = parts_of((s.begin[world] + gridDim.x - 1) / gridDim.x, warps(), groups);
@@ -246,6 +248,7 @@ class CombineReceiver {
       const ept_moe_header h = get_header(at(source));
       wrong = check_header(t, object, EPT_PHASE_COMBINE, generation, source, h, row_bytes, object.max_tokens);
       if (!wrong && h.rows != a.routing.rows_to[source]) wrong = 12;
+      if (!wrong) hear(t, source, h);
       if (wrong)
         raise_fault(t, uint32_t(-EPT_E_MISMATCH), kCombineRecv, int32_t(source), kHeader, generation,
                     a.routing.rows_to[source], wrong);
@@ -257,7 +260,7 @@ class CombineReceiver {
 
  private:
   EPT_DEVICE const char *at(uint32_t source) const {
-    return t.base + t.map.recv(EPT_PHASE_COMBINE, uint32_t(generation & 1)) + a.routing.combine_at[source];
+    return t.in[source] + t.map.recv(EPT_PHASE_COMBINE, uint32_t(generation & 1)) + a.routing.combine_at[source];
   }
 
   // False: the lane is faulted.

@@ -21,8 +21,8 @@ constexpr int32_t kRows = 0, kByRank = 1, kContiguous = 2, kMasked = 3;  // ept_
 EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &object, uint32_t half, uint64_t generation,
                                      uint32_t source, uint32_t scale_bytes, int32_t payload_format,
                                      int32_t scale_format, const RecvShared &s) {
-  const char *at =
-      t.base + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) + object.shape.dispatch_region(source).offset;
+  const char *at = t.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
+                   object.shape.dispatch_region(source).offset;
   uint32_t sum = 0;
   __syncwarp();
   for (uint32_t e = lane_id(); e < object.local; e += kWarp) {
@@ -46,6 +46,7 @@ EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &obje
                    h.combine_capacity > object.shape.combine_recv() - h.combine_offset))
       wrong = 11;
     if (wrong) raise_fault(t, uint32_t(-EPT_E_MISMATCH), half, int32_t(source), kHeader, generation, 0, wrong);
+    if (!wrong) hear(t, source, h);
     s.rows[source] = h.rows;
     s.return_at[source] = h.combine_offset;
     s.flags[source] = h.flags;
@@ -160,7 +161,7 @@ class DispatchReceiver {
     return parts_of((uint64_t(s.rows[source]) * world + gridDim.x - 1) / gridDim.x, warps(), vectors);
   }
   EPT_DEVICE const char *rows_of(uint32_t source) const {
-    return t.base + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
+    return t.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
            object.shape.dispatch_region(source).offset + ept_dispatch_header_bytes(local);
   }
 
@@ -484,6 +485,8 @@ EPT_KERNEL moe_drain(const ept::moe::cuda::Drain args) {
   for (uint32_t source = threadIdx.x; source < t.world; source += blockDim.x)
     while (!has_arrived(t, source, args.phase, generation) &&
            may_wait(t, half, args.phase, generation, source, deadline)) {}
+  for (uint32_t source = threadIdx.x; source < t.world && t.acks; source += blockDim.x)
+    if (has_arrived(t, source, args.phase, generation)) hear(t, source, landed(t, args.phase, generation, source));
   __syncthreads();
   if (threadIdx.x == 0) t.state->received[args.phase] = generation + 1;
 }

@@ -37,7 +37,10 @@ class DispatchSender {
 
  private:
   EPT_DEVICE void send() {
-    settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    if (!settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation)) return;
+    for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
+      expect(t, EPT_PHASE_DISPATCH, generation, r,
+             t.map.recv(EPT_PHASE_DISPATCH, slot) + a.object.shape.dispatch_region(r).offset);
     begin();
     count();
     place();

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <stdlib.h>
 #include <string.h>
 
 #include <map>
@@ -54,6 +55,12 @@ class DriverGpu final : public Gpu {
     return std::string(uuid, sizeof uuid);
   }
 
+  uint32_t connections() const override {
+    const char *told = getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+    const long given = told ? strtol(told, nullptr, 10) : 0;
+    return given > 0 ? uint32_t(given) : 8;  // what CUDA has by itself
+  }
+
   uint32_t room(uint32_t threads) const override {
     const Entered entered(*primary_);
     int least = 1 << 30;
@@ -89,9 +96,27 @@ class DriverGpu final : public Gpu {
     const Entered entered(*primary_);
     (void)driver().cuMemFreeHost(memory);
   }
+  char *pin(void *host, uint64_t bytes) override {
+    const Entered entered(*primary_);
+    want(driver().cuMemHostRegister(host, bytes, ept::cuda::kHostPortable | ept::cuda::kHostMapped),
+         "cuMemHostRegister (pinning host memory, see ulimit -l)");
+    Pointer there = 0;
+    const Result result = driver().cuMemHostGetDevicePointer(&there, host, 0);
+    if (result != ept::cuda::kSuccess) unpin(host);
+    want(result, "cuMemHostGetDevicePointer");
+    return static_cast<char *>(pointer(there));
+  }
+  void unpin(void *host) override {
+    const Entered entered(*primary_);
+    (void)driver().cuMemHostUnregister(host);
+  }
   void copy_in(void *to, const void *from, uint64_t bytes) override {
     const Entered entered(*primary_);
     want(driver().cuMemcpyHtoD(number(to), from, bytes), "cuMemcpyHtoD");
+  }
+  void copy_out(void *to, const void *from, uint64_t bytes) override {
+    const Entered entered(*primary_);
+    want(driver().cuMemcpyDtoH(to, number(const_cast<void *>(from)), bytes), "cuMemcpyDtoH");
   }
   void clear(void *memory, uint64_t bytes) override {
     const Entered entered(*primary_);

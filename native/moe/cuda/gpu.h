@@ -29,6 +29,8 @@ class Gpu {
   virtual int32_t ordinal() const = 0;
   // Of the GPU, the same in every process that sees it.
   virtual std::string identity() const = 0;
+  // Streams of this process whose kernels never wait behind one another's.
+  virtual uint32_t connections() const = 0;
   // Blocks of so many threads that can be on the GPU at once.
   virtual uint32_t room(uint32_t threads) const = 0;
 
@@ -37,7 +39,11 @@ class Gpu {
   virtual void release(void *memory) = 0;
   virtual void *allocate_pinned(uint64_t bytes) = 0;
   virtual void release_pinned(void *memory) = 0;
+  // Host memory that is there already, for kernels: where they see it. It is unpinned before it goes.
+  virtual char *pin(void *host, uint64_t bytes) = 0;
+  virtual void unpin(void *host) = 0;
   virtual void copy_in(void *to, const void *from, uint64_t bytes) = 0;
+  virtual void copy_out(void *to, const void *from, uint64_t bytes) = 0;
   virtual void clear(void *memory, uint64_t bytes) = 0;
   virtual void synchronise(void *stream) = 0;
   // Memory of `allocate` for another process, and the other end of it.

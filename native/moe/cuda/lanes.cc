@@ -20,28 +20,50 @@ struct Blob {
 constexpr uint32_t kMagic = 0x47545045;  // "EPTG"
 
 constexpr uint32_t kThreads = 512;
+// As many ranks may be threads of one process; it is also the most that CUDA has.
+constexpr uint32_t kConnections = 32;
 // A send's scan and tables in shared memory: what every GPU of sm_80 and later gives a block.
 constexpr uint64_t kMostShared = 96 << 10;
 
 }  // namespace
 
-Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_moe_config &moe)
+Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, uint32_t world, uint32_t rank, uint32_t count,
+             const LaneMap &map)
     : gpu_(std::move(gpu)),
       config_(config),
-      world_(moe.world),
-      rank_(moe.rank),
-      count_(moe.lanes),
-      map_(lane_map(Object(moe).shape)),
-      lane_bytes_(map_.bytes(page_bytes())),
+      world_(world),
+      rank_(rank),
+      count_(count),
+      map_(map),
+      lane_bytes_(align_up(map.exported(), page_bytes())),
       threads_(config.threads ? config.threads : kThreads),
-      peers_(moe.world) {
+      peers_(world),
+      kept_(count) {
   if (threads_ % kWarp || threads_ > 1024)
     fail(EPT_E_INVALID, -1, "threads is %u; a block has a multiple of %u of them, at most 1024", threads_, kWarp);
   memory_ = static_cast<char *>(gpu_->allocate(bytes()));
   told_ = static_cast<Told *>(gpu_->allocate_pinned(sizeof(Told) * count_));
 }
 
+Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_moe_config &moe)
+    : Lanes(std::move(gpu), config, moe.world, moe.rank, moe.lanes, lane_map(Object(moe).shape)) {}
+
+Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, std::shared_ptr<Arena> arena,
+             std::vector<Place> places)
+    : Lanes(std::move(gpu), config, arena->world, arena->rank, uint32_t(arena->lanes.size()), arena->map) {
+  arena_ = std::move(arena);
+  places_ = std::move(places);
+  bool calls = false;
+  for (uint32_t r = 0; r < world_; r++) {
+    peers_[r].same_gpu = same_gpu(places_[r], places_[rank_]);
+    peers_[r].same_process = places_[r].on_gpu && places_[r].process == config_.process;
+    calls = calls || !places_[r].on_gpu;
+  }
+  net_ = std::make_unique<Net>(gpu_, *arena_, calls);
+}
+
 Lanes::~Lanes() {
+  net_.reset();
   for (const Peer &peer : peers_)
     if (peer.opened) gpu_->close(peer.opened);
   if (own_) gpu_->release(own_);
@@ -80,9 +102,10 @@ void Lanes::connect(uint32_t rank, const std::string &given) {
   Peer &peer = peers_[rank];
   const std::string here = gpu_->identity();
   peer.same_gpu = memcmp(here.data(), blob.gpu, std::min(here.size(), sizeof blob.gpu)) == 0;
+  peer.same_process = blob.process == config_.process;
   if (rank == rank_) {
     peer.base = memory_;
-  } else if (blob.process == config_.process) {
+  } else if (peer.same_process) {
     if (!peer.same_gpu)
       fail(EPT_E_UNSUPPORTED, int32_t(rank),
            "ranks %u and %u are threads of one process on two GPUs, which is not supported yet: run a process for each "
@@ -117,28 +140,35 @@ void Lanes::choose_blocks() {
 void Lanes::start() {
   for (uint32_t r = 0; r < world_; r++)
     if (!peers_[r].known) fail(EPT_E_INVALID, int32_t(r), "rank %u's lanes are not connected", r);
+  ranks_here_ = 0;
+  for (const Peer &peer : peers_) ranks_here_ += peer.same_process;
+  if (ranks_here_ > 1 && gpu_->connections() < kConnections)
+    fail(EPT_E_CONFIG, -1,
+         "%u ranks of this group are threads of one process on a GPU, and CUDA_DEVICE_MAX_CONNECTIONS is %u here: set "
+         "it "
+         "to %u before CUDA starts, or their kernels wait behind one another for ever",
+         ranks_here_, gpu_->connections(), kConnections);
   choose_blocks();
   // Two passes over the same parts: how many bytes, and where.
-  struct Part {
-    LaneState *state;
-    uint32_t *done;
-    uint64_t *tickets;
-  };
-  std::vector<Part> kept(count_);
   std::vector<ept_path *> paths(count_);
   std::vector<uint64_t **> words(count_);
+  std::vector<char **> in(count_);
   const auto lay = [&](char *begin) {
     Carve carve(begin);
     for (uint32_t l = 0; l < count_; l++) {
-      kept[l].tickets = carve.take<uint64_t>(uint64_t(world_) * kSignals);
-      kept[l].state = carve.take<LaneState>(1);
-      kept[l].done = carve.take<uint32_t>(world_);
+      kept_[l].tickets = carve.take<uint64_t>(uint64_t(world_) * kSignals);
+      kept_[l].offsets = carve.take<uint64_t>(uint64_t(world_) * kSignals);
+      kept_[l].heard = carve.take<uint64_t>(uint64_t(world_) * EPT_PHASES);
+      kept_[l].lands = carve.take<uint64_t>(uint64_t(world_) * EPT_PHASES * EPT_MOE_SLOTS);
+      kept_[l].state = carve.take<LaneState>(1);
+      kept_[l].done = carve.take<uint32_t>(world_);
     }
     kept_bytes_ = carve.bytes();
     tables_ = carve.take<LaneTable>(count_);
     for (uint32_t l = 0; l < count_; l++) {
       paths[l] = carve.take<ept_path>(world_);
       words[l] = carve.take<uint64_t *>(world_);
+      in[l] = carve.take<char *>(world_);
     }
     own_bytes_ = carve.bytes();
   };
@@ -158,35 +188,105 @@ void Lanes::start() {
     t.lane = l;
     t.map = map_;
     t.timeout_ns = config_.timeout_ns;
-    t.base = memory_ + l * lane_bytes_;
+    if (arena_) {
+      t.epoch = arena_->epoch;
+      t.membership = arena_->members()->epoch;
+      t.acks = net_->acks(l);
+      t.staging = net_->memory(l);
+    }
+    t.in = in[l];
     t.paths = paths[l];
     t.words = words[l];
-    t.done = kept[l].done;
-    t.tickets = kept[l].tickets;
-    t.state = kept[l].state;
+    t.done = kept_[l].done;
+    t.tickets = kept_[l].tickets;
+    t.offsets = kept_[l].offsets;
+    t.heard = kept_[l].heard;
+    t.lands = kept_[l].lands;
+    t.state = kept_[l].state;
     t.told = told_ + l;
     t.group_fault = config_.group_fault;
     for (uint32_t r = 0; r < world_; r++) {
+      const auto signals = [&](char *base, uint32_t source) {
+        return base + signals_at() + (uint64_t(l) * world_ + source) * kSignals * sizeof(uint64_t);
+      };
       ept_path &path = in_image(paths[l])[r];
+      if (!maps(r)) {
+        path = net_->path(l, r);
+        in_image(words[l])[r] = net_->words(l, r);
+        in_image(in[l])[r] = net_->memory(l);
+        continue;
+      }
       path.kind = r == rank_ ? EPT_DEVICE_NONE : EPT_DEVICE_MAPPED;
       path.peer = r;
       path.window = uint64_t(reinterpret_cast<uintptr_t>(peers_[r].base + l * lane_bytes_));
       path.window_bytes = map_.exported();
-      const auto signals = [&](char *base, uint32_t source) {
-        return base + signals_at() + (uint64_t(l) * world_ + source) * kSignals * sizeof(uint64_t);
-      };
       path.signals = uint64_t(reinterpret_cast<uintptr_t>(signals(peers_[r].base, rank_)));
       path.signal_count = kSignals;
       in_image(words[l])[r] = reinterpret_cast<uint64_t *>(signals(memory_, r));
+      in_image(in[l])[r] = memory_ + l * lane_bytes_;
     }
   }
   gpu_->copy_in(own_, image.data(), own_bytes_);
 }
 
-void Lanes::reset() {
+int32_t Lanes::reset(uint64_t timeout_ns) {
+  std::vector<std::array<uint64_t, EPT_PHASES>> next(count_);
+  if (net_) {
+    const Deadline deadline(timeout_ns == UINT64_MAX ? config_.timeout_ns : timeout_ns);
+    for (uint32_t l = 0; l < count_; l++) {
+      LaneState state;
+      gpu_->copy_out(&state, kept_[l].state, sizeof state);
+      for (uint32_t p = 0; p < EPT_PHASES; p++) next[l][p] = state.sent[p];
+    }
+    if (const int32_t code = net_->reset(next, deadline.remaining()); code != EPT_OK) return code;
+    begin_at(next);
+    meet(deadline);
+  } else {
+    begin_at(next);
+  }
+  return EPT_OK;
+}
+
+// All that kernels keep, empty and at those generations. Nobody raises a mapped signal meanwhile.
+void Lanes::begin_at(const std::vector<std::array<uint64_t, EPT_PHASES>> &next) {
   gpu_->clear(memory_ + signals_at(), bytes() - signals_at());
   gpu_->clear(own_, kept_bytes_);
   memset(told_, 0, sizeof(Told) * count_);
+  if (!net_) return;
+  for (uint32_t l = 0; l < count_; l++) {
+    LaneState state{};
+    std::vector<uint64_t> offsets(uint64_t(world_) * kSignals), heard(uint64_t(world_) * EPT_PHASES);
+    for (uint32_t p = 0; p < EPT_PHASES; p++) {
+      state.sent[p] = state.received[p] = next[l][p];
+      for (uint32_t r = 0; r < world_; r++) {
+        heard[r * EPT_PHASES + p] = next[l][p];
+        for (uint32_t slot = 0; slot < EPT_MOE_SLOTS; slot++) {
+          const uint64_t first = next[l][p] + ((next[l][p] ^ slot) & 1);  // generation of that slot
+          offsets[r * kSignals + signal_index(p, slot)] = (maps(r) ? 0 : net_->taken(l, r, p, slot)) - first / 2;
+        }
+      }
+    }
+    gpu_->copy_in(kept_[l].state, &state, sizeof state);
+    gpu_->copy_in(kept_[l].offsets, offsets.data(), offsets.size() * sizeof(uint64_t));
+    gpu_->copy_in(kept_[l].heard, heard.data(), heard.size() * sizeof(uint64_t));
+    const uint32_t membership = arena_->members()->epoch;
+    gpu_->copy_in(&tables_[l].membership, &membership, sizeof membership);
+  }
+}
+
+// GPU ranks some of which map each other's signals: all have cleared theirs.
+void Lanes::meet(const Deadline &deadline) {
+  Members with;
+  bool any = false;
+  for (const Place &a : places_) {
+    with.active.push_back(a.on_gpu != 0);
+    for (const Place &b : places_) any = any || (&a != &b && ept::moe::maps(a, b));
+  }
+  meetings_++;
+  if (any)
+    exchange(
+        arena_->engine, rank_, with, kTagSideMeet | meetings_, [](uint32_t) { return std::string(); }, deadline,
+        "to reset its GPU's signals");
 }
 
 void Lanes::fit(const Object &object) const {
@@ -196,21 +296,26 @@ void Lanes::fit(const Object &object) const {
       need.dispatch_send > map_.dispatch_send || need.combine_send > map_.combine_send)
     fail(EPT_E_INVALID, -1, "an AllToAll of %u lanes of %llu bytes doesn't fit %u lanes of %llu", object.config.lanes,
          (unsigned long long)need.bytes(page_bytes()), count_, (unsigned long long)lane_bytes_);
+  refuse(object);
+}
+
+void Lanes::refuse(const Object &object) {
+  const uint32_t world = object.config.world;
   if (object.shape.streams())
     fail(EPT_E_UNSUPPORTED, -1,
          "with a buffer_bytes of %llu, calls of more than %u tokens would be streamed, which the GPU executor can't do "
          "yet: leave buffer_bytes away, or make max_tokens %u",
          (unsigned long long)object.config.buffer_bytes, object.shape.chunk_tokens, object.shape.chunk_tokens);
-  if (object.config.num_experts > 65535 || world_ > 65535)
+  if (object.config.num_experts > 65535 || world > 65535)
     fail(EPT_E_UNSUPPORTED, -1, "%u experts on %u ranks; the GPU executor numbers at most 65535 of each",
-         object.config.num_experts, world_);
+         object.config.num_experts, world);
   const uint64_t tiles = (uint64_t(object.shape.max_tokens) + kWarp - 1) / kWarp;
-  const uint64_t shared = 4 * tiles * world_ + 8ull * object.config.num_experts + 40ull * world_ + 64;
-  const uint64_t received = 8ull * world_ * object.local() + 40ull * world_ + 4ull * object.local() + 64;
+  const uint64_t shared = 4 * tiles * world + 8ull * object.config.num_experts + 40ull * world + 64;
+  const uint64_t received = 8ull * world * object.local() + 40ull * world + 4ull * object.local() + 64;
   if (shared > kMostShared || received > kMostShared)
     fail(EPT_E_UNSUPPORTED, -1,
          "%u tokens, %u experts and %u ranks take %llu bytes of a block's shared memory; the GPU executor has %llu",
-         object.shape.max_tokens, object.config.num_experts, world_, (unsigned long long)std::max(shared, received),
+         object.shape.max_tokens, object.config.num_experts, world, (unsigned long long)std::max(shared, received),
          (unsigned long long)kMostShared);
 }
 
@@ -260,6 +365,14 @@ void Lanes::check(uint32_t lane) const {
     case kRow:
       failure("a row of rank %d is not what its header promised (%llu of %llu)", told.peer, ull(told.seen),
               ull(told.expected));
+      break;
+    case kLost:
+      failure("rank %u waited for rank %d, which is gone (%s): the signal stands short of %llu", rank_, told.peer,
+              ept_code_name(-int32_t(code)), ull(told.expected));
+      break;
+    case kSlot:
+      failure("rank %u waited %.1f s for rank %d to have consumed %llu messages; it says %llu", rank_,
+              double(config_.timeout_ns) * 1e-9, told.peer, ull(told.expected), ull(told.seen));
       break;
     default:
       failure("the message to rank %d could not be posted (%s)", told.peer, ept_code_name(-int32_t(told.seen)));

@@ -6,13 +6,14 @@
 //  - Kernels of one lane never run beside each other (one stream at a time), so state->sent and received stand still
 //    while one runs: each block reads its generation at its start, and the last block to end raises it.
 //  - At most one generation of a phase is open when the next is sent: the host launches a Drain before. So at send(g)
-//  this
-//    rank has read every message of g - 1, each of which was sent when its sender had read all of g - 2: slot g mod 2
-//    is free at every peer, and no send ever waits for one. (A CPU rank in the group keeps two open: it isn't admitted
-//    yet.)
-//  - Generation g of a phase raises the signal of slot g mod 2 to g / 2 + 1. A source's rows are read only after that
-//  was
-//    seen with acquire, by ordinary loads, after a barrier of who saw it.
+//    this rank has read every message of g - 1, each of which a GPU rank sent when it had read all of g - 2: slot g mod
+//    2 is free at every GPU peer, and no send waits for one. It is also why a GPU rank owes nobody an ept_lane_ack: the
+//    header of g - 1 has told.
+//  - A CPU rank keeps two generations open, so send(g) waits until it has consumed g - 2, as it says in any header that
+//    has landed here, read or not, or in an ack, which the proxy thread passes on (lane.h has why that ends).
+//  - Generation g of a phase raises the signal of slot g mod 2 to g / 2 + 1, and to what the source is ahead of that
+//    since a reset (signals of an engine only count up). A source's rows are read only after that was seen with
+//    acquire, by ordinary loads, after a barrier of who saw it.
 //  - A message is `done` in pieces: each block, by whichever of its threads finishes its last piece for a rank, adds
 //  them
 //    with acquire and release (device.cuh, 3); who completes the count zeroes it and raises the signal.
@@ -65,9 +66,9 @@ EPT_DEVICE void end_half(const LaneTable &t, uint32_t half, uint64_t *counter, u
 
 // Where this rank packs its message to `peer`: at the peer itself, or here where it is read here or put from here.
 EPT_DEVICE char *packs_at(const LaneTable &t, uint32_t peer, uint64_t received, uint64_t staged) {
-  if (peer == t.rank) return t.base + received;
+  if (peer == t.rank) return t.in[peer] + received;
   char *there = device::window(t.paths[peer], received);
-  return there ? there : t.base + staged;
+  return there ? there : t.staging + staged;
 }
 
 // The whole message is packed, and seen by the caller, a single thread.
@@ -90,17 +91,6 @@ EPT_DEVICE bool packed(const LaneTable &t, uint32_t peer, uint32_t pieces, uint3
   if (device::count_in(&t.done[peer], pieces) + pieces != all) return false;
   t.done[peer] = 0;
   return true;
-}
-
-// Staging of generation - 2 is no longer read by the network. Each block asks for itself: no other has told it.
-EPT_DEVICE void settle(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
-  const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
-  for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
-    const uint64_t ticket = t.tickets[r * kSignals + signal];
-    if (!ticket) continue;
-    const device::Seen seen = device::flush(t.paths[r], ticket - 1, device::deadline_in(t.timeout_ns));
-    if (!seen.came()) raise_fault(t, uint32_t(-seen.code), half, int32_t(r), kLate, generation, ticket, seen.count);
-  }
 }
 
 // A header as it is moved: by words.
@@ -136,20 +126,31 @@ EPT_DEVICE void put_header(char *to, const ept_moe_header &h) {
 EPT_DEVICE const uint64_t *arrival_word(const LaneTable &t, uint32_t source, uint32_t phase, uint64_t generation) {
   return t.words[source] + signal_index(phase, uint32_t(generation & 1));
 }
+EPT_DEVICE uint64_t arrival_count(const LaneTable &t, uint32_t source, uint32_t phase, uint64_t generation) {
+  return generation / 2 + 1 + t.offsets[source * kSignals + signal_index(phase, uint32_t(generation & 1))];
+}
 EPT_DEVICE bool has_arrived(const LaneTable &t, uint32_t source, uint32_t phase, uint64_t generation) {
-  return device::reached(Hardware::acquire_system(arrival_word(t, source, phase, generation)), generation / 2 + 1);
+  return device::reached(Hardware::acquire_system(arrival_word(t, source, phase, generation)),
+                         arrival_count(t, source, phase, generation));
 }
 // Nothing moved: true where the wait shall go on. One thread.
 EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, uint32_t source,
                          uint64_t deadline) {
   if (fault_of(t)) return false;
-  if (Hardware::now() > deadline) {
-    const uint64_t seen = Hardware::acquire_system(arrival_word(t, source, phase, generation));
-    raise_fault(t, uint32_t(-EPT_E_TIMEOUT), half, int32_t(source), kLate, generation, generation / 2 + 1, seen);
-    return false;
+  const uint64_t now = Hardware::now();
+  const int32_t *status = device::status(t.paths[source]);
+  // The status is a way over PCIe, as the signal is: it is asked for in one of 32 pieces of time.
+  const int32_t lost = status && (now >> 12) % 32 == 0 ? Hardware::relaxed_system(status) : EPT_OK;
+  if (now <= deadline && lost == EPT_OK) {
+    EPT_REST();
+    return true;
   }
-  EPT_REST();
-  return true;
+  if (has_arrived(t, source, phase, generation)) return true;  // before it was lost
+  const uint64_t seen = Hardware::acquire_system(arrival_word(t, source, phase, generation));
+  const bool late = lost == EPT_OK;
+  raise_fault(t, uint32_t(late ? -EPT_E_TIMEOUT : -lost), half, int32_t(source), late ? kLate : kLost, generation,
+              arrival_count(t, source, phase, generation), seen);
+  return false;
 }
 
 // 0, or the number of the first field that is not of this step. One thread, after the signal was seen.
@@ -170,6 +171,60 @@ EPT_DEVICE ept_moe_header get_header(const char *from) {
   HeaderWords to{};
   for (uint32_t i = 0; i < EPT_MOE_HEADER_BYTES / 4; i++) to.words[i] = reinterpret_cast<const uint32_t *>(from)[i];
   return to.header;
+}
+
+// ---- what a send must wait for, where there is a network ----
+
+// What the header of a message of that source says, checked or not, is true of the source.
+EPT_DEVICE void hear(const LaneTable &t, uint32_t source, const ept_moe_header &h) {
+  if (!t.acks || blockIdx.x != 0) return;  // one block tells for all
+  for (uint32_t p = 0; p < EPT_PHASES; p++) {
+    uint64_t *heard = &t.heard[source * EPT_PHASES + p];
+    if (!device::reached(*heard, h.consumed[p])) *heard = h.consumed[p];
+  }
+}
+// A send tells where what answers it will land, for who looks at a header before it is received.
+EPT_DEVICE void expect(const LaneTable &t, uint32_t phase, uint64_t generation, uint32_t source, uint64_t at) {
+  if (t.acks) t.lands[(phase * EPT_MOE_SLOTS + (generation & 1)) * t.world + source] = at;
+}
+EPT_DEVICE ept_moe_header landed(const LaneTable &t, uint32_t phase, uint64_t generation, uint32_t source) {
+  return get_header(t.in[source] + t.lands[(phase * EPT_MOE_SLOTS + (generation & 1)) * t.world + source]);
+}
+EPT_DEVICE uint64_t has_consumed(const LaneTable &t, uint32_t phase, uint32_t peer) {
+  const uint32_t at = peer * EPT_PHASES + phase;
+  uint64_t most = t.heard[at];
+  const uint64_t told = Hardware::acquire_system(&t.acks[at]);
+  if (!device::reached(most, told)) most = told;
+  for (uint32_t p = 0; p < EPT_PHASES; p++) {
+    const uint64_t next = t.state->received[p];
+    if (next == t.state->sent[p] || !has_arrived(t, peer, p, next)) continue;
+    const uint64_t said = landed(t, p, next, peer).consumed[phase];
+    if (!device::reached(most, said)) most = said;
+  }
+  return most;
+}
+
+// Staging of generation - 2 is no longer read by the network, and the slot is free at every CPU rank. Each block asks
+// for itself: no other has told it. All threads call; false, for all of them: the lane is faulted.
+EPT_DEVICE bool settle(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
+  if (!t.staging) return true;
+  const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
+  const uint64_t deadline = device::deadline_in(t.timeout_ns);
+  for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
+    const uint64_t ticket = t.tickets[r * kSignals + signal];
+    if (ticket) {
+      const device::Seen seen = device::flush(t.paths[r], ticket - 1, deadline);
+      if (!seen.came()) raise_fault(t, uint32_t(-seen.code), half, int32_t(r), kPost, generation, ticket, seen.count);
+    }
+    if (!t.acks || t.paths[r].kind != EPT_DEVICE_PROXY) continue;
+    uint64_t consumed;
+    while (consumed = has_consumed(t, phase, r), !device::reached(consumed, generation - 1) && !fault_of(t)) {
+      if (Hardware::now() > deadline)
+        raise_fault(t, uint32_t(-EPT_E_TIMEOUT), half, int32_t(r), kSlot, generation, generation - 1, consumed);
+      EPT_REST();
+    }
+  }
+  return !is_faulted(t);
 }
 
 // A warp's share of a row of `vectors` pieces of 16 bytes, in whole rounds of a warp.

@@ -10,6 +10,7 @@
 #include "moe/cuda/lanes.h"
 #include "moe/cuda/shared.h"
 #include "moe/fail.h"
+#include "moe/moe.h"
 
 using namespace ept::moe;
 using namespace ept::moe::cuda;
@@ -284,9 +285,92 @@ int32_t ept_gpu_lanes_fit(const ept_gpu_lanes *lanes, const ept_moe_config *moe,
   return guarded("gpu_lanes_fit", error, [&] { lanes->lanes->fit(Object(*moe)); });
 }
 
-int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, ept_error *error) {
-  return guarded("moe_reset", error, [&] { lanes->lanes->reset(); });
+int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, uint64_t timeout_ns, ept_error *error) {
+  int32_t code = EPT_OK;
+  const int32_t failed = guarded("moe_reset", error, [&] { code = lanes->lanes->reset(timeout_ns); });
+  return failed ? failed : code;
 }
+
+namespace {
+
+// What this rank brings to Arena::create.
+class GpuSide final : public Side {
+ public:
+  GpuSide(std::shared_ptr<Arena> arena, const ept_gpu_config &config, const ept_moe_config &moe,
+          std::shared_ptr<Lanes> known, Open open)
+      : lanes(std::move(known)), arena_(std::move(arena)), config_(config), moe_(moe), open_(std::move(open)) {}
+
+  Place place() override {
+    gpu_ = lanes ? nullptr : open_(config_.device);
+    const std::string identity = lanes ? lanes->gpu().identity() : gpu_->identity();
+    Lanes::refuse(Object(moe_));
+    Place place;
+    place.on_gpu = 1;
+    place.process = config_.process;
+    identity.copy(place.gpu, sizeof place.gpu);
+    if (config_.mapped) machine(place);
+    return place;
+  }
+  std::string offer(Arena &, const std::vector<Place> &places) override {
+    places_ = places;
+    if (lanes) return {};
+    lanes = std::make_shared<Lanes>(gpu_, config_, arena_, places);
+    fresh_ = true;
+    return lanes->exported();
+  }
+  void accept(const std::vector<std::string> &offers) override {
+    if (!fresh_) return;
+    for (uint32_t r = 0; r < offers.size(); r++)
+      if (r == arena_->rank || maps(places_[r], places_[arena_->rank]))
+        lanes->connect(r, offers[r]);
+      else
+        lanes->know(r);
+    lanes->start();
+  }
+
+  std::shared_ptr<Lanes> lanes;
+
+ private:
+  static void machine(Place &place) {
+    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
+    if (!file) return;  // who can't be told from another machine is reached through the engine
+    if (fread(place.machine, 1, sizeof place.machine - 1, file) == 0) place.machine[0] = 0;
+    fclose(file);
+  }
+
+  const std::shared_ptr<Arena> arena_;
+  const ept_gpu_config config_;
+  const ept_moe_config moe_;
+  const Open open_;
+  std::shared_ptr<Gpu> gpu_;
+  std::vector<Place> places_;
+  bool fresh_ = false;
+};
+
+}  // namespace
+
+std::shared_ptr<Lanes> ept::moe::cuda::join(std::shared_ptr<Arena> arena, const ept_gpu_config &config,
+                                            const ept_moe_config &moe, std::shared_ptr<Lanes> known, Open open,
+                                            uint32_t *number) {
+  GpuSide side(arena, config, moe, std::move(known), std::move(open));
+  std::vector<Lane *> its;
+  const std::shared_ptr<Object> object = arena->create(moe, its, &side);
+  *number = object->number;
+  return its.empty() ? nullptr : side.lanes;
+}
+
+int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const ept_moe_config *moe,
+                           const ept_gpu_lanes *known, ept_gpu_lanes **lanes, uint32_t *number, ept_error *error) {
+  return guarded("moe_create", error, [&] {
+    if (!config || config->size != sizeof *config || !moe) fail(EPT_E_INVALID, -1, "ept_gpu_config is of another size");
+    const std::shared_ptr<Lanes> joined =
+        join(arena->arena, *config, *moe, known ? known->lanes : nullptr, driver_gpu, number);
+    *lanes = joined && !known ? new ept_gpu_lanes{joined} : nullptr;
+    if (joined && known) *lanes = const_cast<ept_gpu_lanes *>(known);
+  });
+}
+
+int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes) { return lanes->lanes->shares_process(); }
 
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes) { return lanes->lanes->blocks(); }
 

@@ -3,6 +3,7 @@
 // host_gpu.h: a Gpu (native/moe/cuda/gpu.h) whose memory is the host's and whose kernels are fibers.
 #pragma once
 
+#include <atomic>
 #include <map>
 
 #include "machine.h"
@@ -17,12 +18,16 @@ class HostGpu final : public ept::moe::cuda::Gpu {
 
   int32_t ordinal() const override { return 0; }
   std::string identity() const override { return "GPU of fibers   "; }
+  uint32_t connections() const override { return streams; }
   uint32_t room(uint32_t) const override { return room_; }
   void *allocate(uint64_t bytes) override;
   void release(void *memory) override;
   void *allocate_pinned(uint64_t bytes) override { return allocate(bytes); }
   void release_pinned(void *memory) override { release(memory); }
+  char *pin(void *host, uint64_t) override { return static_cast<char *>(host); }
+  void unpin(void *) override {}
   void copy_in(void *to, const void *from, uint64_t bytes) override;
+  void copy_out(void *to, const void *from, uint64_t bytes) override { copy_in(to, from, bytes); }
   void clear(void *memory, uint64_t bytes) override;
   void synchronise(void *) override { machine.run(); }
   std::string share(void *) override { return {}; }
@@ -32,11 +37,12 @@ class HostGpu final : public ept::moe::cuda::Gpu {
               void *argument) override;
 
   Machine machine;
-  uint32_t allocations = 0;
+  std::atomic<uint32_t> allocations = 0;
+  uint32_t streams = 32;  // kept apart
 
  private:
   const uint32_t room_;
-  uint32_t held_ = 0;
+  std::atomic<uint32_t> held_ = 0;
 };
 
 }  // namespace simt

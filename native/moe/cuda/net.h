@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// net.h: a rank's lanes on a GPU over an engine, for the peers that no mapping reaches. The arena's lanes are a CPU
+// rank's (memory, regions, signals and how they are agreed on), pinned and shown to the GPU: kernels pack rows straight
+// into a lane's staging and push a command, the proxy posts the write, and what peers write lands in the lane, where
+// kernels read it. So a peer can't tell a GPU from a CPU.
+//
+// INVARIANTS
+//  - Between Arena::create and the end of the lanes, and but for a reset, nobody but kernels, the engine and this
+//    object's proxy thread touches them: no exchange is ever open in them.
+//  - The proxy's number of a signal is lane * kSignals + signal_index, of a memory and a region the lane.
+//  - What has been posted over a link is what the proxy has raised of it: a write that failed has raised nothing.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cuda/proxy.h"
+#include "moe/arena.h"
+#include "moe/cuda/args.h"
+#include "moe/cuda/gpu.h"
+
+namespace ept::moe::cuda {
+
+class Net {
+ public:
+  // `calls`: some rank is on a CPU, and may acknowledge by messages.
+  Net(std::shared_ptr<Gpu> gpu, Arena &arena, bool calls);
+  ~Net();
+  Net(const Net &) = delete;
+  Net &operator=(const Net &) = delete;
+
+  // As kernels see them.
+  ept_path path(uint32_t lane, uint32_t peer) const;
+  char *memory(uint32_t lane) const { return pinned_[lane].memory; }
+  uint64_t *words(uint32_t lane, uint32_t source) const { return pinned_[lane].words + source * Words::kEach; }
+  const uint64_t *acks(uint32_t lane) const { return acks_ ? acks_ + uint64_t(lane) * world_ * EPT_PHASES : nullptr; }
+
+  // Arena::reset for lanes whose next generations are `next`, [lane][phase], while no kernel of this rank runs. After
+  // OK they are those that all ranks go on with.
+  int32_t reset(std::vector<std::array<uint64_t, EPT_PHASES>> &next, uint64_t timeout_ns);
+  // Since then, or since the start: the count of the signal that the source's next message raises it from.
+  uint64_t taken(uint32_t lane, uint32_t source, uint32_t phase, uint32_t slot) const;
+
+ private:
+  struct Pinned {
+    char *memory = nullptr;
+    uint64_t *words = nullptr;
+  };
+  void name_all();
+  void pass_acks();
+  void give_back();
+
+  const std::shared_ptr<Gpu> gpu_;
+  Arena &arena_;
+  const uint32_t world_;
+  std::vector<Pinned> pinned_;  // [lanes]
+  void *pinned_ring_ = nullptr;
+  void *ring_ = nullptr;
+  uint64_t *acks_ = nullptr;  // [lanes, world, EPT_PHASES] pinned
+  std::mutex taking_acks_;
+  uint64_t looked_ = 0;
+  std::unique_ptr<ept::cuda::Proxy> proxy_;
+};
+
+}  // namespace ept::moe::cuda

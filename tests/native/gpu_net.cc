@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// GPU ranks over an engine: kernels as fibers (simt/) pack into lanes, their proxy threads write, and what comes is
+// read where it landed. Groups of GPU ranks, of GPU and CPU ranks, and of GPU ranks of which some map each other's
+// memory, in one step, against a group of CPU ranks, bit for bit; over loopback, polite and under the adversary, and
+// over tcp.
+#include "gpu_world.h"
+
+using namespace gpu_test;
+
+namespace {
+
+moe_test::Options over(const char *plugin) {
+  moe_test::Options options;
+  options.plugin = plugin;
+  return options;
+}
+
+void steps(const char *what, const ept_moe_config &config, const std::string &on, const moe_test::Options &options,
+           int count, uint64_t seed) {
+  check::running(what);
+  World world(config, seed, on, options);
+  for (uint32_t r = 0; r < config.world; r++)
+    if (world.on_gpu(r)) CHECK(world.lanes[r].lanes->over_engine());
+  for (int i = 0; i < count; i++) {
+    Step step = world.draw();
+    const std::vector<Got> expected = world.on_cpu(step);
+    world.compare(step, expected);
+  }
+}
+
+ept_moe_config quantised(ept_moe_config config) {
+  config.dispatch_dtype = EPT_DTYPE_E4M3;
+  return config;
+}
+
+// Dispatches, and their sums, that are never received: neither side waits for a slot that the other has read already.
+// Without acks, or without a look at headers that nobody receives, these end at their deadline.
+void abandoned(const std::string &on, const moe_test::Options &options, uint64_t seed) {
+  check::running("dispatches that are never received");
+  World world(moe_test::config_of(uint32_t(on.size()), 6, 2, 32, 7), seed, on, options);
+  for (int i = 0; i < 4; i++) {
+    Step step = world.draw();
+    const int before = 1 + i;
+    std::vector<Step> others;
+    for (int n = 0; n < before; n++) {
+      others.push_back(world.draw());
+      others[n].lane = step.lane;
+    }
+    std::vector<std::vector<Bytes>> routings(before, std::vector<Bytes>(on.size()));
+    std::vector<std::thread> threads;
+    for (uint32_t r = 0; r < on.size(); r++) {
+      if (world.on_gpu(r)) {
+        for (int n = 0; n < before; n++) world.send(others[n], r, routings[n][r]);
+        continue;
+      }
+      threads.emplace_back([&, r] {
+        for (Step &other : others) {
+          Error error;
+          const ept_dispatch_args args = world.dispatch_args(other, other.ranks[r], -1);
+          OK(ept_moe_dispatch_send(world.net_objects[r], &args, &error), error);
+        }
+      });
+    }
+    world.gpu->machine.run();
+    for (std::thread &thread : threads) thread.join();
+    const std::vector<Got> expected = world.on_cpu(step);
+    world.compare(step, expected);
+  }
+}
+
+void reset_all(World &world) {
+  world.net->run([&](uint32_t r) {
+    Error error;
+    if (world.on_gpu(r))
+      OK(ept_gpu_lanes_reset(&world.lanes[r], 60 * moe_test::kSecond, &error), error);
+    else
+      OK(ept_moe_reset(world.net_objects[r], 60 * moe_test::kSecond, &error), error);
+  });
+  for (auto &lanes : world.open) std::fill(lanes.begin(), lanes.end(), 0);
+}
+
+void have_patience(World &world, uint64_t ns) {
+  using ept::moe::cuda::LaneTable;
+  for (ept_gpu_lanes &lanes : world.lanes)
+    if (lanes.lanes) const_cast<LaneTable *>(lanes.lanes->table(0))->timeout_ns = ns;
+}
+
+// A rank that never sends, on either side; a reset brings all to one generation, whatever each has posted and read.
+void late(const std::string &on, uint32_t who, uint64_t seed) {
+  check::running("a rank that never sends");
+  constexpr uint64_t kPatience = 300'000'000;
+  World world(moe_test::config_of(uint32_t(on.size()), 6, 2, 32, 7), seed, on, over("loopback"));
+  for (int round = 0; round < 3; round++) {
+    for (int i = 0; i < round; i++) {
+      Step good = world.draw();
+      good.lane = 0;
+      const std::vector<Got> expected = world.on_cpu(good);
+      have_patience(world, 60 * moe_test::kSecond);  // this machine may stop for longer than the other
+      world.compare(good, expected);
+    }
+    Step step = world.draw();
+    step.lane = 0;
+    for (RankStep &s : step.ranks) s.layout = EPT_LAYOUT_ROWS;
+    const std::vector<Got> expected = world.on_cpu(step);
+    have_patience(world, kPatience);
+    std::vector<Got> all(on.size());
+    std::vector<Bytes> routings(on.size());
+    for (uint32_t r = 0; r < on.size(); r++) {
+      if (r == who) continue;
+      if (!world.on_gpu(r)) {  // sends, and never receives
+        Error error;
+        const ept_dispatch_args args = world.dispatch_args(step, step.ranks[r], -1);
+        OK(ept_moe_dispatch_send(world.net_objects[r], &args, &error), error);
+        continue;
+      }
+      world.send(step, r, routings[r]);
+      all[r].arrival = expected[r].arrival;
+      world.make(all[r], step.ranks[r], r, 0);
+      world.receive(step, r, routings[r], all[r]);
+    }
+    world.gpu->machine.run();
+    for (uint32_t r = 0; r < on.size(); r++) {
+      if (r == who || !world.on_gpu(r)) continue;
+      Error error;
+      CHECK_EQ(ept_gpu_moe_check(world.objects[r], step.lane, &error), EPT_E_FAULT);
+      CHECK_HAS(error.text, "TIMEOUT in dispatch_recv");
+      CHECK_EQ(all[r].num_rows, 0);
+    }
+    reset_all(world);
+  }
+}
+
+// A peer that is gone ends the waits for it long before their deadline.
+void lost() {
+  check::running("a rank that is gone");
+  World world(moe_test::config_of(2, 4, 2, 32, 6), 31, "gg", over("loopback"));
+  Step step = world.draw();
+  step.lane = 0;
+  const std::vector<Got> expected = world.on_cpu(step);
+  Bytes routing;
+  Got got;
+  world.send(step, 0, routing);
+  got.arrival = expected[0].arrival;
+  world.make(got, step.ranks[0], 0, 0);
+  world.receive(step, 0, routing, got);
+  std::thread other([&] {
+    Error error;
+    OK(ept_engine_mask(world.net->engines[0], 1, 1, "a test", &error), error);
+  });
+  world.gpu->machine.run();
+  other.join();
+  Error error;
+  CHECK_EQ(ept_gpu_moe_check(world.objects[0], 0, &error), EPT_E_FAULT);
+  CHECK_HAS(error.text, "rank 0 waited for rank 1, which is gone (EPT_E_PEER_LOST)");
+  CHECK_EQ(got.num_rows, 0);
+}
+
+// What can't be is refused on every rank alike, and the group goes on.
+void refused() {
+  check::running("what GPU ranks over an engine refuse");
+  World world(moe_test::config_of(2, 4, 2, 32, 6), 41, "gc", over("loopback"));
+  const auto both = [&](const ept_moe_config &config, bool swapped, int32_t code, const char *says) {
+    world.net->run([&](uint32_t r) {
+      Error error;
+      ept_moe_config mine = config;
+      mine.rank = r;
+      int32_t got = EPT_OK;
+      if (world.on_gpu(r) != swapped) {
+        try {
+          uint32_t number = 0;
+          ept_gpu_config how{};
+          how.size = sizeof how;
+          how.threads = 64;
+          how.process = 8;
+          (void)world.join(r, mine, how, world.lanes[r].lanes, &number);
+        } catch (const ept::moe::Failure &failure) {
+          got = failure.error.code;
+          snprintf(error.text, sizeof error.text, "%s", failure.error.text);
+        }
+      } else {
+        ept_moe *object = nullptr;
+        got = ept_moe_create(world.net->arenas[r], &mine, &object, &error);
+        if (object) ept_moe_close(object, nullptr);
+      }
+      CHECK_HAS(error.text, says);
+      CHECK(got == code || got == EPT_E_MISMATCH);  // the other rank's refusal
+    });
+  };
+  ept_moe_config larger = world.config;
+  larger.max_tokens = 60;
+  both(larger, false, EPT_E_UNSUPPORTED, "make the largest AllToAll of the group first");
+  both(world.config, true, EPT_E_UNSUPPORTED, "make a group for each");
+  ept_moe_config streamed = world.config;
+  streamed.buffer_bytes = 40'000;
+  streamed.max_tokens = 200;
+  both(streamed, false, EPT_E_UNSUPPORTED, "streamed");
+  for (int i = 0; i < 2; i++) {
+    Step step = world.draw();
+    const std::vector<Got> expected = world.on_cpu(step);
+    world.compare(step, expected);
+  }
+}
+
+// Ranks of one process whose streams may share a connection: told before any of their kernels waits for another.
+void few_connections() {
+  check::running("ranks of one process with few connections");
+  Group net(3);
+  const auto gpu = std::make_shared<simt::HostGpu>(1, 1000);
+  gpu->streams = 31;
+  net.run([&](uint32_t r) {
+    ept_moe_config config = moe_test::config_of(3, 6, 2, 32, 7);
+    config.rank = r;
+    Error error;
+    int32_t code = EPT_OK;
+    if (r == 2) {
+      ept_moe *object = nullptr;
+      code = ept_moe_create(net.arenas[r], &config, &object, &error);
+    } else {
+      ept_gpu_config how{};
+      how.size = sizeof how;
+      how.threads = 64;
+      how.process = 7;
+      uint32_t number = 0;
+      try {
+        (void)ept::moe::cuda::join(net.arenas[r]->arena, how, config, nullptr, [&](int32_t) { return gpu; }, &number);
+      } catch (const ept::moe::Failure &failure) {
+        code = failure.error.code;
+        snprintf(error.text, sizeof error.text, "%s", failure.error.text);
+      }
+    }
+    CHECK_EQ(code, EPT_E_CONFIG);
+    CHECK_HAS(error.text, "CUDA_DEVICE_MAX_CONNECTIONS is 31 here: set it to 32");
+  });
+}
+
+}  // namespace
+
+int main() {
+#ifdef __SANITIZE_THREAD__
+  puts("skipped: TSan doesn't follow fibers, which all run on one thread");
+  return 77;
+#endif
+  using moe_test::config_of;
+  const moe_test::Options polite = over("loopback");
+  steps("2 GPU ranks", config_of(2, 6, 3, 64, 9), "gg", polite, 6, 1);
+  steps("a GPU and a CPU rank", config_of(2, 6, 3, 64, 9), "gc", polite, 8, 2);
+  ept_moe_config padded = config_of(4, 9, 4, 24, 40);
+  padded.alignment = 8;
+  steps("GPU ranks of which two map each other's memory, and a CPU rank", padded, "mgmc", polite, 5, 3);
+  for (uint64_t seed = 1; seed <= 3; seed++)
+    steps("the same under the adversary", padded, "mgmc", moe_test::adversary(seed), 4, 10 + seed);
+  steps("fp8, 3 ranks, adversary", quantised(config_of(3, 6, 3, 272, 9)), "gcg", moe_test::adversary(7), 4, 20);
+  steps("over tcp", quantised(config_of(3, 6, 3, 272, 9)), "gcg", over("tcp"), 4, 21);
+  abandoned("gg", polite, 50);
+  abandoned("gc", polite, 51);
+  abandoned("gcg", moe_test::adversary(9), 52);
+  late("gg", 1, 60);
+  late("gcm", 1, 61);
+  late("mcm", 2, 62);
+  lost();
+  refused();
+  few_connections();
+  return 0;
+}

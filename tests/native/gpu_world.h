@@ -1,0 +1,425 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// gpu_world.h: the same step drawn from a seed, on CPU ranks and on ranks of a GPU of fibers (simt/), and compared bit
+// for bit: layouts by rank, tokens, routing with -1 and repeats, formats, lanes, and the order in which threads, blocks
+// and ranks go on.
+#pragma once
+
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "moe/cuda/lanes.h"
+#include "moe/moe.h"
+#include "moe_group.h"
+#include "moe_model.h"
+#include "simt/host_gpu.h"
+
+namespace gpu_test {
+
+using moe_test::Error;
+using moe_test::Group;
+using moe_test::tensor;
+using Random = std::mt19937_64;
+
+struct alignas(16) Unit {
+  char bytes[16];
+};
+struct Bytes {  // as a GPU's memory, aligned
+  std::vector<Unit> units;
+  uint64_t size = 0;
+  void make(uint64_t bytes, char value) {
+    size = bytes;
+    units.assign(bytes / 16 + 1, Unit{});
+    memset(units.data(), value, units.size() * 16);
+  }
+  char *data() { return reinterpret_cast<char *>(units.data()); }
+  const char *data() const { return reinterpret_cast<const char *>(units.data()); }
+};
+
+inline uint64_t below(Random &random, uint64_t n) { return random() % n; }
+
+struct RankStep {
+  uint32_t tokens = 0;
+  Bytes x;
+  std::vector<int64_t> ids;
+  std::vector<float> weights;
+  int32_t layout = 0, out_dtype = 0, y_dtype = 0;
+  bool weights_applied = false, abandons = false;
+  uint64_t slack = 0;
+  Bytes out;  // expert_out
+};
+struct Step {
+  uint32_t lane = 0;
+  bool weighed = true;
+  std::vector<RankStep> ranks;
+};
+
+// What a rank gets.
+struct Got {
+  uint64_t n = 0, slots = 0;
+  ept_arrival arrival{};
+  Bytes x, scales, y;
+  std::vector<int32_t> counts, offsets, ids, source;
+  std::vector<float> weights;
+  int32_t num_rows = -7;
+  ept_dispatch_outputs tensors{};
+};
+
+inline bool is_two(int32_t layout) { return layout == EPT_LAYOUT_BY_RANK || layout == EPT_LAYOUT_MASKED; }
+inline bool is_per_expert(int32_t layout) { return layout == EPT_LAYOUT_CONTIGUOUS || layout == EPT_LAYOUT_MASKED; }
+
+struct World {
+  ept_moe_config config;
+  Group cpu;
+  std::vector<ept_moe *> cpu_objects;
+  std::shared_ptr<simt::HostGpu> gpu;
+  std::unique_ptr<Group> net;          // NULL: no engine is under the GPU ranks
+  std::vector<ept_moe *> net_objects;  // of its ranks that are on a CPU
+  std::vector<ept_gpu_lanes> lanes;    // of those that are on the GPU
+  std::vector<ept_gpu_moe *> objects;
+  std::vector<uint32_t> local;
+  std::vector<std::vector<uint8_t>> open;  // [rank][lane] a dispatch that was never received
+  Random random;
+
+  // All ranks on one GPU, and in each other's address space.
+  World(const ept_moe_config &given, uint64_t seed, uint64_t timeout_ns = 60 * moe_test::kSecond)
+      : World(given, seed, timeout_ns, nullptr, {}) {
+    std::vector<std::string> blobs;
+    for (uint32_t r = 0; r < config.world; r++) {
+      lanes.push_back({std::make_shared<ept::moe::cuda::Lanes>(gpu, how(timeout_ns, true), config_of(r))});
+      blobs.push_back(lanes[r].lanes->exported());
+    }
+    for (uint32_t r = 0; r < config.world; r++) {
+      for (uint32_t other = 0; other < config.world; other++) lanes[r].lanes->connect(other, blobs[other]);
+      lanes[r].lanes->start();
+      open_object(r, 1);
+    }
+  }
+  // Over an engine. on[rank]: 'c' on a CPU, 'g' on the GPU, 'm' likewise, and such ranks map each other's memory.
+  World(const ept_moe_config &given, uint64_t seed, const std::string &on, const moe_test::Options &options,
+        uint64_t timeout_ns = 60 * moe_test::kSecond)
+      : World(given, seed, timeout_ns, std::make_unique<Group>(given.world, options), on) {
+    std::vector<ept_gpu_config> hows;
+    std::vector<uint32_t> numbers(config.world);
+    for (uint32_t r = 0; r < config.world; r++) hows.push_back(how(timeout_ns, on[r] == 'm'));
+    lanes.resize(config.world);
+    net->run([&](uint32_t r) {
+      Error error;
+      const ept_moe_config mine = config_of(r);
+      if (on[r] == 'c')
+        OK(ept_moe_create(net->arenas[r], &mine, &net_objects[r], &error), error);
+      else
+        lanes[r].lanes = join(r, mine, hows[r], nullptr, &numbers[r]);
+    });
+    for (uint32_t r = 0; r < config.world; r++)
+      if (on[r] != 'c') open_object(r, numbers[r]);
+  }
+  ~World() {
+    for (ept_gpu_moe *object : objects)
+      if (object) ept_gpu_moe_close(object);
+    moe_test::close_all(cpu_objects);
+    for (ept_moe *object : net_objects)
+      if (object) moe_test::close_all({object});
+  }
+
+  ept_moe_config config_of(uint32_t rank) const {
+    ept_moe_config mine = config;
+    mine.rank = rank;
+    return mine;
+  }
+  ept_gpu_config how(uint64_t timeout_ns, bool mapped) {
+    ept_gpu_config how{};
+    how.size = sizeof how;
+    how.blocks = 1 + uint32_t(below(random, 3));
+    how.threads = 64;
+    how.timeout_ns = timeout_ns;
+    how.process = 7;
+    how.mapped = mapped;
+    return how;
+  }
+  // As ept_gpu_lanes_join, on this GPU of fibers.
+  std::shared_ptr<ept::moe::cuda::Lanes> join(uint32_t r, const ept_moe_config &mine, const ept_gpu_config &how,
+                                              std::shared_ptr<ept::moe::cuda::Lanes> known, uint32_t *number) {
+    return ept::moe::cuda::join(
+        net->arenas[r]->arena, how, mine, std::move(known), [&](int32_t) { return gpu; }, number);
+  }
+
+  Step draw() {
+    Step step;
+    step.lane = uint32_t(below(random, config.lanes));
+    step.weighed = below(random, 4) != 0;
+    const int32_t floats[] = {EPT_DTYPE_F32, EPT_DTYPE_F16, EPT_DTYPE_BF16};
+    for (uint32_t r = 0; r < config.world; r++) {
+      RankStep s;
+      s.tokens = below(random, 5) ? uint32_t(below(random, config.max_tokens + 1)) : 0;
+      const size_t size = moe_model::size_of(config.dtype);
+      s.x.make(s.tokens * config.hidden * size, 0);
+      std::normal_distribution<float> normal(0, 3);
+      for (uint64_t i = 0; i < uint64_t(s.tokens) * config.hidden; i++)
+        moe_model::put(s.x.data() + i * size, normal(random), config.dtype);
+      const uint64_t skew = below(random, 3) ? config.num_experts : 1 + below(random, config.num_experts);
+      for (uint64_t i = 0; i < uint64_t(s.tokens) * config.top_k; i++) {
+        s.ids.push_back(below(random, 8) ? int64_t(below(random, skew)) : -1);
+        s.weights.push_back(float(below(random, 1000)) / 700.0f);
+      }
+      s.layout = int32_t(below(random, 4));
+      const uint64_t formats = config.hidden % 8 ? 1 : 3;  // rows start at multiples of 16 bytes
+      s.out_dtype = floats[below(random, formats)];
+      s.y_dtype = floats[below(random, formats)];
+      s.weights_applied = is_per_expert(s.layout) && below(random, 3) == 0;
+      s.abandons = below(random, 10) == 0;
+      s.slack = below(random, 3) * 2;
+      step.ranks.push_back(std::move(s));
+    }
+    return step;
+  }
+
+  uint32_t outer(uint32_t rank, int32_t layout) const {
+    return layout == EPT_LAYOUT_MASKED ? local[rank] : layout == EPT_LAYOUT_BY_RANK ? config.world : 1;
+  }
+
+  // Outputs for what is to come; x is NULL-safe and all is filled with what nobody writes.
+  void make(Got &got, const RankStep &s, uint32_t rank, int32_t device) const {
+    const ept_arrival &a = got.arrival;
+    const uint64_t needs[] = {a.rows, a.max_rank_rows, a.contiguous_rows, a.max_expert_rows};
+    got.n = needs[s.layout] + s.slack;
+    got.slots = got.n * outer(rank, s.layout);
+    const auto k = int64_t(config.top_k);
+    got.x.make(got.slots * config.hidden * moe_model::size_of(config.dispatch_dtype), char(0xee));
+    got.scales.make(got.slots * a.scale_bytes, char(0xee));
+    got.counts.assign(local[rank], -7);
+    got.offsets.assign(local[rank] + 1, -7);
+    got.ids.assign(got.slots * config.top_k, -7);
+    got.weights.assign(got.slots * (is_per_expert(s.layout) ? 1 : config.top_k), -7);
+    got.source.assign(got.slots * 2, -7);
+    const auto shape = [&](std::vector<int64_t> rest) {
+      std::vector<int64_t> dims;
+      if (is_two(s.layout)) dims.push_back(outer(rank, s.layout));
+      dims.push_back(int64_t(got.n));
+      dims.insert(dims.end(), rest.begin(), rest.end());
+      return dims;
+    };
+    ept_dispatch_outputs &to = got.tensors;
+    to.size = sizeof to;
+    to.layout = s.layout;
+    to.x = tensor(got.x.data(), config.dispatch_dtype, shape({int64_t(config.hidden)}));
+    if (a.scale_bytes) {
+      const bool fp32 = a.scale_format == EPT_DTYPE_F32;
+      to.scales = tensor(got.scales.data(), a.scale_format, shape({fp32 ? a.scale_bytes / 4 : a.scale_bytes}));
+      if (!is_two(s.layout) && s.slack) {  // by column
+        to.scales.strides[0] = 1;
+        to.scales.strides[1] = int64_t(got.n);
+      }
+    }
+    to.counts = tensor(got.counts.data(), EPT_DTYPE_I32, {local[rank]});
+    to.offsets = tensor(got.offsets.data(), EPT_DTYPE_I32, {local[rank] + 1});
+    if (!is_per_expert(s.layout)) to.topk_ids = tensor(got.ids.data(), EPT_DTYPE_I32, shape({k}));
+    to.topk_weights = tensor(got.weights.data(), EPT_DTYPE_F32, is_per_expert(s.layout) ? shape({}) : shape({k}));
+    to.source = tensor(got.source.data(), EPT_DTYPE_I32, shape({2}));
+    got.y.make(s.tokens * config.hidden * moe_model::size_of(s.y_dtype), char(0xee));
+    for (ept_tensor *t : {&to.x, &to.scales, &to.counts, &to.offsets, &to.topk_ids, &to.topk_weights, &to.source})
+      t->device = device;
+  }
+  ept_dispatch_args dispatch_args(const Step &step, RankStep &s, int32_t device) const {
+    ept_dispatch_args args{};
+    args.size = sizeof args;
+    args.lane = step.lane;
+    const int64_t k = config.top_k;
+    args.x = tensor(s.x.data(), config.dtype, {s.tokens, int64_t(config.hidden)});
+    args.topk_ids = tensor(s.ids.data(), EPT_DTYPE_I64, {s.tokens, k});
+    if (step.weighed) args.topk_weights = tensor(s.weights.data(), EPT_DTYPE_F32, {s.tokens, k});
+    for (ept_tensor *t : {&args.x, &args.topk_ids, &args.topk_weights}) t->device = device;
+    return args;
+  }
+  ept_combine_args combine_args(const Step &step, RankStep &s, const Got &got, int32_t device) const {
+    ept_combine_args args{};
+    args.size = sizeof args;
+    args.lane = step.lane;
+    args.layout = s.layout;
+    args.weights_applied = s.weights_applied;
+    args.expert_out = got.tensors.x;
+    args.expert_out.data = s.out.data();
+    args.expert_out.dtype = s.out_dtype;
+    args.expert_out.device = device;
+    return args;
+  }
+  ept_tensor sums(const RankStep &s, Got &got, int32_t device) const {
+    ept_tensor y = tensor(got.y.data(), s.y_dtype, {s.tokens, int64_t(config.hidden)});
+    y.device = device;
+    return y;
+  }
+
+  std::vector<Got> on_cpu(Step &step) {
+    std::vector<Got> all(config.world);
+    std::vector<uint64_t> seeds;
+    for (uint32_t r = 0; r < config.world; r++) seeds.push_back(random());
+    cpu.run([&](uint32_t r) { step_on_cpu(cpu_objects[r], step, r, all[r], &seeds[r]); });
+    return all;
+  }
+  // `seed`: what the experts give back is drawn from it; NULL: the step has it.
+  void step_on_cpu(ept_moe *object, Step &step, uint32_t r, Got &got, const uint64_t *seed) const {
+    RankStep &s = step.ranks[r];
+    Error error;
+    const ept_dispatch_args sent = dispatch_args(step, s, -1);
+    OK(ept_moe_dispatch_send(object, &sent, &error), error);
+    got.arrival.size = sizeof got.arrival;
+    OK(ept_moe_dispatch_wait(object, step.lane, &got.arrival, &error), error);
+    make(got, s, r, -1);
+    ept_routing *routing = nullptr;
+    OK(ept_moe_dispatch_recv(object, step.lane, &got.tensors, &routing, &error), error);
+    if (seed) {
+      const size_t size = moe_model::size_of(s.out_dtype);
+      s.out.make(got.slots * config.hidden * size, char(0xff));  // NaN where no row is
+      Random mine(*seed);
+      std::normal_distribution<float> normal(0, 3);
+      for (uint64_t row = 0; row < got.slots; row++)
+        for (uint32_t c = 0; c < config.hidden && got.source[2 * row] >= 0; c++)
+          moe_model::put(s.out.data() + (row * config.hidden + c) * size, normal(mine), s.out_dtype);
+    }
+    ept_combine_args back = combine_args(step, s, got, -1);
+    back.routing = routing;
+    OK(ept_moe_combine_send(object, &back, &error), error);
+    const ept_tensor y = sums(s, got, -1);
+    OK(ept_moe_combine_recv(object, step.lane, &y, nullptr, &error), error);
+    ept_routing_release(routing);
+  }
+
+  std::vector<uint32_t> order() {
+    std::vector<uint32_t> ranks;
+    for (uint32_t r = 0; r < config.world; r++) ranks.push_back(r);
+    std::shuffle(ranks.begin(), ranks.end(), random);
+    return ranks;
+  }
+  void *stream(uint32_t rank, uint32_t lane) { return &open[rank][lane]; }
+
+  void send(Step &step, uint32_t r, Bytes &routing) {
+    Error error;
+    RankStep &s = step.ranks[r];
+    routing.make(ept_gpu_routing_bytes(objects[r], s.tokens), char(0xee));
+    const ept_dispatch_args args = dispatch_args(step, s, 0);
+    if (open[r][step.lane]) OK(ept_gpu_moe_drain(objects[r], step.lane, 0, stream(r, step.lane), &error), error);
+    OK(ept_gpu_moe_dispatch_send(objects[r], &args, routing.data(), stream(r, step.lane), &error), error);
+    open[r][step.lane] = 1;
+  }
+  void receive(Step &step, uint32_t r, Bytes &routing, Got &got) {
+    Error error;
+    OK(ept_gpu_moe_dispatch_recv(objects[r], step.lane, &got.tensors, routing.data(), step.ranks[r].tokens,
+                                 &got.num_rows, stream(r, step.lane), &error),
+       error);
+    open[r][step.lane] = 0;
+  }
+  void sum(Step &step, uint32_t r, Bytes &routing, Got &got) {
+    Error error;
+    RankStep &s = step.ranks[r];
+    const ept_combine_args args = combine_args(step, s, got, 0);
+    const ept_tensor y = sums(s, got, 0);
+    OK(ept_gpu_moe_combine_send(objects[r], &args, routing.data(), s.tokens, stream(r, step.lane), &error), error);
+    OK(ept_gpu_moe_combine_recv(objects[r], step.lane, &y, routing.data(), stream(r, step.lane), &error), error);
+  }
+
+  bool on_gpu(uint32_t rank) const { return objects[rank] != nullptr; }
+
+  void compare(const Step &step, const std::vector<Got> &expected) {
+    std::vector<Got> all(config.world);
+    std::vector<Bytes> routings(config.world);
+    std::vector<uint64_t> arrivals(config.world * 4);
+    const uint32_t before = gpu->allocations;
+    Error error;
+    Step mine = step;
+    std::vector<std::thread> threads;
+    for (uint32_t r = 0; r < config.world; r++)
+      if (!on_gpu(r)) threads.emplace_back([&, r] { step_on_cpu(net_objects[r], mine, r, all[r], nullptr); });
+    for (uint32_t r : order()) {
+      if (!on_gpu(r)) continue;
+      send(mine, r, routings[r]);
+      OK(ept_gpu_moe_dispatch_wait(objects[r], step.lane, &arrivals[r * 4], stream(r, step.lane), &error), error);
+      all[r].arrival = expected[r].arrival;
+      make(all[r], mine.ranks[r], r, 0);
+      receive(mine, r, routings[r], all[r]);
+    }
+    // Before or after all have received: combine begins on a rank while others still receive.
+    const bool apart = below(random, 2);
+    if (apart) gpu->machine.run();
+    for (uint32_t r : order())
+      if (on_gpu(r)) sum(mine, r, routings[r], all[r]);
+    gpu->machine.run();
+    for (std::thread &thread : threads) thread.join();
+    CHECK_EQ(gpu->allocations, before);  // nothing is allocated in a step
+    for (uint32_t r = 0; r < config.world; r++) {
+      if (on_gpu(r)) {
+        OK(ept_gpu_moe_check(objects[r], step.lane, &error), error);
+      } else {
+        const ept_arrival &a = all[r].arrival;
+        const uint64_t came[] = {a.rows, a.max_rank_rows, a.contiguous_rows, a.max_expert_rows};
+        std::copy(came, came + 4, &arrivals[r * 4]);
+        all[r].num_rows = int32_t(step.ranks[r].layout == EPT_LAYOUT_CONTIGUOUS ? a.contiguous_rows : a.rows);
+      }
+      same(step.ranks[r], expected[r], all[r], &arrivals[r * 4]);
+    }
+  }
+
+  void same(const RankStep &s, const Got &expected, const Got &got, const uint64_t *arrival) const {
+    const ept_arrival &a = expected.arrival;
+    CHECK_EQ(arrival[0], a.rows);
+    CHECK_EQ(arrival[1], a.max_rank_rows);
+    CHECK_EQ(arrival[2], a.contiguous_rows);
+    CHECK_EQ(arrival[3], a.max_expert_rows);
+    CHECK_EQ(uint64_t(got.num_rows), s.layout == EPT_LAYOUT_CONTIGUOUS ? a.contiguous_rows : a.rows);
+    CHECK(got.source == expected.source);
+    CHECK(got.counts == expected.counts);
+    if (s.layout == EPT_LAYOUT_CONTIGUOUS) CHECK(got.offsets == expected.offsets);
+    if (!is_per_expert(s.layout)) CHECK(got.ids == expected.ids);
+    CHECK_EQ(got.weights.size(), expected.weights.size());
+    const uint64_t row_bytes = got.slots ? got.x.size / got.slots : 0;
+    const uint64_t weights = got.slots ? got.weights.size() / got.slots : 0;
+    for (uint64_t row = 0; row < got.slots; row++) {
+      const bool filled = got.source[2 * row] >= 0;
+      for (uint64_t i = 0; i < weights && filled; i++)
+        if (is_per_expert(s.layout) || got.ids[row * weights + i] >= 0)
+          CHECK_EQ(got.weights[row * weights + i], expected.weights[row * weights + i]);
+      if (filled) {
+        CHECK_EQ(memcmp(got.x.data() + row * row_bytes, expected.x.data() + row * row_bytes, row_bytes), 0);
+      } else {  // nobody writes there
+        for (uint64_t i = 0; i < row_bytes; i++) CHECK(got.x.data()[row * row_bytes + i] == char(0xee));
+      }
+    }
+    const auto &scales = got.tensors.scales;
+    const uint64_t step = scales.dtype == EPT_DTYPE_F32 ? 4 : 1;
+    for (uint64_t row = 0; row < got.slots && a.scale_bytes; row++)
+      for (uint64_t b = 0; b < a.scale_bytes / step && got.source[2 * row] >= 0; b++) {
+        const int d = is_two(s.layout) ? 2 : 1;
+        const uint64_t at = d == 2 ? row * (a.scale_bytes / step) + b
+                                   : row * uint64_t(scales.strides[0]) + b * uint64_t(scales.strides[1]);
+        CHECK_EQ(memcmp(got.scales.data() + at * step, expected.scales.data() + at * step, step), 0);
+      }
+    CHECK_EQ(memcmp(got.y.data(), expected.y.data(), got.y.size), 0);
+  }
+
+ private:
+  World(const ept_moe_config &given, uint64_t seed, uint64_t, std::unique_ptr<Group> over, const std::string &)
+      : config(given),
+        cpu(given.world),
+        cpu_objects(cpu.create(given)),
+        gpu(std::make_shared<simt::HostGpu>(seed, 1000)),
+        net(std::move(over)),
+        net_objects(given.world),
+        objects(given.world),
+        open(given.world, std::vector<uint8_t>(given.lanes)),
+        random(seed) {
+    for (uint32_t r = 0; r < given.world; r++) local.push_back(ept::moe::Object(config_of(r)).local());
+  }
+  void open_object(uint32_t r, uint32_t number) {
+    const ept_moe_config mine = config_of(r);
+    Error error;
+    OK(ept_gpu_moe_create(&lanes[r], &mine, number, &objects[r], &error), error);
+  }
+};
+
+}  // namespace gpu_test
