@@ -91,8 +91,11 @@ struct Injection {
 
 struct StrictOptions {
   uint64_t seed = 1;
-  uint64_t salt = 0;              // of this rank, so that ranks differ
-  uint32_t window = 16;           // reads that a step waits at most; one in sixteen waits up to sixteen times as long
+  uint64_t salt = 0;     // of this rank, so that ranks differ
+  uint32_t window = 16;  // reads that a step waits at most; one in sixteen waits up to sixteen times as long
+  // Milliseconds after which a step goes on however few reads there were: who shares its core with busy others reads a
+  // few hundred times a second, and would be taken for dead. 0: reads alone count, and a seed is one schedule for sure.
+  uint32_t hold_ms = 100;
   double eagain = 0.1;            // how likely a post or a read starts a storm
   uint32_t storm = 4;             // reads that a storm lasts at most
   uint64_t rma = 1 << 20;         // longest write. EFA: 1 GiB; smaller, so that cutting is seen

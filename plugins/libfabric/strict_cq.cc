@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "strict_objects.h"
@@ -174,6 +175,7 @@ void Cq::complete(Op *op, uint64_t flags, size_t length, uint64_t data, fi_addr_
     entry.source = source;
     entry.number = arrived++;
     entry.due = now + schedule.wait();
+    entry.until_ns = hold_until(domain->shared->options);
     entry.error = error_number;
     entry.provider = provider;
     entry.device = device;
@@ -204,6 +206,7 @@ void Cq::take(const fi_cq_data_entry &real_entry, fi_addr_t source) {
   entry.source = source;
   entry.number = arrived++;
   entry.due = now + schedule.wait();
+  entry.until_ns = hold_until(domain->shared->options);
   held.push_back(entry);
 }
 
@@ -221,6 +224,14 @@ void Cq::take_error(const fi_cq_err_entry &real_error) {
   entry.error = real_error.err;
   entry.provider = of_provider(real_error);
   held.push_back(entry);
+}
+
+uint64_t clock_ns() {
+  return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
+}
+
+uint64_t hold_until(const StrictOptions &options) {
+  return options.hold_ms == 0 ? UINT64_MAX : clock_ns() + options.hold_ms * uint64_t{1000000};
 }
 
 void Cq::wake_up() {
@@ -259,8 +270,9 @@ void Cq::move() {
     return;
   }
   std::vector<Entry> due;
+  const uint64_t time = held.empty() ? 0 : clock_ns();
   std::erase_if(held, [&](const Entry &entry) {
-    if (entry.due > now) return false;
+    if (entry.due > now && entry.until_ns > time) return false;
     due.push_back(entry);
     return true;
   });

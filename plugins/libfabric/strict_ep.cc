@@ -229,7 +229,8 @@ void Ep::advance() {
   if (storm > 0) storm--;
   if (window.empty()) return;
   std::vector<Op *> due, stay;
-  for (Op *op : window) (op->due <= now ? due : stay).push_back(op);
+  const uint64_t time = clock_ns();
+  for (Op *op : window) (op->due <= now || op->until_ns <= time ? due : stay).push_back(op);
   schedule.shuffle(due);
   std::vector<uint64_t> left;
   for (Op *op : due) {

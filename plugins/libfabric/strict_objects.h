@@ -100,6 +100,7 @@ struct Op {
   std::string copy;  // of what was injected
   bool by_message;   // posted with flags of its own
   uint64_t number, due;
+  uint64_t until_ns;     // it goes by then, whatever `due` says
   uint64_t polls;        // of its target when it was posted
   uint64_t stalled = 0;  // since which read it waits for a receive; 0: it doesn't
   bool unpolled = false;
@@ -111,6 +112,7 @@ struct Entry {
   fi_cq_tagged_entry entry;
   fi_addr_t source;
   uint64_t number, due;
+  uint64_t until_ns = 0;
   int error, provider;        // 0: no error
   const DeviceError *device;  // one of ours
 };
@@ -180,6 +182,8 @@ Derived *as(fid *object) {  // a fid is the first member of each base
 inline Domain *as_domain(fid *object) { return as<Domain, fid_domain>(object); }
 
 std::string address_key(uint32_t format, const void *address, size_t length);
+uint64_t hold_until(const StrictOptions &options);
+uint64_t clock_ns();
 uint64_t base_of_key(uint64_t key);
 bool is_marked(const Op *op);  // does its context hold what the post left there?
 

@@ -85,6 +85,7 @@ bool read_share(const std::string &text, double *share) {
 bool read_option(const std::string &name, const std::string &text, StrictOptions *options) {
   // A step waits 16 windows at most; a queue entry is some 100 bytes; the rest are the limits of their types.
   if (name == "window") return read_into(text, 4096, &options->window);
+  if (name == "hold_ms") return read_into(text, UINT32_MAX, &options->hold_ms);
   if (name == "eagain") return read_share(text, &options->eagain);
   if (name == "storm") return read_into(text, 4096, &options->storm) && options->storm > 0;
   if (name == "rma") return read_into(text, UINT64_MAX, &options->rma);
@@ -132,7 +133,7 @@ std::string parse_strict(const std::string &text, StrictOptions *options) {
     const size_t equals = part.find('=');
     if (equals == std::string::npos || !read_option(part.substr(0, equals), part.substr(equals + 1), options))
       return "strict does not understand \"" + part +
-             "\"; it knows window, eagain (0 to 1), storm, rma, msg, inject, tx, cq, rnr, plain, manual, "
+             "\"; it knows window, hold_ms, eagain (0 to 1), storm, rma, msg, inject, tx, cq, rnr, plain, manual, "
              "error=CODE@N, send_error=CODE/N, eq_error=@N and report_to=FILE";
     at = end + 1;
   }

@@ -175,6 +175,7 @@ ssize_t take(Ep *ep, const Post &post) {
   const uint32_t wait = ep->schedule.wait();
   if (wait > 0) shared.did(Deed::kPutOff);
   op->due = ep->now + 1 + wait;  // never in the post itself
+  op->until_ns = hold_until(shared.options);
   op->polls = polls;
   op->fails = error;
   inject_errors(ep, op);

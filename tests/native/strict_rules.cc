@@ -33,12 +33,13 @@ std::shared_ptr<libfabric::Library> strict_over_null(const StrictOptions &option
 void words_of_a_setting_are_understood() {
   StrictOptions options;
   CHECK_EQ(libfabric::parse_strict(
-               "7:window=32,eagain=0.25,storm=9,rma=5000,msg=100,inject=8,tx=3,cq=77,rnr=4,"
+               "7:window=32,hold_ms=50,eagain=0.25,storm=9,rma=5000,msg=100,inject=8,tx=3,cq=77,rnr=4,"
                "plain=1,manual=0,error=rnr@100,error=13/7,send_error=abort/2,eq_error=@5,report_to=/tmp/x",
                &options),
            "");
   CHECK_EQ(options.seed, 7);
   CHECK_EQ(options.window, 32);
+  CHECK_EQ(options.hold_ms, 50);
   CHECK_EQ(options.eagain, 0.25);
   CHECK_EQ(options.storm, 9);
   CHECK_EQ(options.rma, 5000);
@@ -268,6 +269,21 @@ void only_reads_move_anything() {
   CHECK_EQ(still.b.arrived.size(), 1);
 }
 
+// However few reads there are: what would wait for some thousand of them goes on by the clock.
+void nothing_is_held_for_longer_than_asked() {
+  StrictOptions options = calm();
+  options.window = 4096;
+  options.hold_ms = 5;
+  StrictPair pair(strict_over_null(options));
+  for (int i = 0; i < 16; i++) CHECK_EQ(pair.a.write(pair.b, pair.to_b, 0, 8, 1, pair.a.context()), 0);
+  for (int i = 0; i < 4; i++) {  // window; completion and arrival; and two to spare
+    usleep(6000);
+    pair.polls(2);
+  }
+  CHECK_EQ(pair.b.arrived.size(), 16);
+  CHECK_EQ(pair.a.completed.size(), 16);
+}
+
 void a_target_that_does_not_poll_gets_nothing() {
   const StrictOptions options = calm();
   StrictPair pair(strict_over_null(options), 64, FI_WAIT_FD);
@@ -465,6 +481,7 @@ int main() {
   RUN(an_endpoint_has_an_event_queue());
   RUN(memory_is_there());
   RUN(only_reads_move_anything());
+  RUN(nothing_is_held_for_longer_than_asked());
   RUN(a_target_that_does_not_poll_gets_nothing());
   RUN(a_message_without_a_receive_stalls());
   RUN(a_queue_that_is_not_read_is_overrun());

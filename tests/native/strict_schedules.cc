@@ -194,6 +194,7 @@ void ranks_may_have_threads_of_their_own() {
 // The order in which `b` sees 40 writes of `a` under a seed.
 std::vector<uint64_t> order_of(uint64_t seed) {
   StrictOptions options;
+  options.hold_ms = 0;
   options.seed = seed;
   StrictPair pair(strict_over_null(options));
   for (uint64_t i = 0; i < 40; i++) {
