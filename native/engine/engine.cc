@@ -270,10 +270,6 @@ int32_t ept_engine::step(ept_error *error) {
         operation_ended(event.cookie, EPT_OK, 0, nullptr);
         break;
       case EPT_EVENT_IMM:
-        if (event.peer < world) {
-          add_alone(metrics.peer(event.peer).rx_operations, 1);
-          add_alone(metrics.peer(event.peer).rx_bytes, event.length);
-        }
         set(metrics.page()->last_progress_ns, now); /* heartbeats are none */
         on_immediate(event);
         break;
@@ -296,10 +292,7 @@ int32_t ept_engine::step(ept_error *error) {
       default:
         break;
     }
-    if (event.peer < world && (event.kind == EPT_EVENT_IMM || event.kind == EPT_EVENT_RECV)) {
-      peers[event.peer].last_sign = now;
-      peers[event.peer].unanswered = 0;
-    }
+    if (event.peer < world && (event.kind == EPT_EVENT_IMM || event.kind == EPT_EVENT_RECV)) heard(peers[event.peer]);
   }
   if (count && now - refreshed_ns > refresh_ns) refresh_metrics(now);
   if (now >= next_tick) tick(count < static_cast<int32_t>(event_batch));

@@ -419,6 +419,7 @@ struct ept_engine {
 
   /* heartbeat.cc */
   void tick(bool all_read);
+  void heard(ept::Peer &peer);
   void send_heartbeat(ept::Peer &peer);
   void tell(ept::Peer &peer);
   void on_heartbeat(ept::Peer &peer, const ept_heartbeat &heartbeat);

@@ -54,6 +54,11 @@ void ept_engine::tick(bool all_read) {
   }
 }
 
+void ept_engine::heard(Peer &peer) {
+  peer.last_sign = now;
+  peer.unanswered = 0;
+}
+
 void ept_engine::send_heartbeat(Peer &peer) {
   const ept_heartbeat heartbeat{membership, 0};
   peer.told = membership;

@@ -68,6 +68,9 @@ void ept_engine::on_immediate(const ept_event &event) {
     stale++;
     return;
   }
+  if (event.peer == nobody) heard(peer); /* a network that doesn't say whose it is: its chan is one peer's alone */
+  add_alone(metrics.peer(chan.source).rx_operations, 1);
+  add_alone(metrics.peer(chan.source).rx_bytes, event.length);
   peer.consumed_total++;
   switch (chan.kind) {
     case ChanKind::credits:

@@ -3,6 +3,7 @@
 // played_peers.cc: what an engine takes from a peer whose every word the test says itself, over the network of the fuzz
 // targets: a HELLO that is for another life, and the silence of a time in which the engine did not look.
 #include <chrono>
+#include <cstring>
 #include <string>
 #include <thread>
 
@@ -97,9 +98,36 @@ void the_judge_was_away() {
   CHECK_EQ(rig.status(), EPT_PEER_LOST);
 }
 
+// A network may not say whose an immediate is (libfabric's doesn't). It is a sign of life of the one peer that its chan
+// is for, and an answer to it: who gets nothing but such from a peer goes on telling it that it lives.
+void immediates_of_nobody_are_signs_of_life() {
+  Rig rig(0);
+  rig.hello(0);
+  CHECK_EQ(rig.status(), EPT_PEER_UP);
+  uint64_t said = 0;
+  wire::tamper([&](uint32_t from, uint32_t to, char *bytes, size_t length) {
+    ept_message head{};
+    if (length >= sizeof head) std::memcpy(&head, bytes, sizeof head);
+    said += from == 0 && to == 1 && head.version == EPT_WIRE_VERSION && head.type == EPT_MESSAGE_HEARTBEAT;
+  });
+  const auto begin = std::chrono::steady_clock::now();
+  uint32_t number = 0;
+  while (said < 3 || std::chrono::steady_clock::now() - begin < std::chrono::nanoseconds(2 * kDead)) {
+    CHECK(std::chrono::steady_clock::now() - begin < std::chrono::minutes(1));
+    // One in order on each of the first chans, of which one is the played peer's for transfers without a signal.
+    for (uint32_t chan = 0; chan < 4; chan++)
+      wire::say_immediate(0, UINT32_MAX, ept_imm(1, number % EPT_IMM_WINDOW, chan));
+    number++;
+    CHECK_EQ(rig.status(), EPT_PEER_UP);
+    std::this_thread::sleep_for(std::chrono::nanoseconds(kDead / 100));
+  }
+  wire::tamper(nullptr);
+}
+
 }  // namespace
 
 int main() {
   RUN(hello_of_another_life());
   RUN(the_judge_was_away());
+  RUN(immediates_of_nobody_are_signs_of_life());
 }
