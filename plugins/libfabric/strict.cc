@@ -40,7 +40,7 @@ void shape(const StrictOptions &options, fi_info *info) {
   info->tx_attr->inject_size = std::min<size_t>(info->tx_attr->inject_size, options.inject);
   info->tx_attr->iov_limit = std::min<size_t>(info->tx_attr->iov_limit, 2);
   info->tx_attr->rma_iov_limit = 1;
-  info->ep_attr->max_msg_size = std::min<size_t>(info->ep_attr->max_msg_size, std::max(options.rma, options.msg));
+  info->ep_attr->max_msg_size = std::min<size_t>(info->ep_attr->max_msg_size, options.rma);
   info->ep_attr->max_order_raw_size = info->ep_attr->max_order_war_size = info->ep_attr->max_order_waw_size = 0;
   info->domain_attr->mr_mode |= kMrMode;
   info->domain_attr->cq_data_size = 4;

@@ -84,6 +84,10 @@ void only_what_efa_has_is_offered() {
   CHECK(!offered([](fi_info *hints) { hints->domain_attr->mr_mode &= ~FI_MR_PROV_KEY; }));
   CHECK(!offered([](fi_info *hints) { hints->domain_attr->cq_data_size = 8; }));
   CHECK(!offered([](fi_info *hints) { hints->domain_attr->data_progress = FI_PROGRESS_AUTO; }));
+  StrictOptions shorter = calm();
+  shorter.rma = 1000;  // what is told is what is held
+  StrictPair held(strict_over_null(shorter));
+  CHECK_EQ(held.a.info->ep_attr->max_msg_size, 1000);
   StrictPair pair(library);
   CHECK_EQ(pair.a.info->domain_attr->cq_data_size, 4);
   CHECK_EQ(pair.a.info->tx_attr->msg_order, 0);

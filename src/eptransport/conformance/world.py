@@ -86,7 +86,7 @@ def subject_of(spec: Spec) -> Subject:
 def subject(plugin: Plugin, options: Mapping[str, str] | None = None, seed: int = 1) -> Subject:
     """A subject with what is known of the backend filled in."""
     chosen = dict(options or {})
-    hostile = int(chosen.get("adversary", "0")) > 0
+    hostile = int(chosen.get("adversary", "0")) > 0 or bool(chosen.get("strict"))
     shown = {name: value.rpartition("/")[2] for name, value in chosen.items()}
     label = plugin.name + "".join(f"-{name}{value}" for name, value in shown.items())
     return Subject(plugin, chosen, label, seed, hostile, across_processes=plugin.name != "loopback")
