@@ -84,16 +84,22 @@ bool is_known(const std::string &setting, const std::set<std::string> &here) {
                                       here.count(setting.substr(layer + 1)) != 0);
 }
 
-int32_t unknown_provider(const std::string &setting, std::set<std::string> names) {
+std::string listed(const std::set<std::string> &names) {
+  std::string list;
+  for (const std::string &name : names)
+    if (name.compare(0, 9, "ofi_hook_") != 0) list += (list.empty() ? "" : ", ") + name;
+  return list;
+}
+
+int32_t unknown_provider(const std::string &setting, const std::set<std::string> &here) {
+  std::set<std::string> names = here;
   for (const Traits &traits : kTraits) names.insert(traits.setting);
-  std::string nearest, list;
-  for (const std::string &name : names) {
-    if (name.compare(0, 9, "ofi_hook_") == 0) continue;
+  std::string nearest;
+  for (const std::string &name : names)
     if (nearest.empty() || distance(setting, name) < distance(setting, nearest)) nearest = name;
-    list += (list.empty() ? "" : ", ") + name;
-  }
-  return fail(EPT_E_CONFIG, "open", -1, 0, "libfabric: there is no provider '%s'; did you mean %s? (%s)",
-              setting.c_str(), nearest.c_str(), list.c_str());
+  return fail(EPT_E_CONFIG, "open", -1, 0,
+              "libfabric: there is no provider '%s'; did you mean %s? (this library has %s)", setting.c_str(),
+              nearest.c_str(), listed(here).c_str());
 }
 
 Info make_hints(const std::shared_ptr<Library> &library, const Traits &traits, bool delivery, bool gpu) {
@@ -234,7 +240,8 @@ int32_t choose_rails(const std::shared_ptr<Library> &library, const Settings &se
     return unknown_provider(settings.provider, here);
   }
   choice->mend = "eptransport doctor says what each provider needs";
-  return fail(EPT_E_UNAVAILABLE, "open", -1, 0, "libfabric: no provider can be used here (%s)", refusals.c_str());
+  return fail(EPT_E_UNAVAILABLE, "open", -1, 0, "libfabric: no provider can be used here (%s); this library has %s",
+              refusals.c_str(), listed(here).c_str());
 }
 
 }  // namespace libfabric
