@@ -128,6 +128,7 @@ int main() {
   padded.alignment = 8;
   steps("4 ranks, 9 experts, padded groups, more than one tile", padded, 4, 2);
   steps("1 rank", config_of(1, 5, 2, 40, 12), 3, 3);
+  steps("more tokens than a block has lanes, and more experts", config_of(2, 70, 9, 16, 150), 2, 7);
   ept_moe_config f32 = config_of(3, 2, 2, 12, 5);
   f32.dtype = f32.dispatch_dtype = f32.combine_dtype = EPT_DTYPE_F32;
   steps("fp32, fewer experts than ranks, hidden of no 8", f32, 4, 4);

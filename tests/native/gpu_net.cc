@@ -83,7 +83,7 @@ void reset_all(World &world) {
 void have_patience(World &world, uint64_t ns) {
   using ept::moe::cuda::LaneTable;
   for (ept_gpu_lanes &lanes : world.lanes)
-    if (lanes.lanes) const_cast<LaneTable *>(lanes.lanes->table(0))->timeout_ns = ns;
+    if (lanes.lanes) const_cast<LaneTable &>(lanes.lanes->table(0)).timeout_ns = ns;
 }
 
 // A rank that never sends, on either side; a reset brings all to one generation, whatever each has posted and read.

@@ -56,6 +56,12 @@ int32_t ept_gpu_lanes_fit(const ept_gpu_lanes *lanes, const ept_moe_config *moe,
  * and answers like it. Others: between two barriers of all ranks. */
 int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, uint64_t timeout_ns, ept_error *error);
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes);
+/* Device timestamps (ns of the GPU's clock) of the kernels that are launched, or captured, from now on, into `times` on
+ * the device; NULL: no more. Words in all; for each lane, one after another:
+ *   [4 halves: dispatch send, recv, combine send, recv][blocks][8 points: 0 begins, 1 knows its tables, 2 has planned
+ *     (send) or knows who is here (recv), 3 its rows are done, 4 what is beside rows is, 5 ends, 6 and 7 nothing]
+ *   [2 phases][world] when block 0 saw that source's signal, and when the last of its rows was done (combine: 0) */
+uint64_t ept_gpu_lanes_times(ept_gpu_lanes *lanes, uint64_t *times);
 /* No kernel of any rank may use them any more. */
 void ept_gpu_lanes_close(ept_gpu_lanes *lanes);
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// args.h: what the host and the kernels share: a lane's tables in device memory, a routing's arrays, and each kernel's
-// argument. Epochs, peers' addresses and generations are never arguments: they are read from the lane's tables, so that
-// a captured launch can be replayed.
+// args.h: what the host and the kernels share: where a lane's tables are, a routing's arrays, and each kernel's
+// argument. An argument says where things stand that don't move as long as the lane lives, so that no kernel begins by
+// looking for them. What changes from step to step (generations, peers' addresses, faults) is never in it: that is read
+// from device memory, so that a captured launch can be replayed.
 #pragma once
 
 #include "eptransport/device.h"
@@ -57,17 +58,27 @@ enum Trouble : uint32_t {
   kSlot = 8     // expected and seen: what the peer must have consumed, and has
 };
 
+// Device timestamps, for who asks for them (ept_gpu_lanes_times). kPoints of each half and block, by its first thread;
+// then, of each phase and source, when its signal was first seen by a block and when the last of its rows was done.
+constexpr uint32_t kPoints = 8;
+EPT_HD constexpr uint64_t time_at(uint32_t half, uint32_t blocks, uint32_t block, uint32_t point) {
+  return (uint64_t(half) * blocks + block) * kPoints + point;
+}
+EPT_HD constexpr uint64_t source_time_at(uint32_t blocks, uint32_t world, uint32_t phase, uint32_t source) {
+  return (uint64_t(kHalves) * blocks) * kPoints + (uint64_t(phase) * world + source) * 2;
+}
+EPT_HD constexpr uint64_t times_of(uint32_t blocks, uint32_t world) { return source_time_at(blocks, world, 2, 0); }
+
 // Written by kernels of the lane, which never run beside each other.
 struct LaneState {
   uint64_t sent[2], received[2];  // generations of each phase; the last block of a half raises its own
   uint32_t blocks[kHalves];       // of the launch under way that have ended
   uint32_t fault;                 // ept_code as a positive number
-  uint32_t reserved;
+  uint32_t membership;            // epoch of it that steps are begun under
 };
 
 struct LaneTable {
   uint32_t world, rank, lane, epoch;
-  uint32_t membership, reserved;
   LaneMap map;
   uint64_t timeout_ns;
   char *const *in;          // [world] where this lane's receive half for messages of that source begins
@@ -83,6 +94,7 @@ struct LaneTable {
   LaneState *state;
   Told *told;
   int32_t *group_fault;
+  uint64_t *times;  // NULL: nobody asks
 };
 
 struct ObjectTable {
@@ -104,8 +116,10 @@ struct Strided {
   __device__
 #endif
       char *at(uint64_t row) const {
-    return leading ? data + int64_t(row / leading) * outer + int64_t(row % leading) * inner
-                   : data + int64_t(row) * inner;
+    if (!leading) return data + int64_t(row) * inner;
+    // There are at most INT32_MAX rows, and a division of 32 bits takes a fifth of one of 64.
+    const auto number = uint32_t(row), n = uint32_t(leading);
+    return data + int64_t(number / n) * outer + int64_t(number % n) * inner;
   }
 };
 
@@ -138,7 +152,7 @@ EPT_HD inline RoutingArrays routing_arrays(Carve &carve, const Shape &shape, uin
 }
 
 struct DispatchSend {
-  const LaneTable *lane;
+  LaneTable lane;
   ObjectTable object;
   RoutingArrays routing;
   const char *x;
@@ -157,7 +171,7 @@ struct DispatchSend {
 };
 
 struct DispatchRecv {
-  const LaneTable *lane;
+  LaneTable lane;
   ObjectTable object;
   RoutingArrays routing;
   int32_t layout;
@@ -172,7 +186,7 @@ struct DispatchRecv {
 // Rows that a dispatch under way brings, before there are outputs for them. arrival: uint64_t[4]: rows, of one rank at
 // most, of the contiguous layout, of one expert at most.
 struct DispatchWait {
-  const LaneTable *lane;
+  LaneTable lane;
   ObjectTable object;
   uint32_t scale_bytes;
   int32_t payload_format, scale_format;
@@ -181,12 +195,12 @@ struct DispatchWait {
 
 // Takes a message of each source as if it had been read.
 struct Drain {
-  const LaneTable *lane;
+  LaneTable lane;
   uint32_t phase;
 };
 
 struct CombineSend {
-  const LaneTable *lane;
+  LaneTable lane;
   ObjectTable object;
   RoutingArrays routing;
   int32_t layout;
@@ -197,7 +211,7 @@ struct CombineSend {
 };
 
 struct CombineRecv {
-  const LaneTable *lane;
+  LaneTable lane;
   ObjectTable object;
   RoutingArrays routing;
   char *y;

@@ -70,18 +70,21 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
 }
 
 // All warps: work(source, unit) for each unit of each source as it is ready. units(source) may be asked then.
-template <class Units, class Work>
-EPT_DEVICE void work_as_they_come(const LaneTable &t, const uint32_t *standing, uint32_t *next, Units units,
+// help(source): what is to be done between header and begin, by whichever warp has time.
+template <class Help, class Units, class Work>
+EPT_DEVICE void work_as_they_come(const LaneTable &t, const uint32_t *standing, uint32_t *next, Help help, Units units,
                                   Work work) {
   for (;;) {
     bool all = true;
     for (uint32_t source = 0; source < t.world; source++) {
       // One thread looks for the warp, which must not part here.
-      if (!from_lane(uint32_t(lane_id() == 0 && shown(&standing[source], kReady)), 0)) {
+      const uint32_t stands = from_lane(peek(&standing[source]), 0);
+      __threadfence_block();
+      if (stands != kReady) {
         all = false;
+        if (stands == kHeaderIn) help(source);
         continue;
       }
-      __threadfence_block();
       const uint32_t n = units(source);
       for (;;) {
         uint32_t unit = n;

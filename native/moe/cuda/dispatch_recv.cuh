@@ -3,15 +3,19 @@
 // dispatch_recv.cuh: rows that came, into a layout.
 //
 // Places are the CPU executor's: by source rank, then row, then k. So `rows` and `masked` begin with a source when the
-// headers of those before it are in, `by_rank` at once, `contiguous` when all are. Places of a source's rows in groups
-// of experts are counted by one warp, 32 (row, k) at a time: those of one expert find each other by a match, and the
-// first of them moves the expert's cursor on. Each block counts for itself and keeps the places of the rows that it
-// copies.
+// headers of those before it are in, `by_rank` at once, `contiguous` when all are.
+//
+// Places in groups of experts: a block owns a run of each source's rows. How many rows of each expert stand before that
+// run needs no order, so all warps count them, a row a lane, by atomics in shared memory. The run itself one warp goes
+// through, 32 (row, k) at a time: those of one expert find each other by a match, and the first of them moves the
+// expert's cursor on. No place leaves its expert's group: the cursor of a source never passes the count that its header
+// gave, and the block that owns a source's last rows sees that it ends there.
 #pragma once
 
 #include "moe/cuda/arrivals.cuh"
 #include "moe/cuda/formats.cuh"
 #include "moe/cuda/shared.h"
+#include "moe/cuda/stream.cuh"
 
 namespace ept::moe::cuda {
 
@@ -58,42 +62,56 @@ class DispatchReceiver {
  public:
   EPT_DEVICE DispatchReceiver(const DispatchRecv &args, const RecvShared &shared)
       : a(args),
-        t(*args.lane),
+        t(args.lane),
         s(shared),
         object(args.object),
-        generation(t.state->received[EPT_PHASE_DISPATCH]),
-        world(t.world),
+        generation(args.lane.state->received[EPT_PHASE_DISPATCH]),
+        world(args.lane.world),
         top_k(args.object.top_k),
         local(args.object.local),
+        leading(uint32_t(args.leading)),
         per_expert(args.layout == kContiguous || args.layout == kMasked),
-        row_bytes(ept_row_bytes(args.object.payload, args.scale_bytes, args.object.top_k)),
-        vectors(args.object.payload / 16) {}
+        row_bytes(uint32_t(ept_row_bytes(args.object.payload, args.scale_bytes, args.object.top_k))),
+        vectors(uint32_t(args.object.payload / 16)) {}
 
   EPT_DEVICE void run() {
-    if (!is_faulted(t)) receive();
-    if (!is_faulted(t)) finish();
-    if (!last_block(t, kDispatchRecv, s.word)) return;
-    if (fault_of(t)) blank_all();
-    end_half(t, kDispatchRecv, &t.state->received[EPT_PHASE_DISPATCH], generation);
-  }
-
-  EPT_DEVICE void receive() {
+    note(t, kDispatchRecv, 0);
+    const uint32_t fault = fault_of(t);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
       s.rows[r] = s.begin[r] = 0;
       s.standing[r] = kAway;
-      s.next[r] = 0;
+      s.next[r] = s.to_count[r] = s.counted[r] = 0;
     }
-    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < world * local; i += blockDim.x) s.cursor[i] = 0;
+    if (!is_faulted(fault)) receive();
+    note(t, kDispatchRecv, 3);
+    if (!is_faulted(t)) finish();
+    note(t, kDispatchRecv, 4);
+    const bool last = last_block(t, kDispatchRecv, s.word);
+    if (last) {
+      if (fault_of(t)) blank_all();
+      end_half(t, kDispatchRecv, &t.state->received[EPT_PHASE_DISPATCH], generation);
+    }
+    note(t, kDispatchRecv, 5);
+  }
+
+  EPT_DEVICE void receive() {
+    note(t, kDispatchRecv, 1);
     scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.standing, *this);
+    note(t, kDispatchRecv, 2);
     work_as_they_come(
-        t, s.standing, s.next, [&](uint32_t source) { return mine(source) * parts(source); },
-        [&](uint32_t source, uint32_t unit) { copy(source, unit); });
+        t, s.standing, s.next, [&](uint32_t source) { help(source); },
+        [&](uint32_t source) { return mine(source) * parts(source); },
+        [&](uint32_t source, uint32_t unit) {
+          copy(source, unit);
+          note_source(t, EPT_PHASE_DISPATCH, source, true);
+        });
   }
 
   // Outputs as if nothing had come: what a faulted lane gives. One block.
   EPT_DEVICE void blank_all() const {
     const uint64_t first = threadIdx.x, step = blockDim.x;
-    const uint64_t rows = a.leading * a.outer, per_row = vectors;
+    const uint64_t rows = uint64_t(leading) * a.outer, per_row = vectors;
     for (uint64_t i = first; i < rows * per_row && a.x.data; i += step)
       store16(a.x.at(i / per_row) + i % per_row * 16, Vector{});
     for (uint64_t row = first; row < rows; row += step) {
@@ -112,12 +130,19 @@ class DispatchReceiver {
   // ---- what the scouts ask ----
 
   EPT_DEVICE bool header(uint32_t source) {
+    if (blockIdx.x == 0) note_source(t, EPT_PHASE_DISPATCH, source, false);
     return read_dispatch_header(t, object, kDispatchRecv, generation, source, a.scale_bytes, a.payload_format,
                                 a.scale_format, s);
   }
 
   EPT_DEVICE bool may_begin(uint32_t source) const {
     if (a.layout == kByRank) return true;
+    if (per_expert) {
+      help(source);
+      const uint32_t counted = from_lane(peek(&s.counted[source]), 0);
+      __threadfence_block();
+      if (counted != groups_before(source)) return false;
+    }
     const uint32_t until = a.layout == kContiguous ? world : source;
     uint32_t lacks = 0;
     for (uint32_t r = lane_id(); r < until; r += kWarp)
@@ -138,35 +163,73 @@ class DispatchReceiver {
     }
     __syncwarp();
     if (per_expert) needed = groups(source);
-    if (needed > a.leading) {
+    if (needed > leading) {
       if (lane_id() == 0)
-        raise_fault(t, uint32_t(-EPT_E_CAPACITY), kDispatchRecv, int32_t(source), kRoom, generation, needed, a.leading);
+        raise_fault(t, uint32_t(-EPT_E_CAPACITY), kDispatchRecv, int32_t(source), kRoom, generation, needed, leading);
       return false;
     }
     return !per_expert || index(source);
   }
 
  private:
-  // Rows of a source are dealt to the blocks in turn, and each source begins with another block.
-  EPT_DEVICE uint32_t first_row(uint32_t source) const {
+  // A source's rows are dealt to the blocks by runs. Some are longer by one, of each source at other blocks.
+  struct Run {
+    uint32_t first, end;
+  };
+  EPT_DEVICE Run run_of(uint32_t source) const {
     const uint32_t turn = source * (gridDim.x / world + 1) % gridDim.x;
-    return (blockIdx.x + gridDim.x - turn) % gridDim.x;
+    const uint32_t number = (blockIdx.x + gridDim.x - turn) % gridDim.x;
+    const uint32_t each = s.rows[source] / gridDim.x, more = s.rows[source] % gridDim.x;
+    const uint32_t first = number * each + (number < more ? number : more);
+    return {first, first + each + (number < more ? 1 : 0)};
   }
   EPT_DEVICE uint32_t mine(uint32_t source) const {
-    const uint32_t first = first_row(source), rows = s.rows[source];
-    return rows > first ? (rows - first + gridDim.x - 1) / gridDim.x : 0;
+    const Run run = run_of(source);
+    return run.end - run.first;
   }
   // A row in so many pieces, as if all sources had as many rows as this one.
   EPT_DEVICE uint32_t parts(uint32_t source) const {
-    return parts_of((uint64_t(s.rows[source]) * world + gridDim.x - 1) / gridDim.x, warps(), vectors);
+    return parts_of((s.rows[source] * world + gridDim.x - 1) / gridDim.x, warps(), vectors, 4);
+  }
+  // Rows before this block's run are counted in groups of a row a lane.
+  EPT_DEVICE uint32_t groups_before(uint32_t source) const { return (run_of(source).first + kWarp - 1) / kWarp; }
+
+  // Counts what is left to count of a source whose header is in. Any warp.
+  EPT_DEVICE void help(uint32_t source) const {
+    if (!per_expert) return;
+    const uint32_t until = run_of(source).first, n = (until + kWarp - 1) / kWarp;
+    for (;;) {
+      uint32_t group = n;
+      if (lane_id() == 0 && peek(&s.to_count[source]) < n) group = atomicAdd(&s.to_count[source], 1u);
+      group = from_lane(group, 0);
+      if (group >= n) break;
+      const uint32_t j = group * kWarp + lane_id();
+      if (j < until) count_row(source, j);
+      __syncwarp();
+      __threadfence_block();
+      if (lane_id() == 0) atomicAdd(&s.counted[source], 1u);
+    }
+  }
+  EPT_DEVICE void count_row(uint32_t source, uint32_t j) const {
+    constexpr uint32_t kTogether = 8;
+    const auto *experts = reinterpret_cast<const int32_t *>(rows_of(source) + uint64_t(j) * row_bytes +
+                                                            ept_row_experts(object.payload, a.scale_bytes));
+    for (uint32_t base = 0; base < top_k; base += kTogether) {
+      int32_t expert[kTogether];
+      EPT_UNROLL
+      for (uint32_t i = 0; i < kTogether; i++) expert[i] = base + i < top_k ? experts[base + i] : -1;
+      EPT_UNROLL
+      for (uint32_t i = 0; i < kTogether; i++)  // what is no expert of ours, the block whose row it is will tell
+        if (uint32_t(expert[i]) < local) atomicAdd(&s.cursor[source * local + uint32_t(expert[i])], 1u);
+    }
   }
   EPT_DEVICE const char *rows_of(uint32_t source) const {
     return t.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
            object.shape.dispatch_region(source).offset + ept_dispatch_header_bytes(local);
   }
 
-  // Cursors of a source's rows by expert, from counts; returns what the layout must hold. Where all headers are in (or,
-  // MASKED, those of the sources before it).
+  // Cursors of this block's run by expert, from counts of sources and of the rows before it; returns what the layout
+  // must hold. Where all headers are in (or, MASKED, those of the sources before it).
   EPT_DEVICE uint64_t groups(uint32_t source) const {
     uint32_t base = 0, most = 0;
     for (uint32_t first = 0; first < local; first += kWarp) {
@@ -178,14 +241,14 @@ class DispatchReceiver {
         if (r < source) before += n;
         all += n;
       }
-      const auto padded = uint32_t(align_up(all, object.alignment));
-      uint32_t at = e * uint32_t(a.leading);
+      const uint32_t padded = aligned(all);
+      uint32_t at = e * leading;
       if (a.layout == kContiguous) {
         const uint32_t upto = warp_prefix(padded);
         at = base + upto - padded;
         base += from_lane(upto, kWarp - 1);
       }
-      if (e < local) s.cursor[source * local + e] = at + before;
+      if (e < local) s.cursor[source * local + e] += at + before;
       most = all > most ? all : most;
     }
     for (uint32_t step = 1; step < kWarp; step *= 2) {
@@ -196,86 +259,86 @@ class DispatchReceiver {
     return a.layout == kContiguous ? base : most;
   }
 
+  // Rows of an expert, with what pads them in the layout `contiguous`.
+  EPT_DEVICE uint32_t aligned(uint32_t rows) const {
+    return a.layout == kContiguous ? (rows + object.alignment - 1) / object.alignment * object.alignment : rows;
+  }
+
+  // Places of this block's run.
   EPT_DEVICE bool index(uint32_t source) const {
+    const Run run = run_of(source);
     const char *rows = rows_of(source);
-    const uint32_t entries = s.rows[source] * top_k, first = first_row(source);
     const uint64_t experts_at = ept_row_experts(object.payload, a.scale_bytes);
     const uint64_t weights_at = ept_row_weights(object.payload, a.scale_bytes, top_k);
     const bool weighed = !(s.flags[source] & EPT_MOE_NO_WEIGHTS);
     uint32_t *cursor = s.cursor + source * local;
+    const uint64_t kept = uint64_t(s.begin[source]) * top_k;
     uint32_t wrong = 0;
-    // One after another is only who comes first in a group: loads of kAhead rounds are in flight together.
-    constexpr uint32_t kAhead = 8;
-    for (uint32_t base = 0; base < entries; base += kAhead * kWarp) {
-      int32_t expert[kAhead], place[kAhead];
+    // One after another is only who comes first in a group: loads of kTogether rounds are under way together.
+    constexpr uint32_t kTogether = 4;
+    for (uint32_t base = run.first * top_k; base < run.end * top_k; base += kTogether * kWarp) {
+      int32_t expert[kTogether];
+      float weight[kTogether];
       EPT_UNROLL
-      for (uint32_t n = 0; n < kAhead; n++) {
+      for (uint32_t n = 0; n < kTogether; n++) {
         const uint32_t i = base + n * kWarp + lane_id();
         const char *row = rows + uint64_t(i / top_k) * row_bytes;
-        expert[n] = i < entries ? reinterpret_cast<const int32_t *>(row + experts_at)[i % top_k] : -1;
+        const bool here = i < run.end * top_k;
+        expert[n] = here ? reinterpret_cast<const int32_t *>(row + experts_at)[i % top_k] : -1;
+        weight[n] = here && weighed ? reinterpret_cast<const float *>(row + weights_at)[i % top_k] : 1.0f;
       }
       EPT_UNROLL
-      for (uint32_t n = 0; n < kAhead; n++) {
-        place[n] = -1;
-        if (base + n * kWarp >= entries) continue;
-        if (expert[n] < -1 || expert[n] >= int32_t(local)) wrong = 1, expert[n] = -1;
+      for (uint32_t n = 0; n < kTogether; n++) {
+        const uint32_t i = base + n * kWarp + lane_id();
+        if (i - lane_id() >= run.end * top_k) break;
+        if (expert[n] != -1 && uint32_t(expert[n]) >= local) wrong = 1, expert[n] = -1;
         const uint32_t same = __match_any_sync(kAll, uint32_t(expert[n]));
         const uint32_t before = expert[n] >= 0 ? cursor[expert[n]] : 0;
         __syncwarp();
         if (expert[n] >= 0 && !(same & below())) cursor[expert[n]] = before + uint32_t(__popc(same));
         __syncwarp();
-        if (expert[n] >= 0) place[n] = int32_t(before + uint32_t(__popc(same & below())));
-      }
-      float weight[kAhead];
-      EPT_UNROLL
-      for (uint32_t n = 0; n < kAhead; n++) {
-        const uint32_t i = base + n * kWarp + lane_id();
-        const char *row = rows + uint64_t(i / top_k) * row_bytes;
-        weight[n] = place[n] < 0 ? 0.0f : 1.0f;
-        if (place[n] >= 0 && weighed && i / top_k % gridDim.x == first)
-          weight[n] = reinterpret_cast<const float *>(row + weights_at)[i % top_k];
-      }
-      EPT_UNROLL
-      for (uint32_t n = 0; n < kAhead; n++) {
-        const uint32_t i = base + n * kWarp + lane_id();
-        if (i >= entries || i / top_k % gridDim.x != first) continue;
-        a.routing.place[uint64_t(s.begin[source]) * top_k + i] = place[n];
-        a.routing.row_weights[uint64_t(s.begin[source]) * top_k + i] = weight[n];
+        if (i >= run.end * top_k) continue;
+        const int32_t place = expert[n] >= 0 ? int32_t(before + uint32_t(__popc(same & below()))) : -1;
+        a.routing.place[kept + i] = place;
+        a.routing.row_weights[kept + i] = place < 0 ? 0.0f : weight[n];
       }
     }
-    // Each expert's rows must be as many as the header said: else two rows had one place, or a place none.
-    for (uint32_t e = lane_id(); e < local; e += kWarp) {
-      uint32_t n = 0;
-      for (uint32_t r = 0; r <= source; r++) n += s.counts[r * local + e];
-      if (a.layout == kMasked && cursor[e] != e * uint32_t(a.leading) + n) wrong = 1;
-    }
-    if (a.layout == kContiguous) wrong |= ends_differ(source);
+    wrong |= leaves_groups(source, run.end == s.rows[source]);
     const uint32_t any = __ballot_sync(kAll, int(wrong));
     if (any && lane_id() == 0)
       raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, s.rows[source], any);
     return !any;
   }
-  EPT_DEVICE uint32_t ends_differ(uint32_t source) const {
+  // Where a cursor of the source has passed its count, or `at_end` is not there: else two rows had one place, or a
+  // place none.
+  EPT_DEVICE uint32_t leaves_groups(uint32_t source, bool at_end) const {
     uint32_t base = 0, wrong = 0;
+    __syncwarp();
     for (uint32_t first = 0; first < local; first += kWarp) {
       const uint32_t e = first + lane_id();
       uint32_t upto = 0, all = 0;
-      for (uint32_t r = 0; r < world && e < local; r++) {
+      const uint32_t until = a.layout == kContiguous ? world : source + 1;
+      for (uint32_t r = 0; r < until && e < local; r++) {
         const uint32_t n = s.counts[r * local + e];
         if (r <= source) upto += n;
         all += n;
       }
-      const auto padded = uint32_t(align_up(all, object.alignment));
-      const uint32_t sum = warp_prefix(padded);
-      if (e < local && s.cursor[source * local + e] != base + sum - padded + upto) wrong = 1;
-      base += from_lane(sum, kWarp - 1);
+      uint32_t at = e * leading;
+      if (a.layout == kContiguous) {
+        const uint32_t padded = aligned(all), sum = warp_prefix(padded);
+        at = base + sum - padded;
+        base += from_lane(sum, kWarp - 1);
+      }
+      if (e >= local) continue;
+      const uint32_t cursor = s.cursor[source * local + e];
+      if (at_end ? cursor != at + upto : cursor > at + upto) wrong = 1;
     }
     return wrong;
   }
 
   EPT_DEVICE void copy(uint32_t source, uint32_t unit) const {
     const uint32_t cut = parts(source), part = unit % cut;
-    const uint32_t j = first_row(source) + unit / cut * gridDim.x;
+    const uint32_t j = run_of(source).first + unit / cut;
     const char *row = rows_of(source) + uint64_t(j) * row_bytes;
     const uint64_t number = uint64_t(s.begin[source]) + j;
     int32_t place = -1;
@@ -291,58 +354,80 @@ class DispatchReceiver {
 
   EPT_DEVICE void payload(const char *row, int32_t place, uint32_t places, uint32_t part, uint32_t cut) const {
     if (!a.x.data) return;
-    constexpr uint32_t kAtOnce = 4;
     char *to = place >= 0 ? a.x.at(uint64_t(place)) : nullptr;
     const Span16 span = span_of(vectors, part, cut);
-    for (uint64_t v = span.from + lane_id(); v - lane_id() < span.to; v += kAtOnce * kWarp) {
-      Vector held[kAtOnce];
-      EPT_UNROLL
-      for (uint32_t i = 0; i < kAtOnce; i++)
-        if (v + i * kWarp < span.to) held[i] = load16(row + (v + i * kWarp) * 16);
-      for (uint32_t left = places; left; left &= left - 1) {
-        char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1));
-        EPT_UNROLL
-        for (uint32_t i = 0; i < kAtOnce; i++)
-          if (v + i * kWarp < span.to) store16(there + (v + i * kWarp) * 16, held[i]);
-      }
-    }
+    uint32_t asked = span.from + lane_id(), v = asked;
+    stream<1, false>(
+        s.ring, places ? span.rounds() : 0,
+        [&] {
+          const char *here = asked < span.to ? row + asked * 16 : nullptr;
+          asked += kWarp;
+          return here;
+        },
+        [&](const Vector(&held)[1]) {
+          for (uint32_t left = places; left; left &= left - 1) {
+            char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1));
+            if (v < span.to) store16(there + v * 16, held[0]);
+          }
+          v += kWarp;
+        });
   }
 
   // Scales, and who the row is of and for.
   EPT_DEVICE void rest(uint32_t source, const char *row, int32_t place, uint32_t places) const {
     const uint32_t token = *reinterpret_cast<const uint32_t *>(row + ept_row_token(object.payload, a.scale_bytes));
-    if (token >= object.max_tokens && lane_id() == 0)
-      raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, object.max_tokens,
-                  token);
     const char *scales = row + ept_row_scales(object.payload);
     const auto *experts = reinterpret_cast<const int32_t *>(row + ept_row_experts(object.payload, a.scale_bytes));
     const auto *weights = reinterpret_cast<const float *>(row + ept_row_weights(object.payload, a.scale_bytes, top_k));
     const bool weighed = !(s.flags[source] & EPT_MOE_NO_WEIGHTS);
-    for (uint32_t left = places; left; left &= left - 1) {
-      const uint32_t k = uint32_t(__ffs(int(left)) - 1);
-      const auto at = uint64_t(from_lane(place, k));
-      if (a.scales.data) {
-        char *to = a.scales.at(at);
-        for (uint32_t i = lane_id(); i * a.scale_size < a.scale_bytes; i += kWarp)
-          for (uint32_t b = 0; b < a.scale_size; b++) to[i * a.scales.column + b] = scales[i * a.scale_size + b];
+    int32_t expert = -1;
+    float weight = 1.0f;
+    if (lane_id() < top_k) {
+      if (!per_expert) expert = experts[lane_id()];
+      if (weighed) weight = weights[lane_id()];
+    }
+    if (token >= object.max_tokens && lane_id() == 0)
+      raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, object.max_tokens,
+                  token);
+    if (a.scales.data) {
+      if (a.scale_size == 4)
+        scatter<uint32_t>(scales, place, places);
+      else
+        scatter<uint8_t>(scales, place, places);
+    }
+    // A place a lane.
+    if (place >= 0 && a.source.data) {
+      char *to = a.source.at(uint64_t(place));
+      *reinterpret_cast<uint32_t *>(to) = source;
+      *reinterpret_cast<uint32_t *>(to + a.source.column) = token;
+    }
+    if (per_expert) {
+      if (place >= 0 && a.weights.data) *reinterpret_cast<float *>(a.weights.at(uint64_t(place))) = weight;
+      return;
+    }
+    const auto at = uint64_t(uint32_t(from_lane(place, 0)));
+    if (lane_id() >= top_k) return;
+    if (expert < -1 || expert >= int32_t(local))
+      raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, local,
+                  uint32_t(expert));
+    if (a.ids.data) *reinterpret_cast<int32_t *>(a.ids.at(at) + lane_id() * a.ids.column) = expert;
+    if (a.weights.data)
+      *reinterpret_cast<float *>(a.weights.at(at) + lane_id() * a.weights.column) =
+          !weighed && expert < 0 ? 0.0f : weight;
+  }
+  // A row's scales to its places, by whole scales or by bytes of them.
+  template <class T>
+  EPT_DEVICE void scatter(const char *from, int32_t place, uint32_t places) const {
+    const uint32_t count = a.scale_bytes / uint32_t(sizeof(T)), each = a.scale_size / uint32_t(sizeof(T));
+    char *to = place >= 0 ? a.scales.at(uint64_t(place)) : nullptr;
+    for (uint32_t base = 0; base < count; base += kWarp) {
+      const uint32_t i = base + lane_id();
+      const T value = i < count ? reinterpret_cast<const T *>(from)[i] : T(0);
+      const int64_t offset = int64_t(i / each) * a.scales.column + i % each * uint32_t(sizeof(T));
+      for (uint32_t left = places; left; left &= left - 1) {
+        char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1));
+        if (i < count) *reinterpret_cast<T *>(there + offset) = value;
       }
-      if (a.source.data && lane_id() < 2)
-        *reinterpret_cast<uint32_t *>(a.source.at(at) + lane_id() * a.source.column) = lane_id() ? token : source;
-      if (per_expert) {
-        if (a.weights.data && lane_id() == 0)
-          *reinterpret_cast<float *>(a.weights.at(at)) = weighed ? weights[k] : 1.0f;
-        continue;
-      }
-      if (lane_id() >= top_k) continue;
-      const int32_t expert = experts[lane_id()];
-      if (expert < -1 || expert >= int32_t(local))
-        raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, local,
-                    uint32_t(expert));
-      if (a.ids.data) *reinterpret_cast<int32_t *>(a.ids.at(at) + lane_id() * a.ids.column) = expert;
-      if (a.weights.data)
-        *reinterpret_cast<float *>(a.weights.at(at) + lane_id() * a.weights.column) = weighed      ? weights[lane_id()]
-                                                                                      : expert < 0 ? 0.0f
-                                                                                                   : 1.0f;
     }
   }
 
@@ -357,28 +442,20 @@ class DispatchReceiver {
 
   // All sources are ready: counts, offsets, what stands where no row does, and what combine must know.
   EPT_DEVICE void finish() const {
-    if (threadIdx.x == 0) {
-      uint32_t sum = 0;
-      for (uint32_t r = 0; r < world; r++) {
-        s.begin[r] = sum;
-        sum += s.rows[r];
-      }
-      s.begin[world] = sum;
-    }
     for (uint32_t e = threadIdx.x; e < local; e += blockDim.x) {
       uint32_t n = 0;
       for (uint32_t r = 0; r < world; r++) n += s.counts[r * local + e];
-      s.cursor[e] = n;  // rows of each expert; nobody counts places any more
+      s.sums[e] = n;
       if (blockIdx.x == 0 && a.counts) a.counts[e] = int32_t(n);
     }
+    if (warp_id() == 0) {
+      const uint32_t all = prefix(s.begin, world, [&](uint32_t r) { return s.rows[r]; });
+      if (lane_id() == 0) s.begin[world] = all;
+    }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      uint32_t at = 0;
-      for (uint32_t e = 0; e < local; e++) {
-        s.starts[e] = at;
-        at += uint32_t(align_up(s.cursor[e], a.layout == kContiguous ? object.alignment : 1));
-      }
-      s.starts[local] = at;
+    if (warp_id() == 0) {
+      const uint32_t all = prefix(s.starts, local, [&](uint32_t e) { return aligned(s.sums[e]); });
+      if (lane_id() == 0) s.starts[local] = all;
     }
     __syncthreads();
     if (blockIdx.x == 0) {
@@ -387,22 +464,32 @@ class DispatchReceiver {
       for (uint32_t e = threadIdx.x; e <= local && a.offsets; e += blockDim.x) a.offsets[e] = int32_t(s.starts[e]);
       if (threadIdx.x == 0) *a.num_rows = int32_t(a.layout == kContiguous ? s.starts[local] : s.begin[world]);
     }
-    const uint64_t rows = a.leading * a.outer;
-    for (uint64_t row = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < rows;
-         row += uint64_t(gridDim.x) * blockDim.x)
+    const uint32_t rows = leading * a.outer;
+    for (uint32_t row = blockIdx.x * blockDim.x + threadIdx.x; row < rows; row += gridDim.x * blockDim.x)
       if (!filled(row)) blank(row);
   }
-  EPT_DEVICE bool filled(uint64_t row) const {
+  // to[i]: what stands before i, of n. One warp; returns the sum of all.
+  template <class Of>
+  EPT_DEVICE uint32_t prefix(uint32_t *to, uint32_t n, Of of) const {
+    uint32_t before = 0;
+    for (uint32_t base = 0; base < n; base += kWarp) {
+      const uint32_t i = base + lane_id(), value = i < n ? of(i) : 0, upto = warp_prefix(value);
+      if (i < n) to[i] = before + upto - value;
+      before += from_lane(upto, kWarp - 1);
+    }
+    return before;
+  }
+  EPT_DEVICE bool filled(uint32_t row) const {
     if (a.layout == kRows) return row < s.begin[world];
-    if (a.layout == kByRank) return row % a.leading < s.rows[row / a.leading];
-    if (a.layout == kMasked) return row % a.leading < s.cursor[row / a.leading];
+    if (a.layout == kByRank) return row % leading < s.rows[row / leading];
+    if (a.layout == kMasked) return row % leading < s.sums[row / leading];
     if (row >= s.starts[local]) return false;
     uint32_t low = 0, high = local;  // the last group that begins at or before the row
     while (high - low > 1) {
       const uint32_t middle = (low + high) / 2;
       (s.starts[middle] <= row ? low : high) = middle;
     }
-    return row - s.starts[low] < s.cursor[low];
+    return row - s.starts[low] < s.sums[low];
   }
 
   const DispatchRecv &a;
@@ -411,15 +498,16 @@ class DispatchReceiver {
   const ObjectTable &object;
   const uint64_t generation;
   const uint32_t world, top_k, local;
+  const uint32_t leading;  // rows of all outputs fit 32 bits: the host has seen to it
   const bool per_expert;
-  const uint64_t row_bytes, vectors;
+  const uint32_t row_bytes, vectors;
 };
 
 // Headers alone, by one block.
 class Waiter {
  public:
   EPT_DEVICE Waiter(const DispatchWait &args, const RecvShared &shared)
-      : a(args), t(*args.lane), s(shared), generation(t.state->received[EPT_PHASE_DISPATCH]) {}
+      : a(args), t(args.lane), s(shared), generation(args.lane.state->received[EPT_PHASE_DISPATCH]) {}
   EPT_DEVICE bool header(uint32_t source) {
     return read_dispatch_header(t, a.object, kDispatchRecv, generation, source, a.scale_bytes, a.payload_format,
                                 a.scale_format, s);
@@ -456,29 +544,29 @@ class Waiter {
 
 }  // namespace ept::moe::cuda
 
-EPT_KERNEL moe_dispatch_recv(const ept::moe::cuda::DispatchRecv args) {
+EPT_KERNEL moe_dispatch_recv(EPT_ARGUMENT(ept::moe::cuda::DispatchRecv) args) {
   using namespace ept::moe::cuda;
-  if (!args.lane) return;
+  if (!args.lane.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const RecvShared shared = recv_shared(carve, args.lane->world, args.object.local);
+  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local);
   DispatchReceiver(args, shared).run();
 }
 
-EPT_KERNEL moe_dispatch_wait(const ept::moe::cuda::DispatchWait args) {
+EPT_KERNEL moe_dispatch_wait(EPT_ARGUMENT(ept::moe::cuda::DispatchWait) args) {
   using namespace ept::moe::cuda;
-  if (!args.lane) return;
+  if (!args.lane.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const RecvShared shared = recv_shared(carve, args.lane->world, args.object.local);
+  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local);
   Waiter(args, shared).run();
 }
 
 // Each source's message of the phase's open generation is read and thrown away. One block.
-EPT_KERNEL moe_drain(const ept::moe::cuda::Drain args) {
+EPT_KERNEL moe_drain(EPT_ARGUMENT(ept::moe::cuda::Drain) args) {
   using namespace ept::moe::cuda;
-  if (!args.lane) return;
-  const LaneTable &t = *args.lane;
+  if (!args.lane.world) return;
+  const LaneTable &t = args.lane;
   const uint64_t generation = t.state->received[args.phase];
   const uint32_t half = args.phase == EPT_PHASE_DISPATCH ? kDispatchRecv : kCombineRecv;
   const uint64_t deadline = ept::device::deadline_in(t.timeout_ns);

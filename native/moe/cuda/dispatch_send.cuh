@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // dispatch_send.cuh: routing scan, quantisation and packing. Each block scans all ids for itself (they are few, and no
-// block then waits for another), owns the tokens t with t mod blocks == its number, reads each of them once, and stores
-// its row at every rank that it goes to.
+// block then waits for another), owns a run of tokens, reads each of them once, and stores its row at every rank that
+// it goes to.
 //
 // A token's row number at rank r is the count of earlier tokens that go to r: by tiles of 32 tokens, a tile a warp, the
 // tokens of a tile that go to r are one ballot. So numbers are the same in every block and on every run.
+//
+// All that a block must know before its first row (tables, windows, ids) is asked for at once, by other threads each,
+// since a step of few tokens is a chain of waits for memory and little else.
 #pragma once
 
 #include "moe/cuda/formats.cuh"
 #include "moe/cuda/protocol.cuh"
 #include "moe/cuda/shared.h"
+#include "moe/cuda/stream.cuh"
 
 namespace ept::moe::cuda {
 
@@ -18,38 +22,45 @@ class DispatchSender {
  public:
   EPT_DEVICE DispatchSender(const DispatchSend &args, const SendShared &shared)
       : a(args),
-        t(*args.lane),
+        t(args.lane),
         s(shared),
-        generation(t.state->sent[EPT_PHASE_DISPATCH]),
-        slot(uint32_t(generation & 1)),
-        world(t.world),
+        generation(args.lane.state->sent[EPT_PHASE_DISPATCH]),
+        world(args.lane.world),
         top_k(args.object.top_k),
         fan(uint32_t(args.object.shape.fan())),
-        row_bytes(ept_row_bytes(args.object.payload, args.scale_bytes, args.object.top_k)),
-        vectors(args.object.payload / 16),
-        parts(parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), vectors)) {}
+        row_bytes(uint32_t(ept_row_bytes(args.object.payload, args.scale_bytes, args.object.top_k))),
+        vectors(uint32_t(args.object.payload / 16)),
+        parts(parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), vectors, 2)) {
+    const uint32_t each = a.tokens / gridDim.x, more = a.tokens % gridDim.x;
+    first = blockIdx.x * each + (blockIdx.x < more ? blockIdx.x : more);
+    end = first + each + (blockIdx.x < more ? 1 : 0);
+  }
 
   EPT_DEVICE void run() {
-    if (!is_faulted(t)) send();
+    note(t, kDispatchSend, 0);
+    const uint32_t fault = fault_of(t);
+    begin();
+    if (!is_faulted(fault)) send();
     if (last_block(t, kDispatchSend, s.word))
       end_half(t, kDispatchSend, &t.state->sent[EPT_PHASE_DISPATCH], generation);
+    note(t, kDispatchSend, 5);
   }
 
  private:
   EPT_DEVICE void send() {
+    note(t, kDispatchSend, 1);
     if (!settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation)) return;
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
       expect(t, EPT_PHASE_DISPATCH, generation, r,
-             t.map.recv(EPT_PHASE_DISPATCH, slot) + a.object.shape.dispatch_region(r).offset);
-    begin();
+             t.map.recv(EPT_PHASE_DISPATCH, slot()) + a.object.shape.dispatch_region(r).offset);
     count();
     place();
     number();
     __syncthreads();
-    for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) s.pieces[r] = s.pending[r];
-    __syncthreads();
+    note(t, kDispatchSend, 2);
     headers();
     rows();
+    note(t, kDispatchSend, 3);
     if (blockIdx.x == 0 && threadIdx.x == 0 && s.bad[0])
       raise_fault(t, uint32_t(-EPT_E_INVALID), kDispatchSend, -1, kIds, generation, a.object.experts, s.bad[1]);
   }
@@ -59,47 +70,72 @@ class DispatchSender {
     return a.ids_64 ? static_cast<const int64_t *>(a.ids)[at] : static_cast<const int32_t *>(a.ids)[at];
   }
   EPT_DEVICE bool valid(int64_t id) const { return id >= 0 && id < int64_t(a.object.experts); }
-  // Of ranks [first, first + 64) those that a token goes to.
-  EPT_DEVICE uint64_t ranks(uint32_t token, uint32_t first) const {
-    uint64_t mask = 0;
-    for (uint32_t k = 0; k < top_k && token < a.tokens; k++) {
-      const int64_t expert = id(token, k);
-      if (!valid(expert)) continue;
-      const uint32_t rank = s.where[expert] >> 16;
-      if (rank >= first && rank < first + 64) mask |= 1ull << (rank - first);
+  // take(k, id) for all of a token's, -1 where there is no such token. Loads of eight are under way together.
+  template <class Take>
+  EPT_DEVICE void each_id(uint32_t token, Take take) const {
+    constexpr uint32_t kTogether = 8;
+    for (uint32_t base = 0; base < top_k; base += kTogether) {
+      int64_t ids[kTogether];
+      EPT_UNROLL
+      for (uint32_t i = 0; i < kTogether; i++) ids[i] = base + i < top_k && token < a.tokens ? id(token, base + i) : -1;
+      EPT_UNROLL
+      for (uint32_t i = 0; i < kTogether; i++)
+        if (base + i < top_k) take(base + i, ids[i]);
     }
+  }
+  // Of ranks [from, from + 64) those that a token goes to.
+  EPT_DEVICE uint64_t ranks(uint32_t token, uint32_t from) const {
+    uint64_t mask = 0;
+    each_id(token, [&](uint32_t, int64_t expert) {
+      const uint32_t rank = valid(expert) ? s.where[expert] >> 16 : 0xffffffffu;
+      if (rank - from < 64) mask |= 1ull << (rank - from);
+    });
     return mask;
   }
   EPT_DEVICE uint32_t tiles() const { return (a.tokens + kWarp - 1) / kWarp; }
+  EPT_DEVICE uint64_t header_bytes(uint32_t rank) const {
+    return ept_dispatch_header_bytes(s.first[rank + 1] - s.first[rank]);
+  }
+  EPT_DEVICE uint32_t slot() const { return uint32_t(generation & 1); }
+  EPT_DEVICE uint64_t received() const {
+    return t.map.recv(EPT_PHASE_DISPATCH, slot()) + a.object.shape.dispatch_region(t.rank).offset;
+  }
 
+  // Tables; the last warps take the short ones. The caller's barrier ends it.
   EPT_DEVICE void begin() {
     for (uint32_t e = threadIdx.x; e < a.object.experts; e += blockDim.x) {
       s.where[e] = a.object.where[e];
       s.counts[e] = 0;
     }
-    for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) s.pending[r] = 0;
+    const uint32_t back = blockDim.x - 1 - threadIdx.x;
+    for (uint32_t r = back; r < world; r += blockDim.x) {
+      s.pending[r] = s.pieces[r] = 0;
+      s.rows_at[r] = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
+    }
+    for (uint32_t r = back < kWarp ? world + 1 : back - kWarp; r <= world; r += blockDim.x - kWarp)
+      s.first[r] = a.object.first[r];
     if (threadIdx.x < 2) s.bad[threadIdx.x] = 0;
-    __syncthreads();
   }
 
   // Tokens of each tile that go to each rank, and rows of each expert.
   EPT_DEVICE void count() {
     for (uint32_t tile = warp_id(); tile < tiles(); tile += warps()) {
       const uint32_t token = tile * kWarp + lane_id();
-      for (uint32_t k = 0; k < top_k && token < a.tokens; k++) {
-        const int64_t expert = id(token, k);
+      uint64_t mask = 0;
+      each_id(token, [&](uint32_t, int64_t expert) {
         if (valid(expert)) {
-          const uint32_t where = s.where[expert];
-          atomicAdd(&s.counts[a.object.first[where >> 16] + (where & 0xffff)], 1u);
+          const uint32_t where = s.where[expert], rank = where >> 16;
+          atomicAdd(&s.counts[s.first[rank] + (where & 0xffff)], 1u);
+          if (rank < 64) mask |= 1ull << rank;
         } else if (expert != -1) {  // nobody can be told before the messages go: it counts as none, and faults the lane
           s.bad[1] = uint32_t(expert);
           s.bad[0] = 1;
         }
-      }
-      for (uint32_t first = 0; first < world; first += 64) {
-        const uint64_t mask = ranks(token, first);
-        for (uint32_t r = first; r < world && r < first + 64; r++) {
-          const uint32_t those = __ballot_sync(kAll, int(mask >> (r - first) & 1));
+      });
+      for (uint32_t from = 0; from < world; from += 64) {
+        if (from) mask = ranks(token, from);
+        for (uint32_t r = from; r < world && r < from + 64; r++) {
+          const uint32_t those = __ballot_sync(kAll, int(mask >> (r - from) & 1));
           if (lane_id() == 0) s.tile_rows[tile * world + r] = uint32_t(__popc(those));
         }
       }
@@ -117,70 +153,78 @@ class DispatchSender {
     __syncthreads();
   }
 
-  // Where each message is packed, and where each rank's sums go.
+  // Where each message is packed, and where each rank's sums go: one warp, while the others number rows.
   EPT_DEVICE void place() {
-    if (threadIdx.x == 0) {
-      uint64_t staged = t.map.send(EPT_PHASE_DISPATCH, slot), combine = 0;
-      const uint64_t received = t.map.recv(EPT_PHASE_DISPATCH, slot) + a.object.shape.dispatch_region(t.rank).offset;
-      for (uint32_t r = 0; r < world; r++) {
-        const uint64_t header = ept_dispatch_header_bytes(a.object.first[r + 1] - a.object.first[r]);
-        s.rows_at[r] = packs_at(t, r, received, staged) + header;
-        if (r != t.rank) staged += align_up(header + s.rows_to[r] * row_bytes, kAlign);
-        s.combine_at[r] = combine;
-        combine += align_up(a.object.shape.combine_header() + s.rows_to[r] * a.object.shape.combine_row, kAlign);
+    if (warp_id() != warps() - 1) return;
+    uint64_t staged = t.map.send(EPT_PHASE_DISPATCH, slot()), combine = 0;
+    for (uint32_t base = 0; base < world; base += kWarp) {
+      const uint32_t r = base + lane_id();
+      uint64_t message = 0, sums = 0, header = 0;
+      if (r < world) {
+        header = header_bytes(r);
+        message = r == t.rank ? 0 : align_up(header + uint64_t(s.rows_to[r]) * row_bytes, kAlign);
+        sums = align_up(a.object.shape.combine_header() + s.rows_to[r] * a.object.shape.combine_row, kAlign);
       }
-    }
-    __syncthreads();
-    if (blockIdx.x != 0) return;
-    for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
-      a.routing.combine_at[r] = s.combine_at[r];
-      a.routing.rows_to[r] = s.rows_to[r];
+      const uint64_t messages = warp_prefix(message), all = warp_prefix(sums);
+      if (r < world) {
+        char *window = s.rows_at[r];
+        s.rows_at[r] = (window ? window + received() : t.staging + staged + messages - message) + header;
+        s.combine_at[r] = combine + all - sums;
+        if (blockIdx.x == 0) {
+          a.routing.combine_at[r] = s.combine_at[r];
+          a.routing.rows_to[r] = s.rows_to[r];
+        }
+      }
+      staged += from_lane(messages, kWarp - 1);
+      combine += from_lane(all, kWarp - 1);
     }
   }
 
   // The parts of this block's tokens, and what is kept of them.
   EPT_DEVICE void number() {
-    for (uint32_t tile = warp_id(); tile < tiles(); tile += warps()) {
+    for (uint32_t r = blockIdx.x + gridDim.x * threadIdx.x; r < world; r += gridDim.x * blockDim.x) add_pieces(r, 1);
+    const uint32_t until = end > first ? (end + kWarp - 1) / kWarp : 0;
+    for (uint32_t tile = first / kWarp + warp_id(); tile < until; tile += warps()) {
       const uint32_t token = tile * kWarp + lane_id();
-      const bool mine = token < a.tokens && token % gridDim.x == blockIdx.x;
-      if (!__ballot_sync(kAll, int(mine))) continue;
+      const bool mine = token >= first && token < end;
       uint32_t n = 0;
       int32_t *to = a.routing.parts + uint64_t(token) * fan * 2;
-      for (uint32_t first = 0; first < world; first += 64) {
-        const uint64_t mask = ranks(token, first);
-        for (uint32_t r = first; r < world && r < first + 64; r++) {
-          const bool goes = mask >> (r - first) & 1;
+      for (uint32_t from = 0; from < world; from += 64) {
+        const uint64_t mask = ranks(token, from);
+        for (uint32_t r = from; r < world && r < from + 64; r++) {
+          const bool goes = mask >> (r - from) & 1;
           const uint32_t those = __ballot_sync(kAll, int(goes));
           if (!mine || !goes) continue;
           to[2 * n] = int32_t(r);
           to[2 * n + 1] = int32_t(s.tile_rows[tile * world + r] + uint32_t(__popc(those & below())));
-          atomicAdd(&s.pending[r], parts);
+          add_pieces(r, parts);
           n++;
         }
       }
       if (!mine) continue;
       for (; n < fan; n++) to[2 * n] = -1;
-      for (uint32_t k = 0; k < top_k; k++) {
-        const int64_t expert = id(token, k);
+      each_id(token, [&](uint32_t k, int64_t expert) {
         a.routing.ids[uint64_t(token) * top_k + k] = valid(expert) ? int32_t(expert) : -1;
-        a.routing.weights[uint64_t(token) * top_k + k] = weight(token, k);
-      }
+        a.routing.weights[uint64_t(token) * top_k + k] =
+            a.weights ? a.weights[token * a.weights_strides[0] + k * a.weights_strides[1]] : 0.0f;
+      });
     }
   }
-  EPT_DEVICE float weight(uint32_t token, uint32_t k) const {
-    return a.weights ? a.weights[token * a.weights_strides[0] + k * a.weights_strides[1]] : 0.0f;
+  EPT_DEVICE void add_pieces(uint32_t rank, uint32_t pieces) {
+    atomicAdd(&s.pending[rank], pieces);
+    atomicAdd(&s.pieces[rank], pieces);
   }
 
   // Block r mod blocks writes the header for rank r: one piece of that message.
   EPT_DEVICE void headers() {
     for (uint32_t r = blockIdx.x + gridDim.x * warp_id(); r < world; r += gridDim.x * warps()) {
-      const uint32_t local = a.object.first[r + 1] - a.object.first[r];
-      const uint64_t bytes = ept_dispatch_header_bytes(local);
+      const uint32_t local = s.first[r + 1] - s.first[r];
+      const uint64_t bytes = header_bytes(r);
       char *to = s.rows_at[r] - bytes;
       if (lane_id() == 0) {
         ept_moe_header h = header_of(t, a.object, EPT_PHASE_DISPATCH, generation, s.rows_to[r]);
         if (!a.weights && a.tokens) h.flags |= EPT_MOE_NO_WEIGHTS;
-        h.row_bytes = uint32_t(row_bytes);
+        h.row_bytes = row_bytes;
         h.payload_bytes = uint32_t(a.object.payload);
         h.scale_bytes = a.scale_bytes;
         h.payload_format = uint32_t(a.payload_format);
@@ -191,23 +235,26 @@ class DispatchSender {
       }
       uint32_t *counts = reinterpret_cast<uint32_t *>(to + EPT_MOE_HEADER_BYTES);
       for (uint32_t e = lane_id(); e < (bytes - EPT_MOE_HEADER_BYTES) / 4; e += kWarp)
-        counts[e] = e < local ? s.counts[a.object.first[r] + e] : 0;
+        counts[e] = e < local ? s.counts[s.first[r] + e] : 0;
       __syncwarp();
-      if (lane_id() == 0) add(r, 1);
+      if (lane_id() == 0) packed_one(r);
+      __syncwarp();
     }
   }
 
-  EPT_DEVICE void add(uint32_t rank, uint32_t pieces) {
-    if (!packed(t, rank, pieces, s.rows_to[rank] * parts + 1)) return;
-    const uint64_t header = ept_dispatch_header_bytes(a.object.first[rank + 1] - a.object.first[rank]);
-    const uint64_t received = t.map.recv(EPT_PHASE_DISPATCH, slot) + a.object.shape.dispatch_region(t.rank).offset;
-    post(t, kDispatchSend, EPT_PHASE_DISPATCH, generation, rank, s.rows_at[rank] - header, received,
-         header + s.rows_to[rank] * row_bytes);
+  // A piece of the message to `rank` is packed by the caller's warp. Each block tells the others once, for all of its.
+  EPT_DEVICE void packed_one(uint32_t rank) {
+    __threadfence_block();  // the other warps of the block that packed for this rank have done so
+    const uint32_t before = atomicSub(&s.pending[rank], 1u);
+    __threadfence_block();
+    if (before != 1 || !packed(t, rank, s.pieces[rank], s.rows_to[rank] * parts + 1)) return;
+    const uint64_t header = header_bytes(rank);
+    post(t, kDispatchSend, EPT_PHASE_DISPATCH, generation, rank, s.rows_at[rank] - header, received(),
+         header + uint64_t(s.rows_to[rank]) * row_bytes);
   }
 
   EPT_DEVICE void rows() {
-    const uint32_t mine = a.tokens > blockIdx.x ? (a.tokens - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
-    for (uint32_t u = warp_id(); u < mine * parts; u += warps()) row(blockIdx.x + u / parts * gridDim.x, u % parts);
+    for (uint32_t u = warp_id(); u < (end - first) * parts; u += warps()) row(first + u / parts, u % parts);
   }
 
   EPT_DEVICE void row(uint32_t token, uint32_t part) {
@@ -215,122 +262,126 @@ class DispatchSender {
     if (lane_id() < fan) {
       const int32_t *from = a.routing.parts + (uint64_t(token) * fan + lane_id()) * 2;
       rank = from[0];
-      number = rank >= 0 ? from[1] : 0;
+      number = from[1];
     }
     const auto n = uint32_t(__popc(__ballot_sync(kAll, int(rank >= 0))));  // they stand at the front
     if (!n) return;
-    char *to = rank >= 0 ? s.rows_at[rank] + uint64_t(number) * row_bytes : nullptr;
-    if (a.quantise)
-      quantise(token, part, to, n);
-    else
-      copy(token, part, to, n);
+    char *to = rank >= 0 ? s.rows_at[rank] + uint64_t(uint32_t(number)) * row_bytes : nullptr;
     if (part == 0) rest(token, rank, to, n);
+    if (!a.quantise)
+      copy(token, part, to, n);
+    else if (element_size(a.x_format) == 2)
+      quantise<2>(token, part, to, n);
+    else
+      quantise<4>(token, part, to, n);
     __syncwarp();
-    if (rank < 0) return;
-    __threadfence_block();  // the other warps of the block that packed for this rank have done so
-    const uint32_t before = atomicSub(&s.pending[rank], 1u);
-    __threadfence_block();
-    if (before == 1) add(uint32_t(rank), s.pieces[rank]);
+    if (rank >= 0) packed_one(uint32_t(rank));
+    __syncwarp();
   }
 
   EPT_DEVICE void copy(uint32_t token, uint32_t part, char *to, uint32_t n) const {
-    constexpr uint32_t kAtOnce = 4;
     const Span16 span = span_of(vectors, part, parts);
     const char *from = a.x + token * a.x_stride;
-    for (uint64_t v = span.from + lane_id(); v - lane_id() < span.to; v += kAtOnce * kWarp) {
-      Vector held[kAtOnce];
-      EPT_UNROLL
-      for (uint32_t i = 0; i < kAtOnce; i++)
-        if (v + i * kWarp < span.to) held[i] = load16(from + (v + i * kWarp) * 16);
-      for (uint32_t p = 0; p < n; p++) {
-        char *there = from_lane(to, p);
-        EPT_UNROLL
-        for (uint32_t i = 0; i < kAtOnce; i++)
-          if (v + i * kWarp < span.to) store16(there + (v + i * kWarp) * 16, held[i]);
-      }
-    }
+    uint32_t asked = span.from + lane_id(), v = asked;
+    stream<1, false>(
+        s.ring, span.rounds(),
+        [&] {
+          const char *here = asked < span.to ? from + asked * 16 : nullptr;
+          asked += kWarp;
+          return here;
+        },
+        [&](const Vector(&held)[1]) {
+          for (uint32_t p = 0; p < n; p++) {
+            char *there = from_lane(to, p);
+            if (v < span.to) store16(there + v * 16, held[0]);
+          }
+          v += kWarp;
+        });
   }
 
   // Sixteen elements a lane, so eight lanes a block of EPT_FP8_BLOCK.
+  template <uint32_t kSize>
   EPT_DEVICE void quantise(uint32_t token, uint32_t part, char *to, uint32_t n) const {
     const Span16 span = span_of(vectors, part, parts);
     const char *from = a.x + token * a.x_stride;
-    const uint32_t size = element_size(a.x_format);
     const uint64_t scales_at = ept_row_scales(a.object.payload);
-    for (uint64_t base = span.from; base < span.to; base += kWarp) {
-      const uint64_t v = base + lane_id();
-      const bool here = v < span.to;
-      float x[16];
-      if (here) {
-        load8(x, from + v * 16 * size, a.x_format);
-        load8(x + 8, from + (v * 16 + 8) * size, a.x_format);
-      }
-      uint32_t most = 0;  // sizes compare as integers do; a NaN is none
-      EPT_UNROLL
-      for (uint32_t i = 0; i < 16 && here; i++) {
-        const uint32_t u = bits_of(x[i]) & 0x7fffffff;
-        if (u <= 0x7f800000 && u > most) most = u;
-      }
-      for (uint32_t step = 1; step < 8; step *= 2) {
-        const uint32_t other = __shfl_xor_sync(kAll, most, int(step));
-        most = other > most ? other : most;
-      }
-      const float amax = float_of(most);
-      float scale = divided(amax > a.epsilon ? amax : a.epsilon, EPT_E4M3_MAX);
-      uint32_t byte = 0;
-      if (a.ue8m0) {
-        byte = exponent_above(scale);
-        scale = float_of(byte == 0 ? 0x400000 : byte << 23);
-      }
-      Vector q{};
-      if (here) {
-        EPT_UNROLL
-        for (uint32_t i = 0; i < 16; i++) q.word[i / 4] |= e4m3(divided(x[i], scale)) << (i % 4 * 8);
-      }
-      const uint64_t block = v / 8;
-      for (uint32_t p = 0; p < n; p++) {
-        char *there = from_lane(to, p);
-        if (!here) continue;
-        store16(there + v * 16, q);
-        if (lane_id() % 8) continue;
-        if (a.ue8m0)
-          there[scales_at + block] = char(byte);
-        else
-          *reinterpret_cast<float *>(there + scales_at + block * 4) = scale;
-      }
-    }
+    uint32_t asked = span.from + lane_id(), v = asked;
+    stream<kSize, true>(
+        s.ring, span.rounds(),
+        [&] {
+          const char *here = asked < span.to ? from + asked * (16 * kSize) : nullptr;
+          asked += kWarp;
+          return here;
+        },
+        [&](const Vector(&held)[kSize]) {
+          const bool here = v < span.to;
+          float x[16] = {};
+          if (here) widen16<kSize>(x, held, a.x_format);
+          uint32_t most = 0;  // sizes compare as integers do
+          EPT_UNROLL
+          for (uint32_t i = 0; i < 16; i++) {
+            const uint32_t size = bits_of(x[i]) & 0x7fffffff;
+            most = size > most ? size : most;
+          }
+          const bool has_nan = most > 0x7f800000;  // of which amax takes no notice
+          if (has_nan) most = most_of_numbers(x);
+          for (uint32_t step = 1; step < 8; step *= 2) {
+            const uint32_t other = __shfl_xor_sync(kAll, most, int(step));
+            most = other > most ? other : most;
+          }
+          const float amax = float_of(most);
+          float scale = divided(amax > a.epsilon ? amax : a.epsilon, EPT_E4M3_MAX);
+          uint32_t byte = 0;
+          if (a.ue8m0) {
+            byte = exponent_above(scale);
+            scale = float_of(byte == 0 ? 0x400000 : byte << 23);
+          }
+          const Vector q = e4m3_of(x, scale, has_nan);
+          const uint32_t block = v / 8;
+          for (uint32_t p = 0; p < n; p++) {
+            char *there = from_lane(to, p);
+            if (!here) continue;
+            store16(there + v * 16, q);
+            if (lane_id() % 8) continue;
+            if (a.ue8m0)
+              there[scales_at + block] = char(byte);
+            else
+              *reinterpret_cast<float *>(there + scales_at + block * 4) = scale;
+          }
+          v += kWarp;
+        });
   }
 
   // The caller's scales, what pads them, and what says whose row it is.
   EPT_DEVICE void rest(uint32_t token, int32_t rank, char *to, uint32_t n) const {
-    const uint64_t scales_at = ept_row_scales(a.object.payload);
-    const uint64_t tail_at = ept_row_token(a.object.payload, a.scale_bytes);
-    const auto padding = uint32_t(tail_at - scales_at) - a.scale_bytes;
-    const uint32_t words = uint32_t(row_bytes - tail_at) / 4;
-    for (uint32_t p = 0; p < n; p++) {
-      char *there = from_lane(to, p);
-      const uint32_t peer = from_lane(uint32_t(rank), p);
-      if (a.scales.data)
-        for (uint32_t i = lane_id(); i * a.scale_size < a.scale_bytes; i += kWarp) {
-          const char *from = a.scales.at(token) + i * a.scales.column;
-          for (uint32_t b = 0; b < a.scale_size; b++) there[scales_at + i * a.scale_size + b] = from[b];
-        }
-      if (lane_id() < padding) there[scales_at + a.scale_bytes + lane_id()] = 0;
-      for (uint32_t w = lane_id(); w < words; w += kWarp) {
-        uint32_t value = 0;
-        if (w == 0) {
-          value = token;
-        } else if (w >= 2 && w < 2 + 2 * top_k) {
-          const uint32_t k = (w - 2) % top_k;
-          const int32_t expert = a.routing.ids[uint64_t(token) * top_k + k];
-          const uint32_t where = expert >= 0 ? s.where[expert] : 0xffffffffu;
-          const bool at = expert >= 0 && where >> 16 == peer;
-          if (w < 2 + top_k)
-            value = at ? where & 0xffff : 0xffffffffu;
-          else
-            value = at ? bits_of(a.routing.weights[uint64_t(token) * top_k + k]) : 0;
-        }
-        reinterpret_cast<uint32_t *>(there + tail_at)[w] = value;
+    const auto scales_at = uint32_t(ept_row_scales(a.object.payload));
+    const auto tail_at = uint32_t(ept_row_token(a.object.payload, a.scale_bytes));
+    const uint32_t padding = tail_at - scales_at - a.scale_bytes;
+    const uint32_t words = (row_bytes - tail_at) / 4;
+    for (uint32_t base = 0; base < words; base += kWarp) {
+      const uint32_t w = base + lane_id(), k = (w - 2) % top_k;
+      const bool pair = w >= 2 && w < 2 + 2 * top_k, weighs = w >= 2 + top_k;
+      uint32_t where = 0xffffffffu, value = w == 0 ? token : 0;
+      if (pair) {
+        const int32_t expert = a.routing.ids[uint64_t(token) * top_k + k];
+        if (weighs) value = bits_of(a.routing.weights[uint64_t(token) * top_k + k]);
+        if (expert >= 0) where = s.where[expert];
+        if (!weighs) value = where & 0xffff;
+      }
+      for (uint32_t p = 0; p < n; p++) {
+        char *there = from_lane(to, p);
+        const uint32_t peer = from_lane(uint32_t(rank), p);
+        const bool at = !pair || where >> 16 == peer;
+        if (w < words) reinterpret_cast<uint32_t *>(there + tail_at)[w] = at ? value : weighs ? 0 : 0xffffffffu;
+      }
+    }
+    for (uint32_t p = 0; p < n && (padding || a.scales.data); p++) {
+      char *there = from_lane(to, p) + scales_at;
+      if (lane_id() < padding) there[a.scale_bytes + lane_id()] = 0;
+      if (!a.scales.data) continue;
+      for (uint32_t i = lane_id(); i * a.scale_size < a.scale_bytes; i += kWarp) {
+        const char *from = a.scales.at(token) + i * a.scales.column;
+        for (uint32_t b = 0; b < a.scale_size; b++) there[i * a.scale_size + b] = from[b];
       }
     }
   }
@@ -339,18 +390,19 @@ class DispatchSender {
   const LaneTable &t;
   const SendShared &s;
   const uint64_t generation;
-  const uint32_t slot, world, top_k, fan;
-  const uint64_t row_bytes, vectors;
+  const uint32_t world, top_k, fan;
+  const uint32_t row_bytes, vectors;
   const uint32_t parts;  // a row is packed in so many pieces
+  uint32_t first, end;   // this block's tokens
 };
 
 }  // namespace ept::moe::cuda
 
-EPT_KERNEL moe_dispatch_send(const ept::moe::cuda::DispatchSend args) {
+EPT_KERNEL moe_dispatch_send(EPT_ARGUMENT(ept::moe::cuda::DispatchSend) args) {
   using namespace ept::moe::cuda;
-  if (!args.lane) return;
+  if (!args.lane.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const SendShared shared = send_shared(carve, args.lane->world, args.object.experts, args.tokens);
+  const SendShared shared = send_shared(carve, blockDim.x, args.lane.world, args.object.experts, args.tokens);
   DispatchSender(args, shared).run();
 }

@@ -8,6 +8,7 @@
 
 #include "cuda/image.h"
 #include "moe/cuda/gpu.h"
+#include "moe/cuda/shared.h"
 #include "moe/fail.h"
 
 namespace ept::moe::cuda {
@@ -66,9 +67,9 @@ class DriverGpu final : public Gpu {
     int least = 1 << 30;
     for (uint32_t k = 0; k < kKernels; k++) {
       int blocks = 0;
-      want(
-          driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, module_->kernel(k), int(threads), kUsualShared),
-          "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+      const size_t shared = kUsualShared + size_t(kAhead) * sizeof(Piece) * threads;
+      want(driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, module_->kernel(k), int(threads), shared),
+           "cuOccupancyMaxActiveBlocksPerMultiprocessor");
       least = blocks < least ? blocks : least;
     }
     return uint32_t(least) * uint32_t(primary_->attribute(ept::cuda::kMultiprocessors));
@@ -165,7 +166,7 @@ class DriverGpu final : public Gpu {
   }
 
  private:
-  // For the occupancy: a lane of 64 ranks and 256 experts takes less, but for long batches.
+  // Beside the ring (shared.h), for the occupancy: a lane of 64 ranks and 256 experts takes less, but for long batches.
   static constexpr size_t kUsualShared = 16384;
 
   const ept::cuda::Driver &driver() const { return primary_->driver(); }

@@ -62,6 +62,8 @@ EPT_DEVICE void load8(float out[8], const char *from, int32_t format) {
   }
   widen8(out, load16(from), format);
 }
+// kSums: the results of additions, whose NaNs are all one; else every bit of a NaN stays.
+template <bool kSums = false>
 EPT_DEVICE void store8(char *to, const float in[8], int32_t format) {
   if (format == kF32) {
     Vector a, b;
@@ -72,11 +74,69 @@ EPT_DEVICE void store8(char *to, const float in[8], int32_t format) {
   }
   Vector v;
   for (int i = 0; i < 4; i++) {
+    if (kSums && format == kBF16) {
+      v.word[i] = bf16_pair(in[2 * i], in[2 * i + 1]);
+      continue;
+    }
     const uint32_t low = bits_of(in[2 * i]), high = bits_of(in[2 * i + 1]);
     v.word[i] = format == kBF16 ? f32_to_bf16(low) | f32_to_bf16(high) << 16 : f32_to_f16(low) | f32_to_f16(high) << 16;
   }
   store16(to, v);
 }
+// Sixteen elements of kSize bytes.
+template <uint32_t kSize>
+EPT_DEVICE void widen16(float out[16], const Vector (&v)[kSize], int32_t format) {
+  if constexpr (kSize == 2) {
+    widen8(out, v[0], format);
+    widen8(out + 8, v[1], format);
+  } else {
+    EPT_UNROLL
+    for (uint32_t i = 0; i < 16; i++) out[i] = float_of(v[i / 4].word[i % 4]);
+  }
+}
+
+EPT_DEVICE uint32_t most_of_numbers(const float x[16]) {
+  uint32_t most = 0;
+  EPT_UNROLL
+  for (uint32_t i = 0; i < 16; i++) {
+    const uint32_t size = bits_of(x[i]) & 0x7fffffff;
+    if (size <= 0x7f800000 && size > most) most = size;
+  }
+  return most;
+}
+
+// x / by to nearest, with `inverse` = 1 / by to nearest, where 2^-64 <= by <= 2^64 and |x / by| <= 448: q is right to
+// two units in its last place, the remainder that fma gives is exact or a unit of its 25th place from it, and after the
+// second step nothing is left that could turn a rounding (Markstein). Where the quotient is below 2^-12 it may be
+// wrong, and is a zero in e4m3 either way; its sign is x's.
+EPT_DEVICE float divided_by_inverse(float x, float by, float inverse) {
+  float q = x * inverse;
+  q = fused(fused(-q, by, x), inverse, q);
+  q = fused(fused(-q, by, x), inverse, q);
+  return float_of((bits_of(q) & 0x7fffffff) | (bits_of(x) & 0x80000000));
+}
+#ifndef EPT_HAS_E4M3
+EPT_DEVICE uint32_t e4m3_pair(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
+#endif
+// Sixteen elements divided by their scale.
+EPT_DEVICE Vector e4m3_of(const float x[16], float scale, bool has_nan) {
+  Vector q{};
+  if (!has_nan && scale >= 0x1p-64f && scale <= 0x1p64f) {
+    const float inverse = divided(1.0f, scale);
+    EPT_UNROLL
+    for (uint32_t i = 0; i < 16; i += 2)
+      q.word[i / 4] |= e4m3_pair(divided_by_inverse(x[i], scale, inverse), divided_by_inverse(x[i + 1], scale, inverse))
+                       << (i % 4 * 8);
+    return q;
+  }
+  EPT_UNROLL
+  for (uint32_t i = 0; i < 16; i++) {
+    const uint32_t sign = bits_of(x[i]) & 0x80000000;  // which a GPU's NaN would lose
+    q.word[i / 4] |= e4m3(float_of((bits_of(divided(x[i], scale)) & 0x7fffffff) | sign)) << (i % 4 * 8);
+  }
+  return q;
+}
+
 EPT_DEVICE float load1(const char *from, int32_t format) {
   if (format == kF32) return float_of(*reinterpret_cast<const uint32_t *>(from));
   const uint32_t v = *reinterpret_cast<const uint16_t *>(from);

@@ -39,8 +39,9 @@ Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, uint32_t wo
       threads_(config.threads ? config.threads : kThreads),
       peers_(world),
       kept_(count) {
-  if (threads_ % kWarp || threads_ > 1024)
-    fail(EPT_E_INVALID, -1, "threads is %u; a block has a multiple of %u of them, at most 1024", threads_, kWarp);
+  if (threads_ % kWarp || threads_ < 2 * kWarp || threads_ > 1024)
+    fail(EPT_E_INVALID, -1, "threads is %u; a block has a multiple of %u of them, from %u to 1024", threads_, kWarp,
+         2 * kWarp);
   memory_ = static_cast<char *>(gpu_->allocate(bytes()));
   told_ = static_cast<Told *>(gpu_->allocate_pinned(sizeof(Told) * count_));
 }
@@ -164,7 +165,6 @@ void Lanes::start() {
       kept_[l].done = carve.take<uint32_t>(world_);
     }
     kept_bytes_ = carve.bytes();
-    tables_ = carve.take<LaneTable>(count_);
     for (uint32_t l = 0; l < count_; l++) {
       paths[l] = carve.take<ept_path>(world_);
       words[l] = carve.take<uint64_t *>(world_);
@@ -176,13 +176,14 @@ void Lanes::start() {
   own_ = static_cast<char *>(gpu_->allocate(own_bytes_));
   lay(own_);
 
+  tables_.assign(count_, LaneTable{});
   std::vector<char> image(own_bytes_, 0);
   const auto in_image = [&](auto *at) {
     return reinterpret_cast<std::remove_reference_t<decltype(*at)> *>(image.data() +
                                                                       (reinterpret_cast<char *>(at) - own_));
   };
   for (uint32_t l = 0; l < count_; l++) {
-    LaneTable &t = *in_image(tables_ + l);
+    LaneTable &t = tables_[l];
     t.world = world_;
     t.rank = rank_;
     t.lane = l;
@@ -190,7 +191,7 @@ void Lanes::start() {
     t.timeout_ns = config_.timeout_ns;
     if (arena_) {
       t.epoch = arena_->epoch;
-      t.membership = arena_->members()->epoch;
+      in_image(kept_[l].state)->membership = arena_->members()->epoch;
       t.acks = net_->acks(l);
       t.staging = net_->memory(l);
     }
@@ -227,6 +228,10 @@ void Lanes::start() {
     }
   }
   gpu_->copy_in(own_, image.data(), own_bytes_);
+}
+
+void Lanes::write_times(uint64_t *times) {
+  for (uint32_t l = 0; l < count_; l++) tables_[l].times = times ? times + l * times_of(blocks_, world_) : nullptr;
 }
 
 int32_t Lanes::reset(uint64_t timeout_ns) {
@@ -266,11 +271,10 @@ void Lanes::begin_at(const std::vector<std::array<uint64_t, EPT_PHASES>> &next) 
         }
       }
     }
+    state.membership = arena_->members()->epoch;
     gpu_->copy_in(kept_[l].state, &state, sizeof state);
     gpu_->copy_in(kept_[l].offsets, offsets.data(), offsets.size() * sizeof(uint64_t));
     gpu_->copy_in(kept_[l].heard, heard.data(), heard.size() * sizeof(uint64_t));
-    const uint32_t membership = arena_->members()->epoch;
-    gpu_->copy_in(&tables_[l].membership, &membership, sizeof membership);
   }
 }
 
@@ -309,9 +313,10 @@ void Lanes::refuse(const Object &object) {
   if (object.config.num_experts > 65535 || world > 65535)
     fail(EPT_E_UNSUPPORTED, -1, "%u experts on %u ranks; the GPU executor numbers at most 65535 of each",
          object.config.num_experts, world);
+  // Beside the rings (shared.h), which are as large for every object.
   const uint64_t tiles = (uint64_t(object.shape.max_tokens) + kWarp - 1) / kWarp;
-  const uint64_t shared = 4 * tiles * world + 8ull * object.config.num_experts + 40ull * world + 64;
-  const uint64_t received = 8ull * world * object.local() + 40ull * world + 4ull * object.local() + 64;
+  const uint64_t shared = 4 * tiles * world + 8ull * object.config.num_experts + 48ull * world + 64;
+  const uint64_t received = 8ull * world * object.local() + 48ull * world + 8ull * object.local() + 64;
   if (shared > kMostShared || received > kMostShared)
     fail(EPT_E_UNSUPPORTED, -1,
          "%u tokens, %u experts and %u ranks take %llu bytes of a block's shared memory; the GPU executor has %llu",

@@ -48,7 +48,9 @@ class Lanes {
   static void refuse(const Object &object);
   void check(uint32_t lane) const;
 
-  const LaneTable *table(uint32_t lane) const { return tables_ + lane; }
+  const LaneTable &table(uint32_t lane) const { return tables_[lane]; }
+  // Device timestamps of what is launched from now on: times_of(blocks, world) words for each lane, or NULL.
+  void write_times(uint64_t *times);
   uint32_t lanes() const { return count_; }
   uint32_t rank() const { return rank_; }
   uint32_t world() const { return world_; }
@@ -92,7 +94,7 @@ class Lanes {
   char *own_ = nullptr;  // tables, and what kernels write that no peer sees
   uint64_t own_bytes_ = 0, kept_bytes_ = 0;
   std::vector<Kept> kept_;
-  LaneTable *tables_ = nullptr;
+  std::vector<LaneTable> tables_;
   Told *told_ = nullptr;
   std::shared_ptr<Arena> arena_;
   std::vector<Place> places_;

@@ -46,7 +46,8 @@ EPT_DEVICE void raise_fault(const LaneTable &t, uint32_t code, uint32_t half, in
 }
 
 // The same answer for the whole block, all of whose threads call.
-EPT_DEVICE bool is_faulted(const LaneTable &t) { return __syncthreads_or(fault_of(t) != 0) != 0; }
+EPT_DEVICE bool is_faulted(uint32_t fault) { return __syncthreads_or(fault != 0) != 0; }
+EPT_DEVICE bool is_faulted(const LaneTable &t) { return is_faulted(fault_of(t)); }
 
 // The end of a half: all threads of the block call. True in the last block, for all its threads, before `raise`.
 EPT_DEVICE bool last_block(const LaneTable &t, uint32_t half, uint32_t *word) {
@@ -64,12 +65,8 @@ EPT_DEVICE void end_half(const LaneTable &t, uint32_t half, uint64_t *counter, u
 
 // ---- out ----
 
-// Where this rank packs its message to `peer`: at the peer itself, or here where it is read here or put from here.
-EPT_DEVICE char *packs_at(const LaneTable &t, uint32_t peer, uint64_t received, uint64_t staged) {
-  if (peer == t.rank) return t.in[peer] + received;
-  char *there = device::window(t.paths[peer], received);
-  return there ? there : t.staging + staged;
-}
+// A message is packed at the peer itself where its memory is mapped here (a path's window), or in our own memory, where
+// it is read here or put from here.
 
 // The whole message is packed, and seen by the caller, a single thread.
 EPT_DEVICE void post(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, uint32_t peer, char *from,
@@ -113,7 +110,7 @@ EPT_DEVICE ept_moe_header header_of(const LaneTable &t, const ObjectTable &objec
   for (uint32_t p = 0; p < EPT_PHASES; p++) h.consumed[p] = t.state->received[p];
   h.epoch = t.epoch;
   h.object = object.number;
-  h.membership = t.membership;
+  h.membership = t.state->membership;
   return h;
 }
 EPT_DEVICE void put_header(char *to, const ept_moe_header &h) {
@@ -157,7 +154,7 @@ EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint32_t phase, uint
 EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
                                  uint32_t source, const ept_moe_header &h, uint64_t row_bytes, uint64_t most_rows) {
   if (h.magic != EPT_MOE_MAGIC || h.version != EPT_WIRE_VERSION) return 1;
-  if (h.membership != t.membership) return 2;
+  if (h.membership != t.state->membership) return 2;
   if (h.phase != phase || h.source != source || h.lane != t.lane || h.chunk != 0) return 3;
   if (h.generation != generation) return 4;
   if (h.object != object.number) return 5;
@@ -227,21 +224,42 @@ EPT_DEVICE bool settle(const LaneTable &t, uint32_t half, uint32_t phase, uint64
   return !is_faulted(t);
 }
 
+// Device timestamps, where somebody asks for them.
+EPT_DEVICE void note(const LaneTable &t, uint32_t half, uint32_t point) {
+  if (t.times && threadIdx.x == 0) t.times[time_at(half, gridDim.x, blockIdx.x, point)] = Hardware::now();
+}
+// One thread of the warp. `done`: the last of the source's rows that this warp had is.
+EPT_DEVICE void note_source(const LaneTable &t, uint32_t phase, uint32_t source, bool done) {
+  if (!t.times || lane_id() != 0) return;
+  uint64_t *at = t.times + source_time_at(gridDim.x, t.world, phase, source) + done;
+  const uint64_t now = Hardware::now();
+  if (done)
+    atomicMax(reinterpret_cast<unsigned long long *>(at), now);
+  else
+    *at = now;
+}
+
 // A warp's share of a row of `vectors` pieces of 16 bytes, in whole rounds of a warp.
 struct Span16 {
-  uint64_t from, to;
+  uint32_t from, to;
+  EPT_DEVICE uint32_t rounds() const { return to > from ? (to - from + kWarp - 1) / kWarp : 0; }
 };
-EPT_DEVICE Span16 span_of(uint64_t vectors, uint32_t part, uint32_t parts) {
-  const uint64_t rounds = (vectors + kWarp - 1) / kWarp;
-  const uint64_t from = rounds * part / parts * kWarp, to = rounds * (part + 1) / parts * kWarp;
+EPT_DEVICE Span16 span_of(uint32_t vectors, uint32_t part, uint32_t parts) {
+  const uint32_t rounds = (vectors + kWarp - 1) / kWarp;
+  const uint32_t from = rounds * part / parts * kWarp, to = rounds * (part + 1) / parts * kWarp;
   return {from, to < vectors ? to : vectors};
 }
-// Into how many parts rows are cut so that `warps` have work: `rows` of them a block.
-EPT_DEVICE uint32_t parts_of(uint64_t rows, uint32_t warps, uint64_t vectors) {
-  const uint64_t rounds = (vectors + kWarp - 1) / kWarp;
-  uint64_t parts = rows ? warps / rows : 1;
-  parts = parts < 1 ? 1 : parts;
-  return uint32_t(parts < rounds ? parts : rounds < 1 ? 1 : rounds);
+// Into how many parts rows are cut so that each of `warps` has about `each` pieces or more: `rows` of them a block. The
+// more pieces, the less warps wait for the one that has one more; but each begins with a wait for memory, so that no
+// part is shorter than kLeast rounds, unless there would be a warp without work.
+EPT_DEVICE uint32_t parts_of(uint32_t rows, uint32_t warps, uint32_t vectors, uint32_t each) {
+  constexpr uint32_t kLeast = 7;  // of a row of 7168: halves in fp8, quarters in bf16
+  const uint32_t rounds = (vectors + kWarp - 1) / kWarp, n = rows < 1 ? 1 : rows;
+  const uint32_t needed = warps / n, most = (rounds + kLeast - 1) / kLeast, wanted = (each * warps + n - 1) / n;
+  uint32_t parts = wanted < most ? wanted : most;
+  parts = parts < needed ? needed : parts;
+  parts = parts < rounds ? parts : rounds;
+  return parts < 1 ? 1 : parts;
 }
 
 }  // namespace ept::moe::cuda

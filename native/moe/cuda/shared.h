@@ -7,24 +7,36 @@
 
 namespace ept::moe::cuda {
 
+// Pieces of 16 bytes that each thread has under way (stream.cuh). 64 KiB a block of 512: a multiprocessor's share of a
+// GPU's memory takes some 20 KiB under way to be busy all the time, and rows begin and end.
+constexpr uint32_t kAhead = 8;
+struct alignas(16) Piece {
+  uint32_t word[4];
+};
+
 struct SendShared {
+  Piece *ring;           // [kAhead, threads]
   uint64_t *combine_at;  // [world]
-  char **rows_at;        // [world] where row 0 of the message to that rank is packed
+  char **rows_at;        // [world] where row 0 of the message to that rank is packed; before, where its window begins
   uint32_t *where;       // [experts]
   uint32_t *counts;      // [experts], placed as `first` says
+  uint32_t *first;       // [world + 1] ObjectTable's
   uint32_t *tile_rows;   // [tiles, world] tokens of a tile that go to a rank; then those of the tiles before it
   uint32_t *rows_to;     // [world]
-  uint32_t *pieces;      // [world] pieces of this block's rows to that rank
+  uint32_t *pieces;      // [world] pieces of this block's part of the message to that rank
   uint32_t *pending;     // [world] of which not yet packed
   uint32_t *word;        // of last_block
   uint32_t *bad;         // [2] 1, and the id, where one was out of range
 };
-EPT_HD inline SendShared send_shared(Carve &carve, uint32_t world, uint32_t experts, uint32_t tokens) {
+EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t experts,
+                                     uint32_t tokens) {
   SendShared s{};
+  s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
   s.combine_at = carve.take<uint64_t>(world);
   s.rows_at = carve.take<char *>(world);
   s.where = carve.take<uint32_t>(experts);
   s.counts = carve.take<uint32_t>(experts);
+  s.first = carve.take<uint32_t>(world + 1);
   s.tile_rows = carve.take<uint32_t>(uint64_t(tokens + kWarp - 1) / kWarp * world);
   s.rows_to = carve.take<uint32_t>(world);
   s.pieces = carve.take<uint32_t>(world);
@@ -35,26 +47,34 @@ EPT_HD inline SendShared send_shared(Carve &carve, uint32_t world, uint32_t expe
 }
 
 struct RecvShared {
+  Piece *ring;          // [kAhead, threads]
   uint64_t *return_at;  // [world]
   uint32_t *rows;       // [world]
-  uint32_t *begin;      // [world + 1]
+  uint32_t *begin;      // [world + 1] of each source's rows in the order of all rows
   uint32_t *standing;   // [world]
   uint32_t *next;       // [world] unit that nobody has taken
+  uint32_t *to_count;   // [world] group of rows before this block's that nobody has taken to count
+  uint32_t *counted;    // [world] such groups that are counted
   uint32_t *counts;     // [world, local]
-  uint32_t *cursor;     // [world, local]
+  uint32_t *cursor;     // [world, local] rows of the source before this block's, then places
+  uint32_t *sums;       // [local] rows of each expert
   uint32_t *starts;     // [local + 1] of each expert's group
   uint32_t *flags;      // [world] of the header
   uint32_t *word;
 };
-EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t world, uint32_t local) {
+EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t local) {
   RecvShared s{};
+  s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
   s.return_at = carve.take<uint64_t>(world);
   s.rows = carve.take<uint32_t>(world);
   s.begin = carve.take<uint32_t>(world + 1);
   s.standing = carve.take<uint32_t>(world);
   s.next = carve.take<uint32_t>(world);
+  s.to_count = carve.take<uint32_t>(world);
+  s.counted = carve.take<uint32_t>(world);
   s.counts = carve.take<uint32_t>(uint64_t(world) * local);
   s.cursor = carve.take<uint32_t>(uint64_t(world) * local);
+  s.sums = carve.take<uint32_t>(local);
   s.starts = carve.take<uint32_t>(local + 1);
   s.flags = carve.take<uint32_t>(world);
   s.word = carve.take<uint32_t>(1);
@@ -62,14 +82,20 @@ EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t world, uint32_t loca
 }
 
 struct CombineShared {
+  Piece *ring;         // [kAhead, threads]
+  uint64_t *received;  // [world] where in that rank's memory it is to be
+  char **message;      // [world] where the message to that rank is packed; before, where its window begins
   uint32_t *begin;     // [world + 1] of the rows that came
   uint32_t *pending;   // [world] of this block's pieces of the message to that rank
   uint32_t *pieces;    // [world]
   uint32_t *standing;  // [world]
   uint32_t *word;
 };
-EPT_HD inline CombineShared combine_shared(Carve &carve, uint32_t world) {
+EPT_HD inline CombineShared combine_shared(Carve &carve, uint32_t threads, uint32_t world) {
   CombineShared s{};
+  s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
+  s.received = carve.take<uint64_t>(world);
+  s.message = carve.take<char *>(world);
   s.begin = carve.take<uint32_t>(world + 1);
   s.pending = carve.take<uint32_t>(world);
   s.pieces = carve.take<uint32_t>(world);

@@ -9,6 +9,7 @@
 #ifdef __CUDACC__
 // At most 1024 threads a block, so at most 64 registers a thread; two blocks of 512 fit a multiprocessor.
 #define EPT_KERNEL extern "C" __global__ void __launch_bounds__(1024, 1)
+#define EPT_ARGUMENT(Type) const __grid_constant__ Type
 #define EPT_SHARED(name) extern __shared__ __align__(16) char name[]
 #define EPT_REST() ::ept::device::Hardware::rest()
 #define EPT_UNROLL _Pragma("unroll")
@@ -23,6 +24,36 @@ EPT_DEVICE Vector load16(const char *from) {
 EPT_DEVICE void store16(char *to, const Vector &v) {
   *reinterpret_cast<uint4 *>(to) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
+// Sixteen bytes that come into shared memory while the thread goes on. kNear: through the cache.
+template <bool kNear>
+EPT_DEVICE void fetch16(char *to, const char *from) {
+  const auto shared = uint32_t(__cvta_generic_to_shared(to));
+  if (kNear)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(from) : "memory");
+}
+// Those since the last call are a group; await_fetches: all groups of this thread but its last kLeft are in.
+EPT_DEVICE void end_fetches() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+template <int kLeft>
+EPT_DEVICE void await_fetches() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kLeft) : "memory");
+}
+// Two elements of 2 bytes, to nearest even; a NaN is the canonical one, which sums are anyway.
+EPT_DEVICE uint32_t bf16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+#if __CUDA_ARCH__ >= 890
+#define EPT_HAS_E4M3
+// Saturating, to nearest even; neither is a NaN.
+EPT_DEVICE uint32_t e4m3_pair(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+#endif
 EPT_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 EPT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 EPT_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -51,14 +82,12 @@ EPT_DEVICE char *from_lane(char *value, uint32_t lane) {
 EPT_DEVICE const char *from_lane(const char *value, uint32_t lane) {
   return from_lane(const_cast<char *>(value), lane);
 }
-EPT_DEVICE uint32_t warp_sum(uint32_t value) {
-  for (uint32_t step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAll, value, int(step));
-  return value;
-}
+EPT_DEVICE uint32_t warp_sum(uint32_t value) { return __reduce_add_sync(kAll, value); }
 // Of the lanes up to and with this one.
-EPT_DEVICE uint32_t warp_prefix(uint32_t value) {
+template <class T>
+EPT_DEVICE T warp_prefix(T value) {
   for (uint32_t step = 1; step < kWarp; step *= 2) {
-    const uint32_t before = __shfl_sync(kAll, value, int(lane_id() >= step ? lane_id() - step : 0));
+    const T before = __shfl_sync(kAll, value, int(lane_id() >= step ? lane_id() - step : 0));
     if (lane_id() >= step) value += before;
   }
   return value;

@@ -133,14 +133,16 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
   a.epsilon = config.scale_epsilon;
   a.quantise = quantise;
   a.ue8m0 = config.scale_format == EPT_SCALES_UE8M0;
-  const uint64_t shared =
-      shared_bytes([&](Carve &carve) { send_shared(carve, config.world, config.num_experts, uint32_t(tokens)); });
+  const uint64_t shared = shared_bytes([&](Carve &carve) {
+    send_shared(carve, moe.lanes->threads(), config.world, config.num_experts, uint32_t(tokens));
+  });
   launch(moe, kKernelDispatchSend, moe.lanes->blocks(), shared, stream, &a);
   moe.carried[args.lane] = carried;
 }
 
 uint64_t shared_of_receive(const GpuObject &moe) {
-  return shared_bytes([&](Carve &carve) { recv_shared(carve, moe.object.config.world, moe.object.local()); });
+  return shared_bytes(
+      [&](Carve &carve) { recv_shared(carve, moe.lanes->threads(), moe.object.config.world, moe.object.local()); });
 }
 
 void dispatch_wait(GpuObject &moe, uint32_t lane, uint64_t *arrival, void *stream) {
@@ -233,7 +235,8 @@ void combine_send(GpuObject &moe, const ept_combine_args &args, void *routing, u
   a.out = strided(args.expert_out, two ? 2 : 1);
   a.leading = uint64_t(args.expert_out.shape[two ? 1 : 0]);
   a.weights_applied = args.weights_applied;
-  const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, object.config.world); });
+  const uint64_t shared =
+      shared_bytes([&](Carve &carve) { combine_shared(carve, moe.lanes->threads(), object.config.world); });
   launch(moe, kKernelCombineSend, moe.lanes->blocks(), shared, stream, &a);
 }
 
@@ -248,7 +251,8 @@ void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, void *rout
   a.y_stride = y.strides[0] * int64_t(element_bytes(y.dtype));
   a.tokens = uint32_t(y.shape[0]);
   a.format = y.dtype;
-  const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, moe.object.config.world); });
+  const uint64_t shared =
+      shared_bytes([&](Carve &carve) { combine_shared(carve, moe.lanes->threads(), moe.object.config.world); });
   launch(moe, kKernelCombineRecv, moe.lanes->blocks(), shared, stream, &a);
 }
 
@@ -373,6 +377,11 @@ int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const
 int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes) { return lanes->lanes->shares_process(); }
 
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes) { return lanes->lanes->blocks(); }
+
+uint64_t ept_gpu_lanes_times(ept_gpu_lanes *lanes, uint64_t *times) {
+  lanes->lanes->write_times(times);
+  return lanes->lanes->lanes() * times_of(lanes->lanes->blocks(), lanes->lanes->world());
+}
 
 void ept_gpu_lanes_close(ept_gpu_lanes *lanes) { delete lanes; }
 

@@ -83,6 +83,17 @@ const uint64_t *meet_block(const char *operation, uint64_t value) {
   return meet(running->state->all, running->thread.x, operation, value);
 }
 
+void fetch(char *to, const char *from) {
+  memset(to, 0xab, 16);
+  running->fetches.push_back({to, from, running->groups});
+}
+void end_fetches() { running->groups++; }
+void await_fetches(uint64_t left) {
+  auto &fetches = running->fetches;
+  for (; !fetches.empty() && fetches.front().group + left < running->groups; fetches.pop_front())
+    memcpy(fetches.front().to, fetches.front().from, 16);
+}
+
 void misaligned(const void *address) {
   check::failed(__FILE__, __LINE__, where() + " reads or writes 16 bytes at " + check::show_pointer(address));
 }
@@ -122,6 +133,8 @@ void Machine::begin(const void *stream) {
       fiber->blocks.x = launch.blocks;
       fiber->state = &state;
       fiber->launch = &launch;
+      fiber->fetches.clear();
+      fiber->groups = 0;
       prepare(*fiber);
       runnable.push_back(fiber);
       launch.left++;

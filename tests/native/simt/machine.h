@@ -43,12 +43,21 @@ struct BlockState {
 
 struct Launch;
 
+// Sixteen bytes that a thread has asked for.
+struct Fetch {
+  char *to;
+  const char *from;
+  uint64_t group;
+};
+
 struct Fiber {
   Dim thread, block, threads, blocks;
   BlockState *state = nullptr;
   Launch *launch = nullptr;
   ucontext_t context{};
   std::unique_ptr<char[]> stack;
+  std::deque<Fetch> fetches;
+  uint64_t groups = 0;  // that were ended
 };
 
 using Entry = void (*)(const void *argument);
@@ -88,6 +97,10 @@ void yield();
 // All threads of this warp, or of this block: what they bring.
 const uint64_t *meet_warp(const char *operation, uint64_t value);
 const uint64_t *meet_block(const char *operation, uint64_t value);
+// Copies of 16 bytes that come at the last moment: when the thread waits for their group. Before, there is rubbish.
+void fetch(char *to, const char *from);
+void end_fetches();
+void await_fetches(uint64_t left);
 [[noreturn]] void misaligned(const void *address);
 
 }  // namespace simt

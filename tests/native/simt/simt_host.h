@@ -9,6 +9,7 @@
 #include "machine.h"
 
 #define EPT_KERNEL static void
+#define EPT_ARGUMENT(Type) const Type
 #define EPT_SHARED(name) char *name = ::simt::here().state->memory
 #define EPT_REST() ::simt::yield()
 #define EPT_UNROLL
@@ -33,6 +34,18 @@ inline void store16(char *to, const Vector &v) {
   if (reinterpret_cast<uintptr_t>(to) % 16) ::simt::misaligned(to);
   memcpy(to, &v, sizeof v);
 }
+// They come as late as they may: until then there is something else.
+template <bool kNear>
+void fetch16(char *to, const char *from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) ::simt::misaligned(to);
+  if (reinterpret_cast<uintptr_t>(from) % 16) ::simt::misaligned(from);
+  ::simt::fetch(to, from);
+}
+inline void end_fetches() { ::simt::end_fetches(); }
+template <int kLeft>
+void await_fetches() {
+  ::simt::await_fetches(kLeft);
+}
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
@@ -44,6 +57,13 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
+inline uint32_t bf16_pair(float low, float high) {
+  const auto half = [](float value) {
+    const uint32_t u = bits_of(value);
+    return value != value ? 0x7fffu : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  };
+  return half(low) | half(high) << 16;
+}
 inline float divided(float a, float b) { return a / b; }
 
 // Every mask in the kernels is all of the warp.
@@ -58,6 +78,12 @@ T __shfl_sync(uint32_t, T value, int lane) {
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int step) {
   return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ step);
+}
+inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
+  const uint64_t *values = ::simt::meet_warp("reduce_add", value);
+  uint32_t sum = 0;
+  for (uint32_t i = 0; i < 32; i++) sum += uint32_t(values[i]);
+  return sum;
 }
 inline uint32_t __ballot_sync(uint32_t, int predicate) {
   const uint64_t *values = ::simt::meet_warp("ballot", predicate != 0);
@@ -85,6 +111,11 @@ inline int __ffs(int value) { return __builtin_ffs(value); }
 inline uint32_t atomicAdd(uint32_t *at, uint32_t more) {
   const uint32_t before = *at;
   *at += more;
+  return before;
+}
+inline unsigned long long atomicMax(unsigned long long *at, unsigned long long value) {
+  const unsigned long long before = *at;
+  if (before < value) *at = value;
   return before;
 }
 inline uint32_t atomicSub(uint32_t *at, uint32_t less) { return atomicAdd(at, 0 - less); }
