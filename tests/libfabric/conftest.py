@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from libfabrics import Libfabric, cases
+
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS / folder) for folder in ("processes", "moe", "reference")]
 
 
 @pytest.fixture(params=cases())
