@@ -45,6 +45,7 @@ def test_defaults() -> None:
         ("EPT_THREADS", "3", "threads", 3),
         ("EPT_STRIPE_BYTES", "65536", "stripe_bytes", 65536),
         ("EPT_INTRA", "tcp", "intra", "tcp"),
+        ("EPT_NODE", "rack-7", "node", "rack-7"),
     ],
 )
 def test_every_field_is_read_from_the_environment(

@@ -26,6 +26,7 @@ struct Place {
   uint64_t process = 0;         // a number of the process, different in every other
   char gpu[16] = {};            // UUID
   char machine[40] = {};        // boot id; empty: its memory is shown to nobody
+  char node[32] = {};           // as its user named it
 };
 
 inline bool same_gpu(const Place &a, const Place &b) {
@@ -34,7 +35,7 @@ inline bool same_gpu(const Place &a, const Place &b) {
 // Threads of one process on two GPUs can't open each other's handles.
 inline bool maps(const Place &a, const Place &b) {
   return a.on_gpu && b.on_gpu && a.machine[0] && memcmp(a.machine, b.machine, sizeof a.machine) == 0 &&
-         (a.process != b.process || same_gpu(a, b));
+         memcmp(a.node, b.node, sizeof a.node) == 0 && (a.process != b.process || same_gpu(a, b));
 }
 inline bool all_map(const std::vector<Place> &places) {
   for (const Place &a : places)

@@ -89,6 +89,10 @@ class GpuArena:
         """Whether other ranks are threads of this process."""
         return bool(lib.ept_gpu_lanes_share_process(self.pointer))
 
+    def maps(self, rank: int) -> bool:
+        """Whether that rank's memory is in this GPU's address space."""
+        return bool(lib.ept_gpu_lanes_maps(self.pointer, rank))
+
     def blob(self) -> str:
         length = ffi.new("size_t *", BLOB_BYTES)
         room = ffi.new("char[]", BLOB_BYTES)
@@ -152,6 +156,7 @@ def _native_config(group: Group, device: torch.device, fault: torch.Tensor) -> A
     native.process = int(process.token[:16], 16)
     native.group_fault = ffi.cast("int32_t *", fault.data_ptr()) if fault.device == device else ffi.NULL
     native.mapped = group.settings.intra != "off"
+    native.node = (group.settings.node or "").encode()
     return native
 
 

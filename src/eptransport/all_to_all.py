@@ -167,6 +167,11 @@ class AllToAll(Closing):
         """The plan of this object."""
         self.local_experts = self._find_local_experts(on_gpu is not None, placement)
         """The global ids of the experts here: a range, or a tuple if `placement` was given."""
+        self.paths: tuple[Literal["own", "mapped", "engine"], ...] = tuple(
+            "own" if rank == group.rank else "mapped" if on_gpu and on_gpu.arena.maps(rank) else "engine"
+            for rank in range(group.world_size)
+        )
+        """How each rank is reached: its memory is mapped by this GPU, or the engine writes to it."""
         self._shapes = Shapes(
             types=types,
             world=group.world_size,

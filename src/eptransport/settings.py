@@ -63,6 +63,12 @@ class Settings(BaseSettings):
     devices: str | None = Field(None, description="network devices that the backend may use: names, comma between them")
     port_range: str | None = Field(None, description="ports that the backend may listen on, as 20000-20100")
     intra: str | None = Field(None, description="how pairs inside one machine talk; the backend chooses if not given")
+    node: str | None = Field(
+        None,
+        pattern=r"^[\w.:-]{1,31}$",
+        description="the node that this rank counts as part of: GPU ranks of different nodes share no memory, also "
+        "inside one machine, and talk through the backend; the machine if not given",
+    )
     log: Literal["debug", "info", "warning", "error"] | None = Field(
         None, description="level of the Python logger eptransport; as the application set it if not given"
     )

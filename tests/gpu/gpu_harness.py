@@ -16,7 +16,7 @@ import eptransport as ept
 
 T = TypeVar("T")
 
-DEVICE = "cuda:0"
+DEVICE = "cuda"  # the current one: a rank that is a process may have chosen another
 
 
 def moved(value: Any, device: str) -> Any:

@@ -29,6 +29,17 @@ void steps(const char *what, const ept_moe_config &config, const std::string &on
   }
 }
 
+// Those of one node map each other's memory, and nobody else's; what one of them sends takes both ways in one step.
+void nodes() {
+  const char on[] = "2112";
+  ept_moe_config config = moe_test::config_of(4, 9, 4, 24, 40);
+  config.alignment = 8;
+  steps("two nodes of two GPU ranks", config, on, over("loopback"), 5, 5);
+  World world(config, 6, on, over("loopback"));
+  for (uint32_t r = 0; r < 4; r++)
+    for (uint32_t other = 0; other < 4; other++) CHECK_EQ(world.lanes[r].lanes->maps(other), on[r] == on[other]);
+}
+
 ept_moe_config quantised(ept_moe_config config) {
   config.dispatch_dtype = EPT_DTYPE_E4M3;
   return config;
@@ -248,6 +259,7 @@ int main() {
   ept_moe_config padded = config_of(4, 9, 4, 24, 40);
   padded.alignment = 8;
   steps("GPU ranks of which two map each other's memory, and a CPU rank", padded, "mgmc", polite, 5, 3);
+  nodes();
   for (uint64_t seed = 1; seed <= 3; seed++)
     steps("the same under the adversary", padded, "mgmc", moe_test::adversary(seed), 4, 10 + seed);
   steps("fp8, 3 ranks, adversary", quantised(config_of(3, 6, 3, 272, 9)), "gcg", moe_test::adversary(7), 4, 20);

@@ -102,13 +102,18 @@ struct World {
       open_object(r, 1);
     }
   }
-  // Over an engine. on[rank]: 'c' on a CPU, 'g' on the GPU, 'm' likewise, and such ranks map each other's memory.
+  // Over an engine. on[rank]: 'c' on a CPU, 'g' on the GPU, 'm' likewise, and such ranks map each other's memory; a
+  // digit likewise, among those of the same one: its node.
   World(const ept_moe_config &given, uint64_t seed, const std::string &on, const moe_test::Options &options,
         uint64_t timeout_ns = 60 * moe_test::kSecond)
       : World(given, seed, timeout_ns, std::make_unique<Group>(given.world, options), on) {
     std::vector<ept_gpu_config> hows;
     std::vector<uint32_t> numbers(config.world);
-    for (uint32_t r = 0; r < config.world; r++) hows.push_back(how(timeout_ns, on[r] == 'm'));
+    for (uint32_t r = 0; r < config.world; r++) {
+      const bool node = on[r] >= '0' && on[r] <= '9';
+      hows.push_back(how(timeout_ns, on[r] == 'm' || node));
+      if (node) hows[r].node[0] = on[r];
+    }
     lanes.resize(config.world);
     net->run([&](uint32_t r) {
       Error error;

@@ -34,6 +34,7 @@ typedef struct ept_gpu_config {
   int32_t *group_fault; /* on the device: set to the ept_code of a fault; or NULL */
   uint32_t mapped;      /* 0: peers go through the engine that could map this rank's memory (EPT_INTRA=off) */
   uint32_t reserved;
+  char node[32]; /* EPT_NODE; ranks map each other's memory only where it is the same. Ends in 0 */
 } ept_gpu_config;
 
 /* Collective with ept_moe_create: an AllToAll of ranks on GPUs and CPUs. `known`: what an earlier call with this arena
@@ -42,6 +43,8 @@ int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const
                            const ept_gpu_lanes *known, ept_gpu_lanes **lanes, uint32_t *number, ept_error *error);
 /* Whether other ranks are threads of this process; after lanes_start or lanes_join. */
 int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes);
+/* Whether that rank's memory is in this GPU's address space: else what goes there goes through the engine. */
+int32_t ept_gpu_lanes_maps(const ept_gpu_lanes *lanes, uint32_t rank);
 /* Memory for all lanes of this rank, as `moe` needs it. */
 int32_t ept_gpu_lanes_create(const ept_gpu_config *config, const ept_moe_config *moe, ept_gpu_lanes **lanes,
                              ept_error *error);

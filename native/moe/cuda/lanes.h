@@ -57,6 +57,8 @@ class Lanes {
   uint32_t blocks() const { return blocks_; }
   uint32_t threads() const { return threads_; }
   bool over_engine() const { return net_ != nullptr; }
+  // That rank's memory is in this GPU's address space; else what goes there goes through the engine.
+  bool maps(uint32_t rank) const { return rank == rank_ || peers_[rank].base; }
   bool shares_process() const { return ranks_here_ > 1; }
   Gpu &gpu() const { return *gpu_; }
 
@@ -74,7 +76,6 @@ class Lanes {
   };
   Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, uint32_t world, uint32_t rank, uint32_t count,
         const LaneMap &map);
-  bool maps(uint32_t rank) const { return rank == rank_ || peers_[rank].base; }
   void begin_at(const std::vector<std::array<uint64_t, EPT_PHASES>> &next);
   void meet(const Deadline &deadline);
 

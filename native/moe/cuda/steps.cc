@@ -2,6 +2,7 @@
 //
 // steps.cc: the C API of gpu.h: checks of the arguments, and launches.
 #include <algorithm>
+#include <cstring>
 #include <exception>
 #include <new>
 
@@ -313,6 +314,7 @@ class GpuSide final : public Side {
     place.process = config_.process;
     identity.copy(place.gpu, sizeof place.gpu);
     if (config_.mapped) machine(place);
+    memcpy(place.node, config_.node, sizeof place.node);
     return place;
   }
   std::string offer(Arena &, const std::vector<Place> &places) override {
@@ -375,6 +377,10 @@ int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const
 }
 
 int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes) { return lanes->lanes->shares_process(); }
+
+int32_t ept_gpu_lanes_maps(const ept_gpu_lanes *lanes, uint32_t rank) {
+  return rank < lanes->lanes->world() && lanes->lanes->maps(rank);
+}
 
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes) { return lanes->lanes->blocks(); }
 
