@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from eptransport.backends import Plugin, PluginSetting, Registry, registry
+from eptransport.backends import NOT_BUILT, Plugin, PluginSetting, Registry, registry
 from eptransport.errors import ConfigError
 
 __all__ = ["Explained", "Launch", "Settings", "known_names", "launch_from_environment"]
@@ -313,6 +313,9 @@ def _unknown_variable(variable: str, plugins: Registry) -> str:
     known = [_variable(name) for name in Settings.model_fields if name != "options"]
     known += [_variable(name) for name in _option_settings(plugins)]
     sentence = f"unknown setting {variable} in the environment{_did_you_mean(variable, known)}"
+    for name, (why, mend) in NOT_BUILT.items():
+        if name not in plugins.plugins and variable.startswith(f"{_variable(name)}_"):
+            return f"{sentence}: backend {name}: {why}; {mend}"
     refused = [f"{refusal.source}: {refusal.reason}" for refusal in plugins.refusals]
     return sentence + (f" (plugins that were refused: {'; '.join(refused)})" if refused else "")
 

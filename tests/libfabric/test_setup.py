@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from libfabrics import built
 
 import eptransport
 
@@ -83,3 +84,31 @@ def test_set_up_says_what_a_failing_tool_said(tmp_path: Path) -> None:
     said, found = fetch(tmp_path / "out", programs, "pip")
     assert "apt-get update failed: E: apt-get has no network" in said
     assert "E: pip has no network" in found["wheel"]["missing"]
+
+
+@pytest.mark.skipif(not built(), reason="this package was built without the backend libfabric")
+def test_without_the_library_auto_takes_another_and_says_why(tmp_path: Path) -> None:
+    """The plugin is there and libfabric.so.1 is not: nothing fails, and each place that was looked at is named."""
+    library = str(tmp_path / "libfabric.so.1")
+    code = "import eptransport as ept; found = ept.choose(ept.Settings(), 2); print(found.plugin.name, found.why)"
+    done = run(tmp_path, "-c", code, EPT_LIBFABRIC_LIBRARY=library)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tcp "), done.stdout
+    assert f"libfabric refused: libfabric: {library}: cannot open shared object file" in done.stdout
+    assert "install libfabric" in done.stdout
+    done = run(tmp_path, "-m", "eptransport", "doctor", "--json", EPT_LIBFABRIC_LIBRARY=library)
+    assert done.returncode == 0, done.stderr
+    row = next(backend for backend in json.loads(done.stdout)["backends"] if backend["name"] == "libfabric")
+    assert not row["usable"]
+    assert library in row["finding"]
+    assert "install libfabric" in row["mend"]
+
+
+def test_without_headers_its_settings_are_no_riddle(without_headers: Path) -> None:
+    """What a job sets for all machines is refused on one without the backend by that reason, not as a slip."""
+    code = "import eptransport as ept; ept.Settings()"
+    done = run(without_headers, "-c", code, EPT_LIBFABRIC_PROVIDER="efa")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "unknown setting EPT_LIBFABRIC_PROVIDER" in last
+    assert "backend libfabric: built without libfabric headers; install libfabric-dev (>= 1.17) and reinstall" in last
