@@ -18,6 +18,15 @@ namespace {
 constexpr int kBatch = 64;
 constexpr uint64_t kPeersEvery = 1'000'000;  // ns between two looks at who is lost
 constexpr uint64_t kClosing = 1'000'000'000;
+// A yield is a call of the kernel, microseconds on some machines, while a command may come at any time; never to yield
+// would take a core from the engine's thread where there are few.
+constexpr uint64_t kYieldEvery = 20'000;
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
 
 template <class Id>
 void set(std::vector<Id> &table, uint32_t number, Id id) {
@@ -54,6 +63,7 @@ Proxy::Proxy(ept_engine *engine, const RingPlace &place, Options options)
   ept_engine_info_get(engine_, &info, nullptr);
   world_ = info.world;
   rank_ = info.rank;
+  drives_ = info.proxy_threads == 0;
   header_.slots = place_.slots_device;
   header_.consumed = place_.consumed_device;
   header_.mask = place_.capacity - 1;
@@ -308,7 +318,7 @@ void Proxy::run() {
     for (int32_t cpu : options_.cpus) CPU_SET(size_t(cpu), &set);
     (void)sched_setaffinity(0, sizeof set, &set);  // a wrong set costs speed, not work
   }
-  uint64_t moved = now_ns(), looked = 0, closing = 0;
+  uint64_t moved = now_ns(), yielded = moved, looked = 0, closing = 0;
   while (true) {
     bool any = false, busy;
     const uint64_t now = now_ns();
@@ -330,9 +340,9 @@ void Proxy::run() {
       busy = in_hand_ != 0;
     }
     if (options_.each) options_.each();
-    if (ept_engine_progress(engine_, nullptr) > 0) any = true;
+    if (drives_ && ept_engine_progress(engine_, nullptr) > 0) any = true;
     if (closing && (!busy || now - closing > kClosing)) return;
-    if (any) moved = now;
+    if (any) moved = yielded = now;
     if (!any && !busy && now - moved > options_.spin_ns) {
       {
         std::lock_guard hold(mutex_);
@@ -340,8 +350,12 @@ void Proxy::run() {
       }
       timespec nap{0, long(options_.nap_ns)};
       nanosleep(&nap, nullptr);
-    } else if (!any) {
+    } else if (!any && now - yielded > kYieldEvery) {
       sched_yield();
+      yielded = now_ns();
+    } else if (!any) {
+      // What is in flight ends by the engine's own thread, whose lock each look takes.
+      for (int i = 0; i < (busy && !drives_ ? 16 : 1); i++) relax();
     }
   }
 }

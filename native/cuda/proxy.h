@@ -118,6 +118,7 @@ class Proxy {
   const RingPlace place_;
   const Options options_;
   uint32_t world_ = 0, rank_ = 0;
+  bool drives_ = false;  // the engine has no thread of its own
   ept_ring header_{};
   mutable std::mutex mutex_;  // all below
   device::RingEnd end_{};
