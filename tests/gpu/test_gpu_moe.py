@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,12 @@ from gpu_harness import DEVICE, Scenario, World, run_all
 from harness import LAYOUTS, make_batches
 
 import eptransport as ept
+from eptransport._call import ffi, lib
 
 Make = Callable[..., World]
+
+REPLAYS = int(os.environ.get("EPT_GPU_REPLAYS", "60"))
+"""Read before a fixture clears EPT_*."""
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
@@ -149,17 +154,18 @@ class Replayed:
 
 @pytest.mark.parametrize("intra", [None, "off"])
 def test_graphs_replayed_in_other_orders(make_world: Make, intra: str | None) -> None:
-    """Graphs of different sizes in two lanes, replayed in any order with new inputs, eager steps between."""
+    """Eight graphs of different sizes in two lanes, replayed in any order with new inputs, ranks on different ones,
+    eager steps between; one has no tokens. EPT_GPU_REPLAYS=10000 is the long run of tests/gpu/run."""
     rng = np.random.default_rng(9)
     config = model.Config(4, 8, 2, 64)
     world = make_world(4, intra=intra)
     moes = world.all_to_alls(config, max_tokens=16, lanes=2)
-    sizes = [(16, 0), (3, 0), (7, 1), (0, 1)]
+    sizes = [(16, 0), (3, 0), (7, 0), (1, 0), (9, 1), (0, 1), (12, 1), (5, 1)]
     run_all(Scenario(config, make_batches(config, (4, 4, 4, 4), 0), ["rows"] * 4), moes, world)
     graphs = [[Replayed(world, r, moes[r], config, *size) for size in sizes] for r in range(4)]
-    for step in range(60):
+    for step in range(REPLAYS):
         lane = int(rng.integers(0, 2))
-        picked = [[g for g in graphs[r] if g.lane == lane][int(rng.integers(0, 2))] for r in range(4)]
+        picked = [[g for g in graphs[r] if g.lane == lane][int(rng.integers(0, 4))] for r in range(4)]
         batches = make_batches(config, [g.tokens for g in picked], step + 1, none=0.3)
         for graph, batch in zip(picked, batches, strict=True):
             graph.load(batch, config)
@@ -169,7 +175,7 @@ def test_graphs_replayed_in_other_orders(make_world: Make, intra: str | None) ->
         for graph, batch in zip(picked, batches, strict=True):
             graph.stream.synchronize()
             assert torch.equal(graph.y.cpu(), graph.expected(batch, config))
-        if step % 5 == 0:
+        if step % (5 if REPLAYS < 1000 else 100) == 0:
             run_all(Scenario(config, make_batches(config, (4, 9, 0, 2), step), list(LAYOUTS)), moes, world, lane=lane)
     for moe in moes:
         moe.check()
@@ -215,3 +221,59 @@ def test_dispatch_again_by_the_routing(make_world: Make) -> None:
 
     for rank, y in enumerate(world.on_ranks(run)):
         scenario.check_y(rank, y)
+
+
+@pytest.mark.parametrize(("layout", "late"), [("by_rank", 1), ("rows", 3), ("masked", 3)])
+def test_others_are_done_while_one_is_held_back(make_world: Make, layout: str, late: int) -> None:
+    """A rank sends 5 ms after the others: by the GPU's own clock, each other rank has unpacked all rows of those that
+    came before it has seen the late one's signal."""
+    config = model.Config(4, 16, 4, 1024)
+    world = make_world(4)
+    moes = world.all_to_alls(config, max_tokens=64)
+    scenario = Scenario(config, make_batches(config, (64, 50, 64, 33), 1), [layout] * 4)
+    run_all(scenario, moes, world)  # what is slow the first time
+    times = [Times(moe) for moe in moes]
+
+    def run(rank: int) -> torch.Tensor:
+        given = scenario.arguments(rank)
+        if rank == late:
+            sleep: Any = torch.cuda
+            sleep._sleep(int(5e-3 * 2e9))  # cycles: at most 2 GHz, so 5 ms or more
+        got = moes[rank].dispatch(**given)
+        scenario.check(rank, got)
+        return moes[rank].combine(**scenario.combine_arguments(rank, got))
+
+    for rank, y in enumerate(world.on_ranks(run)):
+        scenario.check_y(rank, y)
+    for rank in range(4):
+        seen, done = times[rank].sources(0)
+        for source in range(4):
+            if source == late or rank == late:
+                continue
+            assert 0 < seen[source] <= done[source] < seen[late], (rank, source, seen, done)
+            assert seen[late] - done[source] > 3_000_000, "the late rank was not late"
+    for one in times:
+        one.close()
+
+
+class Times:
+    """Device timestamps of a rank's kernels (gpu.h, ept_gpu_lanes_times), in ns; one lane."""
+
+    def __init__(self, moe: ept.AllToAll) -> None:
+        native: Any = moe._native
+        self.pointer = native.arena.pointer
+        self.world = native.group.world_size
+        self.blocks = int(lib.ept_gpu_lanes_blocks(self.pointer))
+        words = int(lib.ept_gpu_lanes_times(self.pointer, ffi.NULL))
+        self.memory = torch.zeros(words, dtype=torch.int64, device=DEVICE)
+        torch.cuda.synchronize()
+        lib.ept_gpu_lanes_times(self.pointer, ffi.cast("uint64_t *", self.memory.data_ptr()))
+
+    def sources(self, phase: int) -> tuple[list[int], list[int]]:
+        """Of each source: when its signal was seen, and when the last of its rows was done."""
+        begin = 4 * self.blocks * 8 + phase * self.world * 2
+        pairs = self.memory.cpu()[begin : begin + 2 * self.world].view(self.world, 2)
+        return pairs[:, 0].tolist(), pairs[:, 1].tolist()
+
+    def close(self) -> None:
+        lib.ept_gpu_lanes_times(self.pointer, ffi.NULL)

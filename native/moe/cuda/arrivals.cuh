@@ -6,11 +6,23 @@
 #pragma once
 
 #include "moe/cuda/protocol.cuh"
+#include "moe/cuda/shared.h"
 
 namespace ept::moe::cuda {
 
 // Of a source, in shared memory. It only rises.
 enum Standing : uint32_t { kAway = 0, kHeaderIn = 1, kReady = 2 };
+
+// Before the block's first barrier; all threads.
+EPT_DEVICE void look_up(const LaneTable &t, uint32_t phase, uint64_t generation, const Sources &s) {
+  const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
+  for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
+    s.standing[r] = kAway;
+    s.in[r] = t.in[r];
+    s.word[r] = t.words[r] + signal;
+    s.target[r] = generation / 2 + 1 + t.offsets[r * kSignals + signal];
+  }
+}
 
 EPT_DEVICE uint32_t scouts(uint32_t world) {
   const uint32_t most = warps() < 4 ? 1 : warps() / 2;
@@ -22,7 +34,7 @@ EPT_DEVICE uint32_t scouts(uint32_t world) {
 //   bool may_begin(source)  those that must stand before it have their headers in
 //   bool begin(source)      before it is ready; false as above
 template <class Visitor>
-EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, uint32_t *standing,
+EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, const Sources &s,
                       Visitor &visitor) {
   const uint32_t step = scouts(t.world);
   if (warp_id() >= step) return;
@@ -32,17 +44,18 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
     uint32_t missing = t.world;  // the first one that has not come
     bool all = true;
     for (uint32_t source = warp_id(); source < t.world; source += step) {
-      const uint32_t stands = peek(&standing[source]);
+      const uint32_t stands = peek(&s.standing[source]);
       if (stands == kReady) continue;
       if (stands == kAway) {
-        const uint32_t here = lane_id() == 0 ? has_arrived(t, source, phase, generation) : 0;
+        const uint32_t here =
+            lane_id() == 0 ? device::reached(Hardware::acquire_system(s.word[source]), s.target[source]) : 0;
         if (!from_lane(here, 0)) {
           all = false;
           if (missing == t.world) missing = source;
           continue;
         }
         if (!visitor.header(source)) return;
-        show(&standing[source], kHeaderIn);
+        show(&s.standing[source], kHeaderIn);
         moved = true;
       }
       if (!visitor.may_begin(source)) {
@@ -50,7 +63,7 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
         continue;
       }
       if (!visitor.begin(source)) return;
-      show(&standing[source], kReady);
+      show(&s.standing[source], kReady);
       moved = true;
     }
     if (all) return;
@@ -70,19 +83,25 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
 }
 
 // All warps: work(source, unit) for each unit of each source as it is ready. units(source) may be asked then.
-// help(source): what is to be done between header and begin, by whichever warp has time.
-template <class Help, class Units, class Work>
-EPT_DEVICE void work_as_they_come(const LaneTable &t, const uint32_t *standing, uint32_t *next, Help help, Units units,
-                                  Work work) {
+// help(source): what is to be done between header and begin, by whichever warp has time; all_in(): all headers are in.
+// Each warp begins with another source, so that they help all. False: the lane is faulted.
+template <class Help, class AllIn, class Units, class Work>
+EPT_DEVICE bool work_as_they_come(const LaneTable &t, const uint32_t *standing, uint32_t *next, Help help, AllIn all_in,
+                                  Units units, Work work) {
+  const uint32_t begin = warp_id() % t.world;
   for (;;) {
-    bool all = true;
-    for (uint32_t source = 0; source < t.world; source++) {
+    bool all = true, in = true;
+    for (uint32_t i = 0; i < t.world; i++) {
+      const uint32_t source = begin + i < t.world ? begin + i : begin + i - t.world;
       // One thread looks for the warp, which must not part here.
       const uint32_t stands = from_lane(peek(&standing[source]), 0);
       __threadfence_block();
       if (stands != kReady) {
         all = false;
-        if (stands == kHeaderIn) help(source);
+        if (stands == kHeaderIn)
+          help(source);
+        else
+          in = false;
         continue;
       }
       const uint32_t n = units(source);
@@ -95,8 +114,9 @@ EPT_DEVICE void work_as_they_come(const LaneTable &t, const uint32_t *standing, 
       }
       __syncwarp();
     }
-    const uint32_t stop = lane_id() == 0 ? (all || fault_of(t) != 0) : 0;
-    if (from_lane(stop, 0)) return;
+    if (in) all_in();
+    if (all) return true;
+    if (from_lane(lane_id() == 0 ? fault_of(t) : 0, 0)) return false;
     EPT_REST();
   }
 }

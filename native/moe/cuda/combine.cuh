@@ -80,6 +80,7 @@ class CombineSender {
 
  private:
   EPT_DEVICE void begin() {
+    if (threadIdx.x == 0) *s.next = 0;
     for (uint32_t r = threadIdx.x; r <= world; r += blockDim.x) s.begin[r] = a.routing.begin[r];
     for (uint32_t r = blockDim.x - 1 - threadIdx.x; r < world; r += blockDim.x) {
       s.received[r] = t.map.recv(EPT_PHASE_COMBINE, slot()) + a.routing.return_at[r];
@@ -101,23 +102,23 @@ class CombineSender {
     __syncthreads();
     headers();
     note(t, kCombineSend, 2);
-    uint32_t before = 0;  // rows of the ranks before, in the order of packing
-    for (uint32_t i = 1; i <= world; i++) {
-      const uint32_t r = t.rank + i < world ? t.rank + i : t.rank + i - world, n = rows_of(r);
-      // Pieces are dealt to all warps of all blocks in turn, over all ranks together.
-      const uint32_t first = before * parts, end = first + n * parts, step = gridDim.x * warps();
-      const uint32_t own = blockIdx.x + gridDim.x * warp_id();
-      uint32_t u = first + (own + step - first % step) % step;
-      for (; u < end; u += step) row(r, (u - first) / parts, (u - first) % parts);
-      before += n;
+    // Pieces are dealt to the blocks in turn, over all ranks together; a block's warps take them as they have time,
+    // since a row is the sum of one row or of many.
+    uint32_t before = 0, i = 1;  // rows of the ranks before, in the order of packing
+    for (;;) {
+      const uint32_t u = blockIdx.x + gridDim.x * take_one(s.next);
+      if (u >= s.begin[world] * parts) return;
+      while (u >= (before + rows_of(turn(i))) * parts) before += rows_of(turn(i++));
+      row(turn(i), u / parts - before, u % parts);
     }
   }
+  EPT_DEVICE uint32_t turn(uint32_t i) const { return t.rank + i < world ? t.rank + i : t.rank + i - world; }
 
   EPT_DEVICE uint32_t slot() const { return uint32_t(generation & 1); }
   // Of those of rank r, how many this block's warps take.
   EPT_DEVICE uint32_t pieces_of(uint32_t rank) const {
     uint32_t before = 0;
-    for (uint32_t i = 1; (t.rank + i) % world != rank; i++) before += rows_of((t.rank + i) % world);
+    for (uint32_t i = 1; turn(i) != rank; i++) before += rows_of(turn(i));
     return upto((before + rows_of(rank)) * parts) - upto(before * parts);
   }
   // Numbers below `end` that are this block's: u mod blocks == its number.
@@ -253,7 +254,8 @@ class CombineReceiver {
   EPT_DEVICE void run() {
     note(t, kCombineRecv, 0);
     const uint32_t fault = fault_of(t);
-    for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) s.standing[r] = kAway;
+    if (threadIdx.x == 0) *s.next = 0;
+    look_up(t, EPT_PHASE_COMBINE, generation, s.sources);
     if (!is_faulted(fault)) receive();
     note(t, kCombineRecv, 3);
     const bool last = last_block(t, kCombineRecv, s.word);
@@ -266,12 +268,12 @@ class CombineReceiver {
 
   EPT_DEVICE void receive() {
     note(t, kCombineRecv, 1);
-    scout(t, kCombineRecv, EPT_PHASE_COMBINE, generation, s.standing, *this);
+    scout(t, kCombineRecv, EPT_PHASE_COMBINE, generation, s.sources, *this);
     note(t, kCombineRecv, 2);
-    const uint32_t step = gridDim.x * warps();
-    bool whole = true;
-    for (uint32_t u = blockIdx.x + gridDim.x * warp_id(); u < a.tokens * parts && whole; u += step)
-      whole = token(u / parts, u % parts);
+    for (;;) {
+      const uint32_t u = blockIdx.x + gridDim.x * take_one(s.next);
+      if (u >= a.tokens * parts || !token(u / parts, u % parts)) return;
+    }
   }
 
   EPT_DEVICE void blank_all() const {
@@ -300,7 +302,8 @@ class CombineReceiver {
 
  private:
   EPT_DEVICE const char *at(uint32_t source) const {
-    return t.in[source] + t.map.recv(EPT_PHASE_COMBINE, uint32_t(generation & 1)) + a.routing.combine_at[source];
+    return s.sources.in[source] + t.map.recv(EPT_PHASE_COMBINE, uint32_t(generation & 1)) +
+           a.routing.combine_at[source];
   }
 
   // False: the lane is faulted.
@@ -311,7 +314,7 @@ class CombineReceiver {
       const int32_t *its = a.routing.parts + (uint64_t(number) * fan + lane_id()) * 2;
       const int32_t rank = its[0], row = its[1];
       if (rank >= 0) {
-        while (!shown(&s.standing[rank], kReady)) {
+        while (!shown(&s.sources.standing[rank], kReady)) {
           if (fault_of(t)) {
             rank_is_late = true;
             break;

@@ -25,14 +25,24 @@ constexpr int32_t kRows = 0, kByRank = 1, kContiguous = 2, kMasked = 3;  // ept_
 EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &object, uint32_t half, uint64_t generation,
                                      uint32_t source, uint32_t scale_bytes, int32_t payload_format,
                                      int32_t scale_format, const RecvShared &s) {
-  const char *at = t.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
+  const char *at = s.sources.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
                    object.shape.dispatch_region(source).offset;
   uint32_t sum = 0;
   __syncwarp();
-  for (uint32_t e = lane_id(); e < object.local; e += kWarp) {
-    const uint32_t n = reinterpret_cast<const uint32_t *>(at + EPT_MOE_HEADER_BYTES)[e];
-    s.counts[source * object.local + e] = n;
-    sum += n < (1u << 30) ? n : 1u << 30;  // so that no sum of a peer's making wraps round
+  constexpr uint32_t kTogether = 8;  // loads under way
+  for (uint32_t base = 0; base < object.local; base += kTogether * kWarp) {
+    uint32_t n[kTogether];
+    EPT_UNROLL
+    for (uint32_t i = 0; i < kTogether; i++) {
+      const uint32_t e = base + i * kWarp + lane_id();
+      n[i] = e < object.local ? reinterpret_cast<const uint32_t *>(at + EPT_MOE_HEADER_BYTES)[e] : 0;
+    }
+    EPT_UNROLL
+    for (uint32_t i = 0; i < kTogether; i++) {
+      const uint32_t e = base + i * kWarp + lane_id();
+      if (e < object.local) s.counts[source * object.local + e] = n[i];
+      sum += n[i] < (1u << 30) ? n[i] : 1u << 30;  // so that no sum of a peer's making wraps round
+    }
   }
   sum = warp_sum(sum >> 5) * 32 + warp_sum(sum & 31);
   uint32_t wrong = 0;
@@ -79,14 +89,13 @@ class DispatchReceiver {
     const uint32_t fault = fault_of(t);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
       s.rows[r] = s.begin[r] = 0;
-      s.standing[r] = kAway;
       s.next[r] = s.to_count[r] = s.counted[r] = 0;
     }
+    look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
+    if (threadIdx.x == 0) *s.totals = *s.next_blank = 0;
     for (uint32_t i = threadIdx.x; i < world * local; i += blockDim.x) s.cursor[i] = 0;
     if (!is_faulted(fault)) receive();
     note(t, kDispatchRecv, 3);
-    if (!is_faulted(t)) finish();
-    note(t, kDispatchRecv, 4);
     const bool last = last_block(t, kDispatchRecv, s.word);
     if (last) {
       if (fault_of(t)) blank_all();
@@ -97,15 +106,17 @@ class DispatchReceiver {
 
   EPT_DEVICE void receive() {
     note(t, kDispatchRecv, 1);
-    scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.standing, *this);
+    scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, *this);
     note(t, kDispatchRecv, 2);
-    work_as_they_come(
-        t, s.standing, s.next, [&](uint32_t source) { help(source); },
+    const bool whole = work_as_they_come(
+        t, s.sources.standing, s.next, [&](uint32_t source) { help(source); }, [&] { add_up(); },
         [&](uint32_t source) { return mine(source) * parts(source); },
         [&](uint32_t source, uint32_t unit) {
           copy(source, unit);
           note_source(t, EPT_PHASE_DISPATCH, source, true);
         });
+    note(t, kDispatchRecv, 4);
+    if (whole) blanks();
   }
 
   // Outputs as if nothing had come: what a faulted lane gives. One block.
@@ -146,7 +157,7 @@ class DispatchReceiver {
     const uint32_t until = a.layout == kContiguous ? world : source;
     uint32_t lacks = 0;
     for (uint32_t r = lane_id(); r < until; r += kWarp)
-      if (r != source && peek(&s.standing[r]) == kAway) lacks = 1;
+      if (r != source && peek(&s.sources.standing[r]) == kAway) lacks = 1;
     const bool may = __ballot_sync(kAll, int(lacks)) == 0;
     __threadfence_block();  // their headers were written before they were shown
     return may;
@@ -191,40 +202,49 @@ class DispatchReceiver {
   EPT_DEVICE uint32_t parts(uint32_t source) const {
     return parts_of((s.rows[source] * world + gridDim.x - 1) / gridDim.x, warps(), vectors, 4);
   }
-  // Rows before this block's run are counted in groups of a row a lane.
-  EPT_DEVICE uint32_t groups_before(uint32_t source) const { return (run_of(source).first + kWarp - 1) / kWarp; }
+  // Rows before this block's run are counted in groups of two rows a lane.
+  static constexpr uint32_t kCounted = 2 * kWarp;
+  EPT_DEVICE uint32_t groups_before(uint32_t source) const { return (run_of(source).first + kCounted - 1) / kCounted; }
 
   // Counts what is left to count of a source whose header is in. Any warp.
   EPT_DEVICE void help(uint32_t source) const {
     if (!per_expert) return;
-    const uint32_t until = run_of(source).first, n = (until + kWarp - 1) / kWarp;
+    const uint32_t until = run_of(source).first, n = groups_before(source);
     for (;;) {
       uint32_t group = n;
       if (lane_id() == 0 && peek(&s.to_count[source]) < n) group = atomicAdd(&s.to_count[source], 1u);
       group = from_lane(group, 0);
       if (group >= n) break;
-      const uint32_t j = group * kWarp + lane_id();
-      if (j < until) count_row(source, j);
+      count_rows(source, group * kCounted + lane_id(), until);
       __syncwarp();
       __threadfence_block();
       if (lane_id() == 0) atomicAdd(&s.counted[source], 1u);
     }
   }
-  EPT_DEVICE void count_row(uint32_t source, uint32_t j) const {
+  // Rows j and j + kWarp, below `until`.
+  EPT_DEVICE void count_rows(uint32_t source, uint32_t j, uint32_t until) const {
     constexpr uint32_t kTogether = 8;
-    const auto *experts = reinterpret_cast<const int32_t *>(rows_of(source) + uint64_t(j) * row_bytes +
-                                                            ept_row_experts(object.payload, a.scale_bytes));
+    const uint64_t experts_at = ept_row_experts(object.payload, a.scale_bytes);
+    const char *first = rows_of(source) + uint64_t(j) * row_bytes + experts_at;
     for (uint32_t base = 0; base < top_k; base += kTogether) {
-      int32_t expert[kTogether];
+      int32_t expert[2][kTogether];
       EPT_UNROLL
-      for (uint32_t i = 0; i < kTogether; i++) expert[i] = base + i < top_k ? experts[base + i] : -1;
+      for (uint32_t n = 0; n < 2; n++) {
+        const auto *experts = reinterpret_cast<const int32_t *>(first + uint64_t(n * kWarp) * row_bytes) + base;
+        EPT_UNROLL
+        for (uint32_t i = 0; i < kTogether; i++)
+          expert[n][i] = base + i < top_k && j + n * kWarp < until ? experts[i] : -1;
+      }
       EPT_UNROLL
-      for (uint32_t i = 0; i < kTogether; i++)  // what is no expert of ours, the block whose row it is will tell
-        if (uint32_t(expert[i]) < local) atomicAdd(&s.cursor[source * local + uint32_t(expert[i])], 1u);
+      for (uint32_t n = 0; n < 2; n++) {
+        EPT_UNROLL
+        for (uint32_t i = 0; i < kTogether; i++)  // what is no expert of ours, the block whose row it is will tell
+          if (uint32_t(expert[n][i]) < local) atomicAdd(&s.cursor[source * local + uint32_t(expert[n][i])], 1u);
+      }
     }
   }
   EPT_DEVICE const char *rows_of(uint32_t source) const {
-    return t.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
+    return s.sources.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
            object.shape.dispatch_region(source).offset + ept_dispatch_header_bytes(local);
   }
 
@@ -248,7 +268,10 @@ class DispatchReceiver {
         at = base + upto - padded;
         base += from_lane(upto, kWarp - 1);
       }
-      if (e < local) s.cursor[source * local + e] += at + before;
+      if (e < local) {
+        s.cursor[source * local + e] += at + before;
+        s.limit[source * local + e] = at + before + s.counts[source * local + e];
+      }
       most = all > most ? all : most;
     }
     for (uint32_t step = 1; step < kWarp; step *= 2) {
@@ -299,43 +322,19 @@ class DispatchReceiver {
         __syncwarp();
         if (i >= run.end * top_k) continue;
         const int32_t place = expert[n] >= 0 ? int32_t(before + uint32_t(__popc(same & below()))) : -1;
+        if (place >= 0 && uint32_t(place) >= s.limit[source * local + uint32_t(expert[n])]) wrong = 1;
         a.routing.place[kept + i] = place;
         a.routing.row_weights[kept + i] = place < 0 ? 0.0f : weight[n];
       }
     }
-    wrong |= leaves_groups(source, run.end == s.rows[source]);
+    // At the source's end each cursor is at its limit: else a place would have no row.
+    for (uint32_t e = lane_id(); e < local && run.end == s.rows[source]; e += kWarp)
+      if (cursor[e] != s.limit[source * local + e]) wrong = 1;
     const uint32_t any = __ballot_sync(kAll, int(wrong));
     if (any && lane_id() == 0)
       raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, s.rows[source], any);
     return !any;
   }
-  // Where a cursor of the source has passed its count, or `at_end` is not there: else two rows had one place, or a
-  // place none.
-  EPT_DEVICE uint32_t leaves_groups(uint32_t source, bool at_end) const {
-    uint32_t base = 0, wrong = 0;
-    __syncwarp();
-    for (uint32_t first = 0; first < local; first += kWarp) {
-      const uint32_t e = first + lane_id();
-      uint32_t upto = 0, all = 0;
-      const uint32_t until = a.layout == kContiguous ? world : source + 1;
-      for (uint32_t r = 0; r < until && e < local; r++) {
-        const uint32_t n = s.counts[r * local + e];
-        if (r <= source) upto += n;
-        all += n;
-      }
-      uint32_t at = e * leading;
-      if (a.layout == kContiguous) {
-        const uint32_t padded = aligned(all), sum = warp_prefix(padded);
-        at = base + sum - padded;
-        base += from_lane(sum, kWarp - 1);
-      }
-      if (e >= local) continue;
-      const uint32_t cursor = s.cursor[source * local + e];
-      if (at_end ? cursor != at + upto : cursor > at + upto) wrong = 1;
-    }
-    return wrong;
-  }
-
   EPT_DEVICE void copy(uint32_t source, uint32_t unit) const {
     const uint32_t cut = parts(source), part = unit % cut;
     const uint32_t j = run_of(source).first + unit / cut;
@@ -440,33 +439,48 @@ class DispatchReceiver {
     }
   }
 
-  // All sources are ready: counts, offsets, what stands where no row does, and what combine must know.
-  EPT_DEVICE void finish() const {
-    for (uint32_t e = threadIdx.x; e < local; e += blockDim.x) {
+  // All headers are in: counts, offsets, and what combine must know. One warp does it, while others have rows to copy.
+  EPT_DEVICE void add_up() const {
+    uint32_t mine = 0;
+    if (lane_id() == 0 && peek(s.totals) == 0) mine = atomicCAS(s.totals, 0u, 1u) == 0;
+    if (!from_lane(mine, 0)) return;
+    __threadfence_block();  // headers were written before they were shown
+    const bool tells = blockIdx.x == 0;
+    for (uint32_t e = lane_id(); e < local; e += kWarp) {
       uint32_t n = 0;
       for (uint32_t r = 0; r < world; r++) n += s.counts[r * local + e];
       s.sums[e] = n;
-      if (blockIdx.x == 0 && a.counts) a.counts[e] = int32_t(n);
+      if (tells && a.counts) a.counts[e] = int32_t(n);
     }
-    if (warp_id() == 0) {
-      const uint32_t all = prefix(s.begin, world, [&](uint32_t r) { return s.rows[r]; });
-      if (lane_id() == 0) s.begin[world] = all;
+    __syncwarp();
+    const uint32_t rows = prefix(s.begin, world, [&](uint32_t r) { return s.rows[r]; });
+    const uint32_t ends = prefix(s.starts, local, [&](uint32_t e) { return aligned(s.sums[e]); });
+    if (lane_id() == 0) {
+      s.begin[world] = rows;
+      s.starts[local] = ends;
+      if (tells) *a.num_rows = int32_t(a.layout == kContiguous ? ends : rows);
     }
-    __syncthreads();
-    if (warp_id() == 0) {
-      const uint32_t all = prefix(s.starts, local, [&](uint32_t e) { return aligned(s.sums[e]); });
-      if (lane_id() == 0) s.starts[local] = all;
+    show(s.totals, 2);
+    if (!tells) return;
+    for (uint32_t r = lane_id(); r <= world; r += kWarp) a.routing.begin[r] = s.begin[r];
+    for (uint32_t r = lane_id(); r < world; r += kWarp) a.routing.return_at[r] = s.return_at[r];
+    for (uint32_t e = lane_id(); e <= local && a.offsets; e += kWarp) a.offsets[e] = int32_t(s.starts[e]);
+  }
+  // What stands where no row does. All warps, each when it has no row left to copy.
+  EPT_DEVICE void blanks() const {
+    while (from_lane(peek(s.totals), 0) != 2) EPT_REST();
+    __threadfence_block();
+    const uint32_t rows = leading * a.outer, step = gridDim.x * kWarp;
+    for (;;) {
+      uint32_t unit = 0;
+      if (lane_id() == 0) unit = atomicAdd(s.next_blank, 1u);
+      unit = from_lane(unit, 0);
+      const uint64_t first = uint64_t(unit) * step + blockIdx.x * kWarp;
+      if (first >= rows) return;
+      const uint32_t row = uint32_t(first) + lane_id();
+      if (row < rows && !filled(row)) blank(row);
+      __syncwarp();
     }
-    __syncthreads();
-    if (blockIdx.x == 0) {
-      for (uint32_t r = threadIdx.x; r <= world; r += blockDim.x) a.routing.begin[r] = s.begin[r];
-      for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) a.routing.return_at[r] = s.return_at[r];
-      for (uint32_t e = threadIdx.x; e <= local && a.offsets; e += blockDim.x) a.offsets[e] = int32_t(s.starts[e]);
-      if (threadIdx.x == 0) *a.num_rows = int32_t(a.layout == kContiguous ? s.starts[local] : s.begin[world]);
-    }
-    const uint32_t rows = leading * a.outer;
-    for (uint32_t row = blockIdx.x * blockDim.x + threadIdx.x; row < rows; row += gridDim.x * blockDim.x)
-      if (!filled(row)) blank(row);
   }
   // to[i]: what stands before i, of n. One warp; returns the sum of all.
   template <class Of>
@@ -515,9 +529,9 @@ class Waiter {
   EPT_DEVICE bool may_begin(uint32_t) const { return true; }
   EPT_DEVICE bool begin(uint32_t) const { return true; }
   EPT_DEVICE void run() {
-    for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) s.standing[r] = kAway;
+    look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
     __syncthreads();
-    scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.standing, *this);
+    scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, *this);
     __syncthreads();
     if (threadIdx.x != 0) return;
     uint64_t sums[4] = {};

@@ -39,6 +39,7 @@ class DispatchSender {
   EPT_DEVICE void run() {
     note(t, kDispatchSend, 0);
     const uint32_t fault = fault_of(t);
+    start();
     begin();
     if (!is_faulted(fault)) send();
     if (last_block(t, kDispatchSend, s.word))
@@ -99,6 +100,32 @@ class DispatchSender {
   EPT_DEVICE uint32_t slot() const { return uint32_t(generation & 1); }
   EPT_DEVICE uint64_t received() const {
     return t.map.recv(EPT_PHASE_DISPATCH, slot()) + a.object.shape.dispatch_region(t.rank).offset;
+  }
+
+  // What needs no plan: this warp's first row comes already, and the ids of its first tile.
+  EPT_DEVICE void start() const {
+    const uint32_t token = warp_id() * kWarp + lane_id();
+    if (token < a.tokens) {
+      const int64_t at = token * a.ids_strides[0] * (a.ids_64 ? 8 : 4);
+      prefetch(static_cast<const char *>(a.ids) + at);
+    }
+    const uint32_t u = warp_id();
+    if (u >= (end - first) * parts) return;
+    const Span16 span = span_of(vectors, u % parts, parts);
+    const uint32_t each = a.quantise ? 16 * element_size(a.x_format) : 16;
+    const char *from = a.x + (first + u / parts) * a.x_stride;
+    uint32_t asked = span.from + lane_id();
+    const auto next = [&] {
+      const char *here = asked < span.to ? from + asked * each : nullptr;
+      asked += kWarp;
+      return here;
+    };
+    if (each == 16)
+      start_stream<1, false>(s.ring, span.rounds(), next);
+    else if (each == 32)
+      start_stream<2, true>(s.ring, span.rounds(), next);
+    else
+      start_stream<4, true>(s.ring, span.rounds(), next);
   }
 
   // Tables; the last warps take the short ones. The caller's barrier ends it.
@@ -180,7 +207,7 @@ class DispatchSender {
     }
   }
 
-  // The parts of this block's tokens, and what is kept of them.
+  // The parts of this block's tokens.
   EPT_DEVICE void number() {
     for (uint32_t r = blockIdx.x + gridDim.x * threadIdx.x; r < world; r += gridDim.x * blockDim.x) add_pieces(r, 1);
     const uint32_t until = end > first ? (end + kWarp - 1) / kWarp : 0;
@@ -203,11 +230,6 @@ class DispatchSender {
       }
       if (!mine) continue;
       for (; n < fan; n++) to[2 * n] = -1;
-      each_id(token, [&](uint32_t k, int64_t expert) {
-        a.routing.ids[uint64_t(token) * top_k + k] = valid(expert) ? int32_t(expert) : -1;
-        a.routing.weights[uint64_t(token) * top_k + k] =
-            a.weights ? a.weights[token * a.weights_strides[0] + k * a.weights_strides[1]] : 0.0f;
-      });
     }
   }
   EPT_DEVICE void add_pieces(uint32_t rank, uint32_t pieces) {
@@ -254,42 +276,50 @@ class DispatchSender {
   }
 
   EPT_DEVICE void rows() {
-    for (uint32_t u = warp_id(); u < (end - first) * parts; u += warps()) row(first + u / parts, u % parts);
+    for (uint32_t u = warp_id(); u < (end - first) * parts; u += warps())
+      row(first + u / parts, u % parts, u == warp_id());
   }
 
-  EPT_DEVICE void row(uint32_t token, uint32_t part) {
-    int32_t rank = -1, number = 0;
-    if (lane_id() < fan) {
-      const int32_t *from = a.routing.parts + (uint64_t(token) * fan + lane_id()) * 2;
-      rank = from[0];
-      number = from[1];
-    }
-    const auto n = uint32_t(__popc(__ballot_sync(kAll, int(rank >= 0))));  // they stand at the front
-    if (!n) return;
-    char *to = rank >= 0 ? s.rows_at[rank] + uint64_t(uint32_t(number)) * row_bytes : nullptr;
-    if (part == 0) rest(token, rank, to, n);
+  EPT_DEVICE void row(uint32_t token, uint32_t part, bool started) {
+    int32_t rank = -1;
+    uint32_t n = 0;
+    char *to = nullptr;
+    const auto plan = [&] {
+      int32_t number = 0;
+      if (lane_id() < fan) {
+        const int32_t *from = a.routing.parts + (uint64_t(token) * fan + lane_id()) * 2;
+        rank = from[0];
+        number = from[1];
+      }
+      n = uint32_t(__popc(__ballot_sync(kAll, int(rank >= 0))));  // they stand at the front
+      if (rank >= 0) to = s.rows_at[rank] + uint64_t(uint32_t(number)) * row_bytes;
+      if (part == 0) rest(token, rank, to, n);
+    };
     if (!a.quantise)
-      copy(token, part, to, n);
+      copy(token, part, started, plan, to, n);
     else if (element_size(a.x_format) == 2)
-      quantise<2>(token, part, to, n);
+      quantise<2>(token, part, started, plan, to, n);
     else
-      quantise<4>(token, part, to, n);
+      quantise<4>(token, part, started, plan, to, n);
     __syncwarp();
     if (rank >= 0) packed_one(uint32_t(rank));
     __syncwarp();
   }
 
-  EPT_DEVICE void copy(uint32_t token, uint32_t part, char *to, uint32_t n) const {
+  template <class Plan>
+  EPT_DEVICE void copy(uint32_t token, uint32_t part, bool started, Plan plan, char *const &to,
+                       const uint32_t &n) const {
     const Span16 span = span_of(vectors, part, parts);
     const char *from = a.x + token * a.x_stride;
     uint32_t asked = span.from + lane_id(), v = asked;
     stream<1, false>(
-        s.ring, span.rounds(),
+        s.ring, span.rounds(), started,
         [&] {
           const char *here = asked < span.to ? from + asked * 16 : nullptr;
           asked += kWarp;
           return here;
         },
+        plan,
         [&](const Vector(&held)[1]) {
           for (uint32_t p = 0; p < n; p++) {
             char *there = from_lane(to, p);
@@ -300,19 +330,21 @@ class DispatchSender {
   }
 
   // Sixteen elements a lane, so eight lanes a block of EPT_FP8_BLOCK.
-  template <uint32_t kSize>
-  EPT_DEVICE void quantise(uint32_t token, uint32_t part, char *to, uint32_t n) const {
+  template <uint32_t kSize, class Plan>
+  EPT_DEVICE void quantise(uint32_t token, uint32_t part, bool started, Plan plan, char *const &to,
+                           const uint32_t &n) const {
     const Span16 span = span_of(vectors, part, parts);
     const char *from = a.x + token * a.x_stride;
     const uint64_t scales_at = ept_row_scales(a.object.payload);
     uint32_t asked = span.from + lane_id(), v = asked;
     stream<kSize, true>(
-        s.ring, span.rounds(),
+        s.ring, span.rounds(), started,
         [&] {
           const char *here = asked < span.to ? from + asked * (16 * kSize) : nullptr;
           asked += kWarp;
           return here;
         },
+        plan,
         [&](const Vector(&held)[kSize]) {
           const bool here = v < span.to;
           float x[16] = {};
@@ -352,7 +384,7 @@ class DispatchSender {
         });
   }
 
-  // The caller's scales, what pads them, and what says whose row it is.
+  // What is kept of a token; the caller's scales, what pads them, and what says whose row it is.
   EPT_DEVICE void rest(uint32_t token, int32_t rank, char *to, uint32_t n) const {
     const auto scales_at = uint32_t(ept_row_scales(a.object.payload));
     const auto tail_at = uint32_t(ept_row_token(a.object.payload, a.scale_bytes));
@@ -363,10 +395,15 @@ class DispatchSender {
       const bool pair = w >= 2 && w < 2 + 2 * top_k, weighs = w >= 2 + top_k;
       uint32_t where = 0xffffffffu, value = w == 0 ? token : 0;
       if (pair) {
-        const int32_t expert = a.routing.ids[uint64_t(token) * top_k + k];
-        if (weighs) value = bits_of(a.routing.weights[uint64_t(token) * top_k + k]);
-        if (expert >= 0) where = s.where[expert];
-        if (!weighs) value = where & 0xffff;
+        const int64_t expert = id(token, k);
+        if (valid(expert)) where = s.where[expert];
+        if (weighs) {
+          if (a.weights) value = bits_of(a.weights[token * a.weights_strides[0] + k * a.weights_strides[1]]);
+          a.routing.weights[uint64_t(token) * top_k + k] = float_of(value);
+        } else {
+          a.routing.ids[uint64_t(token) * top_k + k] = valid(expert) ? int32_t(expert) : -1;
+          value = where & 0xffff;
+        }
       }
       for (uint32_t p = 0; p < n; p++) {
         char *there = from_lane(to, p);

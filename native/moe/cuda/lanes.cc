@@ -316,7 +316,8 @@ void Lanes::refuse(const Object &object) {
   // Beside the rings (shared.h), which are as large for every object.
   const uint64_t tiles = (uint64_t(object.shape.max_tokens) + kWarp - 1) / kWarp;
   const uint64_t shared = 4 * tiles * world + 8ull * object.config.num_experts + 48ull * world + 64;
-  const uint64_t received = 8ull * world * object.local() + 48ull * world + 8ull * object.local() + 64;
+  const uint64_t received =
+      8ull * world * object.local() + 80ull * world + 4ull * world * object.local() + 8ull * object.local() + 64;
   if (shared > kMostShared || received > kMostShared)
     fail(EPT_E_UNSUPPORTED, -1,
          "%u tokens, %u experts and %u ranks take %llu bytes of a block's shared memory; the GPU executor has %llu",

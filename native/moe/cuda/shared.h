@@ -14,6 +14,22 @@ struct alignas(16) Piece {
   uint32_t word[4];
 };
 
+// What a block knows of the sources of a phase; looked up before it begins, by a thread each (arrivals.cuh).
+struct Sources {
+  const uint64_t **word;  // [world] its signal
+  uint64_t *target;       // [world] what that must reach
+  const char **in;        // [world] where its messages come
+  uint32_t *standing;     // [world]
+};
+EPT_HD inline Sources sources(Carve &carve, uint32_t world) {
+  Sources s{};
+  s.word = carve.take<const uint64_t *>(world);
+  s.target = carve.take<uint64_t>(world);
+  s.in = carve.take<const char *>(world);
+  s.standing = carve.take<uint32_t>(world);
+  return s;
+}
+
 struct SendShared {
   Piece *ring;           // [kAhead, threads]
   uint64_t *combine_at;  // [world]
@@ -47,59 +63,67 @@ EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t wo
 }
 
 struct RecvShared {
-  Piece *ring;          // [kAhead, threads]
-  uint64_t *return_at;  // [world]
-  uint32_t *rows;       // [world]
-  uint32_t *begin;      // [world + 1] of each source's rows in the order of all rows
-  uint32_t *standing;   // [world]
-  uint32_t *next;       // [world] unit that nobody has taken
-  uint32_t *to_count;   // [world] group of rows before this block's that nobody has taken to count
-  uint32_t *counted;    // [world] such groups that are counted
-  uint32_t *counts;     // [world, local]
-  uint32_t *cursor;     // [world, local] rows of the source before this block's, then places
-  uint32_t *sums;       // [local] rows of each expert
-  uint32_t *starts;     // [local + 1] of each expert's group
-  uint32_t *flags;      // [world] of the header
+  Piece *ring;  // [kAhead, threads]
+  Sources sources;
+  uint64_t *return_at;   // [world]
+  uint32_t *rows;        // [world]
+  uint32_t *begin;       // [world + 1] of each source's rows in the order of all rows
+  uint32_t *next;        // [world] unit that nobody has taken
+  uint32_t *to_count;    // [world] group of rows before this block's that nobody has taken to count
+  uint32_t *counted;     // [world] such groups that are counted
+  uint32_t *counts;      // [world, local]
+  uint32_t *cursor;      // [world, local] rows of the source before this block's, then places
+  uint32_t *limit;       // [world, local] which no place of the source reaches
+  uint32_t *sums;        // [local] rows of each expert
+  uint32_t *starts;      // [local + 1] of each expert's group
+  uint32_t *flags;       // [world] of the header
+  uint32_t *totals;      // 0: nobody has them; 1: a warp adds up; 2: sums, starts and begin are there
+  uint32_t *next_blank;  // rows that no row fills are gone through by groups: the next that nobody has taken
   uint32_t *word;
 };
 EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t local) {
   RecvShared s{};
   s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
+  s.sources = sources(carve, world);
   s.return_at = carve.take<uint64_t>(world);
   s.rows = carve.take<uint32_t>(world);
   s.begin = carve.take<uint32_t>(world + 1);
-  s.standing = carve.take<uint32_t>(world);
   s.next = carve.take<uint32_t>(world);
   s.to_count = carve.take<uint32_t>(world);
   s.counted = carve.take<uint32_t>(world);
   s.counts = carve.take<uint32_t>(uint64_t(world) * local);
   s.cursor = carve.take<uint32_t>(uint64_t(world) * local);
+  s.limit = carve.take<uint32_t>(uint64_t(world) * local);
   s.sums = carve.take<uint32_t>(local);
   s.starts = carve.take<uint32_t>(local + 1);
   s.flags = carve.take<uint32_t>(world);
+  s.totals = carve.take<uint32_t>(1);
+  s.next_blank = carve.take<uint32_t>(1);
   s.word = carve.take<uint32_t>(1);
   return s;
 }
 
 struct CombineShared {
   Piece *ring;         // [kAhead, threads]
+  Sources sources;     // of the receiving half
   uint64_t *received;  // [world] where in that rank's memory it is to be
   char **message;      // [world] where the message to that rank is packed; before, where its window begins
   uint32_t *begin;     // [world + 1] of the rows that came
   uint32_t *pending;   // [world] of this block's pieces of the message to that rank
   uint32_t *pieces;    // [world]
-  uint32_t *standing;  // [world]
+  uint32_t *next;      // of this block's units, the first that no warp has taken
   uint32_t *word;
 };
 EPT_HD inline CombineShared combine_shared(Carve &carve, uint32_t threads, uint32_t world) {
   CombineShared s{};
   s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
+  s.sources = sources(carve, world);
   s.received = carve.take<uint64_t>(world);
   s.message = carve.take<char *>(world);
   s.begin = carve.take<uint32_t>(world + 1);
   s.pending = carve.take<uint32_t>(world);
   s.pieces = carve.take<uint32_t>(world);
-  s.standing = carve.take<uint32_t>(world);
+  s.next = carve.take<uint32_t>(1);
   s.word = carve.take<uint32_t>(1);
   return s;
 }

@@ -39,6 +39,7 @@ template <int kLeft>
 EPT_DEVICE void await_fetches() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kLeft) : "memory");
 }
+EPT_DEVICE void prefetch(const char *at) { asm volatile("prefetch.global.L1 [%0];" : : "l"(at)); }
 // Two elements of 2 bytes, to nearest even; a NaN is the canonical one, which sums are anyway.
 EPT_DEVICE uint32_t bf16_pair(float low, float high) {
   uint32_t pair;
@@ -91,6 +92,13 @@ EPT_DEVICE T warp_prefix(T value) {
     if (lane_id() >= step) value += before;
   }
   return value;
+}
+
+// The next number, for the whole warp.
+EPT_DEVICE uint32_t take_one(uint32_t *counter) {
+  uint32_t number = 0;
+  if (lane_id() == 0) number = atomicAdd(counter, 1u);
+  return from_lane(number, 0);
 }
 
 // Words of shared memory that one warp of a block writes and others look at.

@@ -16,9 +16,10 @@ namespace ept::moe::cuda {
 
 // For each of `steps` steps, the same number in all lanes: next() gives where kEach vectors of 16 bytes stand, or NULL
 // for none in this lane; use(vectors) takes those of a step, in the same order. kNear: lanes share sectors of memory,
-// which then come through the cache.
-template <uint32_t kEach, bool kNear, class Next, class Use>
-EPT_DEVICE void stream(Piece *ring, uint32_t steps, Next next, Use use) {
+// which then come through the cache. plan() is done while the first are under way. `started`: they are since
+// start_stream, with the same steps.
+template <uint32_t kEach, bool kNear, class Next, class Plan, class Use>
+EPT_DEVICE void stream(Piece *ring, uint32_t steps, bool started, Next next, Plan plan, Use use) {
   constexpr uint32_t kSteps = kAhead / kEach;
   const uint32_t stride = blockDim.x;
   Piece *mine = ring + threadIdx.x;
@@ -27,14 +28,16 @@ EPT_DEVICE void stream(Piece *ring, uint32_t steps, Next next, Use use) {
     if (asked < steps) {
       const char *from = next();
       EPT_UNROLL
-      for (uint32_t i = 0; i < kEach && from; i++)
+      for (uint32_t i = 0; i < kEach && from && !started; i++)
         fetch16<kNear>(reinterpret_cast<char *>(mine + (into * kEach + i) * stride), from + i * 16);
     }
-    end_fetches();
+    if (!started) end_fetches();
     asked++;
   };
   EPT_UNROLL
   for (uint32_t i = 0; i + 1 < kSteps; i++) ask(i);
+  started = false;
+  plan();
   for (uint32_t step = 0; step < steps; step++) {
     ask(slot == 0 ? kSteps - 1 : slot - 1);  // the place that the last step was read from
     await_fetches<kSteps - 1>();
@@ -44,6 +47,24 @@ EPT_DEVICE void stream(Piece *ring, uint32_t steps, Next next, Use use) {
       held[i] = load16(reinterpret_cast<const char *>(mine + (slot * kEach + i) * stride));
     use(held);
     slot = slot + 1 == kSteps ? 0 : slot + 1;
+  }
+}
+
+template <uint32_t kEach, bool kNear, class Next, class Use>
+EPT_DEVICE void stream(Piece *ring, uint32_t steps, Next next, Use use) {
+  stream<kEach, kNear>(ring, steps, false, next, [] {}, use);
+}
+
+// The first of them, long before stream(): the thread fetches nothing else in between.
+template <uint32_t kEach, bool kNear, class Next>
+EPT_DEVICE void start_stream(Piece *ring, uint32_t steps, Next next) {
+  Piece *mine = ring + threadIdx.x;
+  for (uint32_t step = 0; step + 1 < kAhead / kEach; step++) {
+    const char *from = step < steps ? next() : nullptr;
+    EPT_UNROLL
+    for (uint32_t i = 0; i < kEach && from; i++)
+      fetch16<kNear>(reinterpret_cast<char *>(mine + (step * kEach + i) * blockDim.x), from + i * 16);
+    end_fetches();
   }
 }
 

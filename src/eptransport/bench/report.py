@@ -18,6 +18,7 @@ from rich.text import Text
 from eptransport import __version__
 from eptransport._process import cores
 from eptransport.bench.against.compare import AgainstResult
+from eptransport.bench.gpu import GpuMoeResult
 from eptransport.bench.moe import MoeResult, SideResult
 from eptransport.bench.p2p import Measure, P2pResult
 from eptransport.errors import InvalidArgument, UnsupportedError
@@ -29,6 +30,7 @@ __all__ = [
     "as_json",
     "conditions",
     "counted",
+    "gpu_table",
     "machine",
     "moe_picture",
     "moe_table",
@@ -41,7 +43,7 @@ __all__ = [
     "write_json",
 ]
 
-Result = P2pResult | MoeResult | AgainstResult
+Result = P2pResult | MoeResult | GpuMoeResult | AgainstResult
 
 # One colour a side, in every picture; told apart also in grey and by the colour-blind.
 COLOURS = {"eptransport": "#0b6e99", "gloo": "#d9822b"}
@@ -135,6 +137,43 @@ def moe_table(result: MoeResult) -> RenderableType:
         conditions(result.regime_ns),
         f"checked before: {result.checked}",
         f"registered memory: {result.registered_bytes / 2**20:.1f} MiB a rank",
+    ]
+    return Lines(table, Text("\n".join(lines)))
+
+
+def gpu_table(result: GpuMoeResult) -> RenderableType:
+    job, shape = result.job, result.job.shape
+    ranks = "threads of one process" if job.threads else "processes"
+    table = new_table(
+        f"dispatch and combine on {result.gpu}: {shape.ranks} ranks ({ranks}) x {result.blocks} blocks, {shape.tokens} "
+        f"tokens, hidden {shape.hidden}, top-{shape.top_k} of {shape.experts}, {shape.dispatch_dtype} there and "
+        f"{shape.combine_dtype} back, {job.layout}"
+    )
+    for name in ("", "p50 us", "p99 us", "floor us", "ratio", "MB"):
+        table.add_column(name, justify="right" if name else "left")
+    for phase in result.phases:
+        table.add_row(
+            phase.name,
+            f"{phase.time.p50:.1f}",
+            f"{phase.time.p99:.1f}",
+            f"{phase.floor_us:.1f}",
+            f"{phase.ratio:.2f}",
+            f"{phase.bytes / 1e6:.1f}",
+        )
+    floor = sum(phase.floor_us for phase in result.phases)
+    for name, time, least in (
+        ("dispatch, both halves", result.dispatch, sum(phase.floor_us for phase in result.phases[:2])),
+        ("combine, both halves", result.combine, sum(phase.floor_us for phase in result.phases[2:])),
+        ("a step, together", result.together, floor),
+    ):
+        table.add_row(name, f"{time.p50:.1f}", f"{time.p99:.1f}", f"{least:.1f}", f"{time.p50 / least:.2f}", "")
+    lines = [
+        f"us between two events around a graph, the slowest rank of each iteration, median of "
+        f"{counted(job.rounds, 'round')} of {job.iterations}; a tiny kernel so launched: {result.launch.p50:.1f}",
+        f"floor: bytes that all ranks read and write, over a copy's {result.copy_gb_per_s:.0f} GB/s on this GPU",
+        f"{result.blocks} blocks of 512 threads a rank, on {result.multiprocessors} multiprocessors"
+        + ("" if job.threads or shape.ranks == 1 else "; without MPS, processes have the GPU in turn"),
+        f"checked before: {result.checked}",
     ]
     return Lines(table, Text("\n".join(lines)))
 

@@ -17,6 +17,7 @@ from eptransport.errors import InvalidArgument, UnsupportedError
 
 if TYPE_CHECKING:
     from eptransport.bench.report import Result as AnyResult
+    from eptransport.bench.shapes import Shape
 
 __all__ = ["bench", "check_outputs", "need_torch"]
 
@@ -50,6 +51,11 @@ class Dtype(str, Enum):
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class DispatchDtype(str, Enum):
@@ -215,6 +221,10 @@ def moe(
         DispatchDtype | None, typer.Option(help="On the wire of dispatch; --dtype or the preset's if not given.")
     ] = None,
     layout: Annotated[Layout, typer.Option(help="How dispatch lays out what it brought.")] = Layout.contiguous,
+    device: Annotated[Device, typer.Option(help="Of the tensors; cuda: halves apart, as graphs.")] = Device.cpu,
+    blocks: Annotated[
+        int | None, typer.Option(min=1, help="Of a kernel's launch, with --device cuda [a rank's share of the GPU].")
+    ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Of each side, a round.")] = 20,
     rounds: Rounds = 5,
     against: AgainstOption = None,
@@ -239,6 +249,11 @@ def moe(
         dispatch_dtype=dispatch_dtype.value if dispatch_dtype else base.dispatch_dtype if base else dtype.value,
         combine_dtype=dtype.value,
     )
+    if device is Device.cuda:
+        _moe_on_gpu(shape, backend, layout, skew, blocks, iterations, rounds, against, seed, json_file, picture)
+        return
+    if blocks is not None:
+        raise InvalidArgument("--blocks is for --device cuda")
     job = MoeJob(
         shape=shape,
         backend=_backend(backend, ranks),
@@ -255,6 +270,44 @@ def moe(
     _show(result, report.moe_table(result), json_file)
     if picture:
         report.moe_picture(picture, result)
+
+
+def _moe_on_gpu(
+    shape: Shape,
+    backend: str | None,
+    layout: Layout,
+    skew: float,
+    blocks: int | None,
+    iterations: int,
+    rounds: int,
+    against: Against | None,
+    seed: int,
+    json_file: Path | None,
+    picture: Path | None,
+) -> None:
+    import torch
+
+    from eptransport.bench import report
+    from eptransport.bench.gpu import GpuMoeJob, check, run
+
+    if against or picture:
+        raise InvalidArgument("--against and --picture are for --device cpu")
+    job = GpuMoeJob(
+        shape=shape,
+        backend=_backend(backend, shape.ranks),
+        layout=layout.value,
+        skew=skew,
+        blocks=blocks,
+        iterations=iterations,
+        rounds=rounds,
+        seed=seed,
+    )
+    check(job)
+    if not torch.cuda.is_available():
+        raise UnsupportedError(f"--device cuda: torch {torch.__version__} sees no CUDA device here", operation="bench")
+    check_outputs(None, json_file)
+    result = _with_progress("dispatch and combine", job.units, lambda progress: run(job, progress))
+    _show(result, report.gpu_table(result), json_file)
 
 
 def need_torch(what: str, extra: str = "bench") -> None:

@@ -41,6 +41,7 @@ void fetch16(char *to, const char *from) {
   if (reinterpret_cast<uintptr_t>(from) % 16) ::simt::misaligned(from);
   ::simt::fetch(to, from);
 }
+inline void prefetch(const char *) {}
 inline void end_fetches() { ::simt::end_fetches(); }
 template <int kLeft>
 void await_fetches() {
