@@ -21,9 +21,10 @@ constexpr size_t event_batch = 64;
 /* How long a caller that has just driven may come back before the proxy takes over. Twice a poll's wake-up (50 us)
  * would do for a ping-pong; a MoE step's caller is away for as long as it packs a batch, some 200 us on one core. */
 constexpr uint64_t proxy_grace_ns = 500'000;
-/* The proxy looks again that often while callers drive, and parks after that many looks. */
-constexpr uint64_t proxy_look_ns = 1'000'000;
-constexpr int proxy_looks = 20;
+/* The proxy looks again that soon while callers drive, and that late at most where they wait again and again. A look
+ * costs them some 50 us, a timer, an interrupt and a preempted spinner on a virtual machine: of 1,000 a second an
+ * eighth of the bandwidth of 1 MiB writes went (docs/decisions.md). */
+constexpr uint64_t proxy_look_ns = 1'000'000, proxy_late_ns = 4'000'000;
 /* Polling longer than a wake-up costs (some 5 to 50 us on the machines measured) cannot win. */
 constexpr uint64_t default_spin_ns = 50'000;
 /* A waiting caller of a backend without a descriptor has nothing to be woken by: a nap there is over late, by some 50
@@ -319,7 +320,8 @@ int32_t ept_engine::drive_once(Hold &hold, uint64_t &idle_since, uint64_t until,
     relax(); /* with the lock: whoever comes for it says so, and gets it at the next turn */
     return 0;
   }
-  if (spin || (driver == Driver::caller && !caps.wait_descriptor && now - idle_since < yield_ns)) {
+  const bool gives_way = !caps.wait_descriptor || (slept_short && !asks_bulk);
+  if (spin || (driver == Driver::caller && gives_way && now - idle_since < yield_ns)) {
     hold.unlock();
     sched_yield();
     hold.lock();
@@ -350,7 +352,7 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
     hold.lock();
     return;
   }
-  now = now_ns();
+  const uint64_t began = now = now_ns();
   until = std::min(until, next_tick);
   /* Operations that the plugin had no room for are offered again soon, whatever the descriptor says. */
   if (!dirty.empty()) until = std::min(until, now + 1'000'000);
@@ -372,6 +374,7 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
   pollfd fds[2] = {{fd, POLLIN, 0}, {wake_fd, POLLIN, 0}};
   timespec limit{static_cast<time_t>(left / 1'000'000'000), static_cast<long>(left % 1'000'000'000)};
   ppoll(fds, 2, until == forever ? nullptr : &limit, nullptr);
+  const bool brought = fds[0].revents != 0 && now_ns() - began < yield_ns;
   if (fds[1].revents) {
     uint64_t count;
     [[maybe_unused]] ssize_t got = read(wake_fd, &count, sizeof count);
@@ -379,6 +382,44 @@ void ept_engine::sleep(Hold &hold, uint64_t until) {
   hold.lock();
   sleepers--;
   asleep = false;
+  slept_short = brought;
+}
+
+bool ept_engine::callers_drive() const {
+  if (driver.load(std::memory_order_relaxed) == Driver::caller) return true;
+  const uint64_t last = last_drive.load(std::memory_order_relaxed);
+  if (progress_mode != EPT_PROGRESS_AUTO || !last) return false;
+  const uint64_t time = now_ns(), post = last_post.load(std::memory_order_relaxed);
+  if (time < last + proxy_grace_ns) return true;
+  return time < post + proxy_grace_ns && time < last + proxy_late_ns;
+}
+
+/* The proxy's looks at whether callers still drive; false: one waits so long that the proxy may as well park, and be
+ * told at the end of that wait. Where waits are short, being told would cost each of them a system call.
+ *
+ * Without the lock: a caller that drives holds it all the time, and would have to hand it over, and get it back, for
+ * each look. So what is seen here is a hint, and is looked at again under the lock before anything is done about it. */
+bool ept_engine::watch_callers(Hold &hold) {
+  const int wake_fd = proxy_wake->get();
+  bool woken = false, parks = false;
+  uint64_t seen = last_drive, pause = proxy_look_ns;
+  hold.unlock();
+  while (!woken && !parks && callers_drive()) {
+    pollfd fd{wake_fd, POLLIN, 0};
+    timespec limit{0, static_cast<long>(pause)};
+    ppoll(&fd, 1, &limit, nullptr);
+    if (fd.revents) {
+      uint64_t count;
+      [[maybe_unused]] ssize_t got = read(wake_fd, &count, sizeof count);
+      woken = true; /* by who wants it to stop */
+    }
+    const uint64_t last = last_drive.load(std::memory_order_relaxed);
+    parks = last == seen && driver.load(std::memory_order_relaxed) == Driver::caller;
+    if (last != seen) pause = std::min(2 * pause, proxy_late_ns);
+    seen = last;
+  }
+  hold.lock();
+  return !parks || woken || driver != Driver::caller;
 }
 
 void ept_engine::run_proxy() {
@@ -395,26 +436,18 @@ void ept_engine::run_proxy() {
   }
   Hold hold(lock);
   uint64_t idle_since = 0;
-  int looks = 0;
   while (!stopping) {
     if (!worker) { /* a rejoin failed: nothing to move any more */
       proxy_turn.wait(hold);
       continue;
     }
-    bool theirs = driver == Driver::caller ||
-                  (progress_mode == EPT_PROGRESS_AUTO && last_drive && now_ns() - last_drive < proxy_grace_ns);
-    if (theirs) {
-      if (driver == Driver::caller && ++looks > proxy_looks) {
-        proxy_parked = true;
-        proxy_turn.wait(hold, [&] { return stopping || driver != Driver::caller; });
-        proxy_parked = false;
-        looks = 0;
-      } else {
-        proxy_turn.wait_for(hold, std::chrono::nanoseconds(proxy_look_ns));
-      }
+    if (callers_drive()) {
+      if (watch_callers(hold)) continue;
+      proxy_parked = true;
+      proxy_turn.wait(hold, [&] { return stopping || driver != Driver::caller; });
+      proxy_parked = false;
       continue;
     }
-    looks = 0;
     ept_error error{};
     error.size = sizeof error;
     driver = Driver::proxy;

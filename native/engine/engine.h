@@ -317,14 +317,16 @@ struct ept_engine {
   std::condition_variable_any moved;
   std::condition_variable_any proxy_turn;
   uint32_t moved_waiters = 0;
-  bool caller_asleep = false, proxy_asleep = false; /* in sleep(), the lock let go; only while they drive */
-  ept::Driver driver = ept::Driver::none;
+  bool caller_asleep = false, proxy_asleep = false;    /* in sleep(), the lock let go; only while they drive */
+  std::atomic<ept::Driver> driver = ept::Driver::none; /* written under the lock; the proxy looks without */
   bool proxy_parked = false, stopping = false, closed = false;
-  uint64_t last_drive = 0; /* by a caller */
-  uint64_t now = 0;        /* when the last step looked at the clock */
-  uint32_t sleepers = 0;   /* threads in sleep() with the lock let go */
-  bool rejoining = false;  /* nobody sleeps: the descriptor that they would sleep on is about to go */
-  bool asks_bulk = false;  /* the plugin can say that much payload is under way: then sleep rather than spin */
+  std::atomic<uint64_t> last_drive = 0; /* by a caller; as driver */
+  std::atomic<uint64_t> last_post = 0;  /* a long one takes as long as a wait: as driver */
+  uint64_t now = 0;                     /* when the last step looked at the clock */
+  uint32_t sleepers = 0;                /* threads in sleep() with the lock let go */
+  bool slept_short = false;             /* the network ended the last sleep before yield_ns were over */
+  bool rejoining = false;               /* nobody sleeps: the descriptor that they would sleep on is about to go */
+  bool asks_bulk = false; /* the plugin can say that much payload is under way: then sleep rather than spin */
 
   ept_instance *instance = nullptr;
   ept_worker *worker = nullptr;
@@ -378,6 +380,8 @@ struct ept_engine {
   void sleep(ept::Hold &hold, uint64_t until);
   void wake_sleepers();
   void wake_up(const ept::Descriptor &fd);
+  bool callers_drive() const;
+  bool watch_callers(ept::Hold &hold);
   void run_proxy();
   int32_t plugin_error(int32_t code, const char *operation, int32_t peer, ept_error *error);
   int32_t usable(const char *operation, ept_error *error);

@@ -265,6 +265,7 @@ void ept_engine::count_posted(const Peer &peer, const ept_op *ops, size_t count)
   if (!count) return;
   ept_metrics_peer &seen = metrics.peer(peer.rank);
   const uint64_t now = now_ns();
+  last_post.store(now, std::memory_order_relaxed);
   uint64_t bytes = 0, sends = 0, credited = 0;
   for (size_t i = 0; i < count; i++) {
     InFlight *record = in_flight.find(ops[i].cookie);

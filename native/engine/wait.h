@@ -17,7 +17,13 @@ constexpr uint64_t look_ns = 100'000'000;
 template <class Done>
 int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_error *error, ept::Waiting *about) {
   int32_t code = done();
-  if (code != EPT_LATER) return code;
+  if (code != EPT_LATER) {
+    /* Who finds what it waits for moved already is there as well, and would have moved it itself. If this didn't count,
+     * a proxy that has once begun to would go on, with a sleep and a wake-up for each completion, as long as the caller
+     * is slower than the network. As of the last step: a caller that lives on what moved long ago moves nothing. */
+    last_drive.store(now, std::memory_order_relaxed);
+    return code;
+  }
   if (timeout == 0) {
     if (progress_mode != EPT_PROGRESS_THREAD && driver != ept::Driver::caller) {
       if (int32_t moved_on = step(error); moved_on < 0) return moved_on;
@@ -33,7 +39,7 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
   if (about) begin_wait(*about, begin);
   while (code == EPT_LATER) {
     if (!driving && progress_mode != EPT_PROGRESS_THREAD && driver != ept::Driver::caller) {
-      driver = ept::Driver::caller;
+      driver.store(ept::Driver::caller, std::memory_order_relaxed);
       driving = true;
     }
     if (driving) {
@@ -63,8 +69,8 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
   const uint64_t end = ept::now_ns();
   if (about) end_wait(*about, code, end);
   if (driving) {
-    driver = ept::Driver::none;
-    last_drive = end;
+    driver.store(ept::Driver::none, std::memory_order_relaxed);
+    last_drive.store(end, std::memory_order_relaxed);
     if (moved_waiters) moved.notify_all();
     if (proxy_parked) proxy_turn.notify_one();
   }

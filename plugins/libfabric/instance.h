@@ -134,6 +134,7 @@ struct ept_instance {
   uint64_t timer_set_ns = 0, time_due_ns = 0;
   uint32_t since_clock = 0, next_rail = 0;
   bool has_wait = false;  // every rail has a descriptor to sleep on
+  bool watched = false;   // they are in `epoll`, from arm to the next poll
 
   uint64_t now() const { return host->clock_ns(host->context); }
   void log(int32_t level, const std::string &text) const { host->log(host->context, level, text.c_str()); }
@@ -160,6 +161,8 @@ struct ept_instance {
   int32_t poll(ept_event *events, size_t capacity);
   int32_t arm(int32_t *descriptor);
   int32_t quiesce(uint32_t rank, int32_t scope, uint64_t cookie);
+  bool watch_rails();
+  void unwatch_rails();
   void rail_broke(libfabric::Rail *rail, int number, const std::string &why);
 
   // memory.cc

@@ -122,20 +122,16 @@ int32_t libfabric_probe(const ept_host *host, const ept_value *values, size_t va
 }
 
 // One descriptor to sleep on for all rails and for what is due by the clock.
-int32_t watch_rails(ept_instance *instance) {
+int32_t make_wait(ept_instance *instance) {
   instance->epoll.reset(epoll_create1(EPOLL_CLOEXEC));
   instance->timer.reset(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC));
   if (!instance->epoll || !instance->timer)
     return fail(EPT_E_NOMEM, "open", -1, errno, "libfabric: the system refused a descriptor (errno %d)", errno);
-  instance->has_wait = true;
-  auto watch = [&](int fd) {
-    epoll_event event{};
-    event.events = EPOLLIN;
-    return epoll_ctl(instance->epoll.get(), EPOLL_CTL_ADD, fd, &event) == 0;
-  };
-  if (!watch(instance->timer.get())) instance->has_wait = false;
-  for (auto &rail : instance->rails)
-    if (rail->wait_fd < 0 || !watch(rail->wait_fd)) instance->has_wait = false;
+  epoll_event event{};
+  event.events = EPOLLIN;
+  const bool timed = epoll_ctl(instance->epoll.get(), EPOLL_CTL_ADD, instance->timer.get(), &event) == 0;
+  instance->has_wait = timed && instance->watch_rails();
+  instance->unwatch_rails();
   return EPT_OK;
 }
 
@@ -188,7 +184,7 @@ int32_t libfabric_open(const ept_host *host, const ept_open_params *params, ept_
     own.host = this_host(*host);
     own.provider = instance->rails.front()->info->fabric_attr->prov_name;
     instance->layered = own.provider.find(";ofi_rxm") != std::string::npos;
-    code = watch_rails(instance.get());
+    code = make_wait(instance.get());
     if (code != EPT_OK) return code;
     instance->log(EPT_LOG_DEBUG,
                   format("libfabric: rank %u opened %zu rails of %s, %s", params->rank, instance->rails.size(),

@@ -181,6 +181,7 @@ int32_t ept_instance::post_send(Peer *peer, const ept_op &op) {
 // ---- poll -----------------------------------------------------------------------------------------------------------
 
 int32_t ept_instance::poll(ept_event *events, size_t capacity) {
+  if (watched) unwatch_rails();
   if (!texts.empty()) texts.clear();
   if (!shown.empty()) shown.clear();
   for (auto &rail : rails) {
@@ -405,6 +406,24 @@ void ept_instance::drained(Rail *rail) {
 
 // ---- arm ------------------------------------------------------------------------------------------------------------
 
+// The queues' descriptors are in the epoll only while somebody may sleep on it. Each is an epoll of the provider's over
+// its sockets: as long as one more watches it, every segment that comes in wakes its way up through all of them, in the
+// sender's time (a tenth of the bandwidth over tcp, docs/decisions.md).
+bool ept_instance::watch_rails() {
+  watched = true;
+  return std::all_of(rails.begin(), rails.end(), [&](const auto &rail) {
+    epoll_event event{};
+    event.events = EPOLLIN;
+    return rail->wait_fd >= 0 && epoll_ctl(epoll.get(), EPOLL_CTL_ADD, rail->wait_fd, &event) == 0;
+  });
+}
+
+void ept_instance::unwatch_rails() {
+  watched = false;
+  for (auto &rail : rails)
+    if (rail->wait_fd >= 0) epoll_ctl(epoll.get(), EPOLL_CTL_DEL, rail->wait_fd, nullptr);
+}
+
 int32_t ept_instance::arm(int32_t *descriptor) {
   *descriptor = -1;
   if (!pending.empty() || !fences.empty() || !quiesces.empty()) return EPT_LATER;
@@ -429,6 +448,12 @@ int32_t ept_instance::arm(int32_t *descriptor) {
     }
     timerfd_settime(timer.get(), 0, &spec, nullptr);
     timer_set_ns = next;
+  }
+  // One that is readable by now wakes whoever sleeps: an epoll looks when a descriptor is added.
+  if (watched) unwatch_rails();
+  if (!watch_rails()) {
+    unwatch_rails();
+    return EPT_OK;
   }
   *descriptor = epoll.get();
   return EPT_OK;
