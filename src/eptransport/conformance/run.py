@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Literal
 
-from eptransport.backends import Plugin, candidates
+from eptransport.backends import Plugin, candidates, registry
 from eptransport.conformance.registry import Check, Skip, Violation, Waived, checks
 from eptransport.conformance.world import Spec, Subject, spec_of, subject, subject_of
 from eptransport.errors import BackendUnavailable, InvalidArgument
@@ -56,7 +56,10 @@ class Outcome:
 def find(backend: str, options: Mapping[str, str] | None = None) -> Plugin:
     """The plugin of a name, or of a file. ConfigError, AbiError or BackendUnavailable where there is none that can run
     here with these settings of its own."""
-    found = candidates(Settings(backend=backend), one_process=True)[0]
+    # Asked with these from the first: a process that has opened one libfabric gets nothing right of another.
+    named = registry(()).plugins.get(backend)
+    given = {} if named is None else {f"{named.name}.{name}": value for name, value in _checked(named, options).items()}
+    found = candidates(Settings(backend=backend, options=given), one_process=True)[0]
     if found.plugin is None:
         raise BackendUnavailable(f"backend {backend}: {found.why_not}", operation="choose")
     report = found.plugin.probe(_checked(found.plugin, options))
