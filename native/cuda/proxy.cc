@@ -9,6 +9,7 @@
 
 #include "engine/error.h"
 #include "engine/host.h"
+#include "engine/news.h"
 
 namespace ept::cuda {
 
@@ -21,6 +22,7 @@ constexpr uint64_t kClosing = 1'000'000'000;
 // A yield is a call of the kernel, microseconds on some machines, while a command may come at any time; never to yield
 // would take a core from the engine's thread where there are few.
 constexpr uint64_t kYieldEvery = 20'000;
+constexpr uint64_t kComesBack = 4'000'000;  // more than the engine's thread takes to see that nobody drives
 
 void relax() {
 #if defined(__x86_64__)
@@ -340,7 +342,13 @@ void Proxy::run() {
       busy = in_hand_ != 0;
     }
     if (options_.each) options_.each();
-    if (drives_ && ept_engine_progress(engine_, nullptr) > 0) any = true;
+    // While it spins it drives, and the engine's own thread stands aside: that one sleeps whenever nobody waits on the
+    // host, and a kernel's wait it doesn't see. For a while after, until that thread has come back, it helps.
+    if (now - moved < options_.spin_ns) {
+      any |= drive(engine_, nullptr) > 0;
+    } else if (drives_ || now - moved < options_.spin_ns + kComesBack) {
+      any |= ept_engine_progress(engine_, nullptr) > 0;
+    }
     if (closing && (!busy || now - closing > kClosing)) return;
     if (any) moved = yielded = now;
     if (!any && !busy && now - moved > options_.spin_ns) {
@@ -354,8 +362,7 @@ void Proxy::run() {
       sched_yield();
       yielded = now_ns();
     } else if (!any) {
-      // What is in flight ends by the engine's own thread, whose lock each look takes.
-      for (int i = 0; i < (busy && !drives_ ? 16 : 1); i++) relax();
+      relax();
     }
   }
 }

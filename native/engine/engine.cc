@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "engine/cores.h"
+#include "engine/news.h"
 #include "engine/wait.h"
 
 using namespace ept;
@@ -654,6 +655,22 @@ int32_t ept_engine_progress(ept_engine *engine, ept_error *error) {
     return count;
   });
 }
+
+}  // extern "C"
+
+int32_t ept::drive(ept_engine *engine, ept_error *error) {
+  return guarded(error, "drive", [&]() -> int32_t {
+    Hold hold(engine->lock);
+    if (int32_t code = engine->usable("drive", error)) return code;
+    if (engine->driver == Driver::caller) return 0; /* who waits drives already */
+    const int32_t count = engine->step(error);
+    if (engine->progress_mode == EPT_PROGRESS_AUTO) engine->last_drive = engine->now;
+    if (count > 0 && engine->moved_waiters) engine->moved.notify_all();
+    return count;
+  });
+}
+
+extern "C" {
 
 int32_t ept_engine_log(ept_engine *engine, int32_t *level, char *text, size_t capacity) {
   std::string line;

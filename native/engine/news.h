@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * news.h: a wait for one signal that also ends when something else has come that may make it vain. For code above the
- * engine in this library, whose waits stand for several peers at once. */
+ * news.h: for code above the engine in this library: a wait for one signal that also ends when something else has come
+ * that may make it vain, since its waits stand for several peers at once; and driving the engine for waits of a GPU. */
 #pragma once
 
 #include "eptransport/eptransport.h"
@@ -13,5 +13,9 @@ namespace ept {
  */
 int32_t wait_signal_or_news(ept_engine *engine, ept_signal_id id, uint64_t target, uint64_t timeout_ns, uint64_t *seen,
                             ept_error *error);
+
+/* As ept_engine_progress, by who calls it all the time: the engine's own thread (AUTO) stands aside meanwhile, and for
+ * up to 1.5 ms after the last call. */
+int32_t drive(ept_engine *engine, ept_error *error);
 
 }  // namespace ept
