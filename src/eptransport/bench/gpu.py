@@ -5,9 +5,11 @@ as all take to launch; so a half's time is the kernel's and its launch's, betwee
 half waits for nobody, since all have sent before any receives. `together` is a graph of whole steps, in which ranks
 wait for one another. An iteration takes as long as its slowest rank.
 
-    floor     the bytes that all ranks of the GPU read and write in a half, over what a copy of 1 GiB by the whole GPU
-              reads and writes in a second. Caches may beat it: a message of one rank is read by another soon after
+    floor     the longer of two: the bytes that all ranks of a GPU read and write in a half, over what a copy of 1 GiB
+              by the whole GPU reads and writes in a second; and the bytes that they write to other GPUs, over what a
+              copy to the next GPU writes. Caches may beat the first: a message is read soon after it was written
     launch    a graph of one tiny kernel, launched alike: what no half could be faster than
+    nccl      all_to_all_single with the same rows, where each rank has a GPU (nccl.py)
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eptransport.bench.figures import Spread, slowest, spread
+from eptransport.bench.nccl import MOVES, Nccl
 from eptransport.bench.ranks import Rank, run_job
 from eptransport.bench.shapes import Shape, routing, tokens
 from eptransport.errors import InternalError, InvalidArgument
@@ -51,6 +54,8 @@ class GpuMoeJob:
     """Of each launch; None: an equal share of what the GPU holds at once."""
     iterations: int = 20
     rounds: int = 3
+    against: str | None = None
+    """`nccl`, or None."""
     seed: int = SEED
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -78,6 +83,8 @@ class Phase:
     time: Spread
     bytes: int
     """Read and written by all ranks together."""
+    link_bytes: int
+    """Of these written to other GPUs."""
     floor_us: float
     ratio: float
     """Its time to the floor."""
@@ -87,11 +94,15 @@ class Phase:
 class GpuMoeResult:
     job: GpuMoeJob
     gpu: str
+    gpus: int
+    """That have ranks; rank r is on GPU r % gpus."""
     multiprocessors: int
     blocks: int
     """Of each rank's launches, of 512 threads; a multiprocessor takes two."""
     copy_gb_per_s: float
     """Read and written."""
+    link_gb_per_s: float
+    """Written to another GPU; 0: there is one."""
     launch: Spread
     phases: tuple[Phase, ...]
     dispatch: Spread
@@ -99,6 +110,7 @@ class GpuMoeResult:
     combine: Spread
     together: Spread
     """A whole step."""
+    nccl: tuple[tuple[str, Spread], ...]
     checked: str
 
     def phase(self, name: str) -> Phase:
@@ -110,13 +122,17 @@ class GpuRank:
     """What one rank saw: us, [half][round][iteration]."""
 
     gpu: str
+    gpus: int
     multiprocessors: int
     blocks: int
     copy_gb_per_s: float
+    link_gb_per_s: float
     launch: list[list[float]]
     halves: list[list[list[float]]]
     together: list[list[float]]
+    nccl: list[list[list[float]]]
     bytes: tuple[int, ...]
+    link_bytes: tuple[int, ...]
     checked: str
 
 
@@ -135,6 +151,8 @@ def check(job: GpuMoeJob) -> None:
         raise InvalidArgument("iterations and rounds must be at least 1")
     if shape.top_k > shape.experts:
         raise InvalidArgument(f"top-k is {shape.top_k}, but there are {shape.experts} experts")
+    if job.against and job.threads:
+        raise InvalidArgument("nccl needs a process a rank, and loopback's ranks are threads; bench another backend")
 
 
 def combine_ranks(job: GpuMoeJob, ranks: Sequence[GpuRank]) -> GpuMoeResult:
@@ -142,10 +160,16 @@ def combine_ranks(job: GpuMoeJob, ranks: Sequence[GpuRank]) -> GpuMoeResult:
     halves = [_slowest([rank.halves[half] for rank in ranks]) for half in range(len(HALVES))]
     phases = []
     for half, name in enumerate(HALVES):
-        total = sum(rank.bytes[half] for rank in ranks)
-        floor = total / first.copy_gb_per_s / 1e3
+        total, linked = sum(rank.bytes[half] for rank in ranks), sum(rank.link_bytes[half] for rank in ranks)
+        floor = max(
+            max(
+                sum(rank.bytes[half] for rank in there) / first.copy_gb_per_s,
+                sum(rank.link_bytes[half] for rank in there) / first.link_gb_per_s if first.link_gb_per_s else 0.0,
+            )
+            for there in (ranks[gpu :: first.gpus] for gpu in range(first.gpus))
+        )
         time = spread(halves[half])
-        phases.append(Phase(name, time, total, floor, time.p50 / floor))
+        phases.append(Phase(name, time, total, linked, floor / 1e3, time.p50 / floor * 1e3))
 
     def both(a: int, b: int) -> Spread:
         return spread([[x + y for x, y in zip(p, q, strict=True)] for p, q in zip(halves[a], halves[b], strict=True)])
@@ -153,14 +177,20 @@ def combine_ranks(job: GpuMoeJob, ranks: Sequence[GpuRank]) -> GpuMoeResult:
     return GpuMoeResult(
         job=job,
         gpu=first.gpu,
+        gpus=first.gpus,
         multiprocessors=first.multiprocessors,
         blocks=first.blocks,
         copy_gb_per_s=first.copy_gb_per_s,
+        link_gb_per_s=first.link_gb_per_s,
         launch=spread(_slowest([rank.launch for rank in ranks])),
         phases=tuple(phases),
         dispatch=both(0, 1),
         combine=both(2, 3),
         together=spread(_slowest([rank.together for rank in ranks])),
+        nccl=tuple(
+            (name, spread(_slowest([rank.nccl[move] for rank in ranks])))
+            for move, name in enumerate(MOVES if job.against else ())
+        ),
         checked=first.checked,
     )
 
@@ -186,6 +216,11 @@ def half_bytes(shape: Shape, layout: str, sent: int, received: int, placed: int)
     )
 
 
+def half_link_bytes(shape: Shape, sent_away: int, received_from_away: int) -> tuple[int, ...]:
+    """What each half of a rank writes to other GPUs: rows go where they are needed, and are read there."""
+    return sent_away * shape.dispatch_row, 0, received_from_away * shape.combine_row, 0
+
+
 # ---- one rank --------------------------------------------------------------------------------------------------------
 
 
@@ -197,26 +232,34 @@ def measure(job: GpuMoeJob, rank: Rank, group: Group) -> GpuRank:
         checked = step.check()
         step.capture()
     rank.barrier()
-    copied = step.copy_speed() if rank.rank == 0 else 0.0
+    copied = step.copy_speed(step.device) if rank.rank == 0 else 0.0
+    linked = step.copy_speed(torch.device("cuda", 1)) / 2 if rank.rank == 0 and step.gpus > 1 else 0.0
     rank.barrier()
     launch: list[list[float]] = []
     halves: list[list[list[float]]] = [[] for _ in HALVES]
     together: list[list[float]] = []
+    nccl: list[list[list[float]]] = [[] for _ in step.nccl_graphs]
     for number in range(job.rounds):
         rows: list[list[float]] = [[] for _ in HALVES]
+        moved: list[list[float]] = [[] for _ in nccl]
         empty, whole = [], []
         for turn in range(job.iterations + 2):  # two that nobody counts
             times = [step.time(rank, graph) for graph in step.graphs]
             tiny = step.time(rank, step.tiny)
             steps = step.time(rank, step.steps) / STEPS
+            theirs = [step.time(rank, graph) for graph in step.nccl_graphs]
             if turn < 2:
                 continue
             for row, time in zip(rows, times, strict=True):
+                row.append(time)
+            for row, time in zip(moved, theirs, strict=True):
                 row.append(time)
             empty.append(tiny)
             whole.append(steps)
         for half, row in zip(halves, rows, strict=True):
             half.append(row)
+        for move, row in zip(nccl, moved, strict=True):
+            move.append(row)
         launch.append(empty)
         together.append(whole)
         rank.progress(number + 1)
@@ -224,13 +267,17 @@ def measure(job: GpuMoeJob, rank: Rank, group: Group) -> GpuRank:
     properties = torch.cuda.get_device_properties(step.device)
     result = GpuRank(
         gpu=properties.name,
+        gpus=step.gpus,
         multiprocessors=properties.multi_processor_count,
         blocks=step.blocks,
         copy_gb_per_s=copied,
+        link_gb_per_s=linked,
         launch=launch,
         halves=halves,
         together=together,
+        nccl=nccl,
         bytes=step.bytes,
+        link_bytes=step.link_bytes,
         checked=checked,
     )
     step.close()
@@ -249,7 +296,10 @@ class _Step:
 
         shape = job.shape
         self.job, self.rank = job, rank.rank
-        self.device = torch.device("cuda", rank.rank % torch.cuda.device_count() if not job.threads else 0)
+        self.gpus = 1 if job.threads else min(torch.cuda.device_count(), shape.ranks)
+        if job.against and self.gpus < shape.ranks:
+            raise InvalidArgument(f"nccl needs a GPU a rank: there are {self.gpus} for {shape.ranks}")
+        self.device = torch.device("cuda", rank.rank % self.gpus)
         torch.cuda.set_device(self.device)
         self.stream = _cuda().Stream(self.device)
         ids, weights = routing(shape, rank.rank, job.skew, job.seed)
@@ -276,6 +326,12 @@ class _Step:
         received = sum(row[rank.rank] for row in sent)
         placed = pairs if job.layout in ("contiguous", "masked") else received
         self.bytes = half_bytes(shape, job.layout, sum(sent[rank.rank]), received, placed)
+        away = [other for other in range(shape.ranks) if (other - rank.rank) % self.gpus]
+        self.link_bytes = half_link_bytes(
+            shape, sum(sent[rank.rank][other] for other in away), sum(sent[other][rank.rank] for other in away)
+        )
+        with _cuda().stream(self.stream):
+            self.nccl = Nccl(shape, rank, self.device, sent) if job.against else None
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.kept: list[Any] = []
 
@@ -325,6 +381,7 @@ class _Step:
         self.graphs.append(graph(lambda: self.moe.combine_recv(got)))
         self.tiny = graph(lambda: word.fill_(1.0))
         self.steps = graph(steps)
+        self.nccl_graphs = [graph(move) for move in self.nccl.moves()] if self.nccl else []
         self.kept.append(word)
 
     def time(self, rank: Rank, graph: torch.cuda.CUDAGraph) -> float:
@@ -342,12 +399,12 @@ class _Step:
         rank.barrier()
         return float(begin.elapsed_time(end)) * 1e3
 
-    def copy_speed(self) -> float:
-        """GB/s, read and written, of a copy by this process alone."""
+    def copy_speed(self, target: torch.device) -> float:
+        """GB/s, read and written, of a copy by this process alone to that GPU."""
         import torch
 
         source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=self.device)
-        to = torch.empty_like(source)
+        to = torch.empty_like(source, device=target)
         samples = []
         with torch.cuda.stream(self.stream):
             for _ in range(7):
@@ -365,7 +422,10 @@ class _Step:
         torch.cuda.synchronize(self.device)
         self.graphs.clear()
         self.kept.clear()
+        self.nccl_graphs.clear()
         del self.tiny, self.steps
+        if self.nccl:
+            self.nccl.close()
         self.moe.close()
 
 

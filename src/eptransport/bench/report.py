@@ -160,6 +160,8 @@ def gpu_table(result: GpuMoeResult) -> RenderableType:
             f"{phase.ratio:.2f}",
             f"{phase.bytes / 1e6:.1f}",
         )
+    for name, time in result.nccl:
+        table.add_row(name, f"{time.p50:.1f}", f"{time.p99:.1f}", "", "", "")
     floor = sum(phase.floor_us for phase in result.phases)
     for name, time, least in (
         ("dispatch, both halves", result.dispatch, sum(phase.floor_us for phase in result.phases[:2])),
@@ -170,9 +172,16 @@ def gpu_table(result: GpuMoeResult) -> RenderableType:
     lines = [
         f"us between two events around a graph, the slowest rank of each iteration, median of "
         f"{counted(job.rounds, 'round')} of {job.iterations}; a tiny kernel so launched: {result.launch.p50:.1f}",
-        f"floor: bytes that all ranks read and write, over a copy's {result.copy_gb_per_s:.0f} GB/s on this GPU",
-        f"{result.blocks} blocks of 512 threads a rank, on {result.multiprocessors} multiprocessors"
-        + ("" if job.threads or shape.ranks == 1 else "; without MPS, processes have the GPU in turn"),
+        f"floor: bytes that a GPU's ranks read and write, over a copy's {result.copy_gb_per_s:.0f} GB/s on this GPU"
+        + (
+            f"; or those they write to another GPU ({max(phase.link_bytes for phase in result.phases) / 1e6:.1f} MB a "
+            f"half at most, all ranks), over a copy's {result.link_gb_per_s:.0f}"
+            if result.gpus > 1
+            else ""
+        ),
+        f"{result.blocks} blocks of 512 threads a rank, on {result.multiprocessors} multiprocessors of "
+        f"{counted(result.gpus, 'GPU')}"
+        + ("" if job.threads or shape.ranks == result.gpus else "; without MPS, processes have a GPU in turn"),
         f"checked before: {result.checked}",
     ]
     return Lines(table, Text("\n".join(lines)))

@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 
 class Against(str, Enum):
     gloo = "gloo"
+    nccl = "nccl"
 
 
 class PresetName(str, Enum):
@@ -252,8 +253,8 @@ def moe(
     if device is Device.cuda:
         _moe_on_gpu(shape, backend, layout, skew, blocks, iterations, rounds, against, seed, json_file, picture)
         return
-    if blocks is not None:
-        raise InvalidArgument("--blocks is for --device cuda")
+    if blocks is not None or against is Against.nccl:
+        raise InvalidArgument("--blocks and --against nccl are for --device cuda")
     job = MoeJob(
         shape=shape,
         backend=_backend(backend, ranks),
@@ -290,8 +291,8 @@ def _moe_on_gpu(
     from eptransport.bench import report
     from eptransport.bench.gpu import GpuMoeJob, check, run
 
-    if against or picture:
-        raise InvalidArgument("--against and --picture are for --device cpu")
+    if against is Against.gloo or picture:
+        raise InvalidArgument("--against gloo and --picture are for --device cpu")
     job = GpuMoeJob(
         shape=shape,
         backend=_backend(backend, shape.ranks),
@@ -300,6 +301,7 @@ def _moe_on_gpu(
         blocks=blocks,
         iterations=iterations,
         rounds=rounds,
+        against=against.value if against else None,
         seed=seed,
     )
     check(job)
