@@ -22,7 +22,7 @@ constexpr uint64_t kClosing = 1'000'000'000;
 // A yield is a call of the kernel, microseconds on some machines, while a command may come at any time; never to yield
 // would take a core from the engine's thread where there are few.
 constexpr uint64_t kYieldEvery = 20'000;
-constexpr uint64_t kComesBack = 4'000'000;  // more than the engine's thread takes to see that nobody drives
+constexpr uint64_t kComesBack = 6'000'000;  // more than the engine's thread takes to see that nobody drives
 
 void relax() {
 #if defined(__x86_64__)

@@ -15,7 +15,7 @@ int32_t wait_signal_or_news(ept_engine *engine, ept_signal_id id, uint64_t targe
                             ept_error *error);
 
 /* As ept_engine_progress, by who calls it all the time: the engine's own thread (AUTO) stands aside meanwhile, and for
- * up to 1.5 ms after the last call. */
+ * up to 4.5 ms after the last call. */
 int32_t drive(ept_engine *engine, ept_error *error);
 
 }  // namespace ept
