@@ -23,8 +23,8 @@ constexpr size_t event_batch = 64;
  * would do for a ping-pong; a MoE step's caller is away for as long as it packs a batch, some 200 us on one core. */
 constexpr uint64_t proxy_grace_ns = 500'000;
 /* The proxy looks again that soon while callers drive, and that late at most where they wait again and again. A look
- * costs them some 50 us, a timer, an interrupt and a preempted spinner on a virtual machine: of 1,000 a second an
- * eighth of the bandwidth of 1 MiB writes went (docs/decisions.md). */
+ * costs them some 50 us, a timer, an interrupt and a preempted spinner on a virtual machine; 1,000 a second took a
+ * twentieth to a tenth of the bandwidth of 1 MiB writes (docs/decisions.md). */
 constexpr uint64_t proxy_look_ns = 1'000'000, proxy_late_ns = 4'000'000;
 /* Polling longer than a wake-up costs (some 5 to 50 us on the machines measured) cannot win. */
 constexpr uint64_t default_spin_ns = 50'000;

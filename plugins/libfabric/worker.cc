@@ -408,7 +408,7 @@ void ept_instance::drained(Rail *rail) {
 
 // The queues' descriptors are in the epoll only while somebody may sleep on it. Each is an epoll of the provider's over
 // its sockets: as long as one more watches it, every segment that comes in wakes its way up through all of them, in the
-// sender's time (a tenth of the bandwidth over tcp, docs/decisions.md).
+// sender's time (up to a tenth of the bandwidth over tcp, docs/decisions.md).
 bool ept_instance::watch_rails() {
   watched = true;
   return std::all_of(rails.begin(), rails.end(), [&](const auto &rail) {
