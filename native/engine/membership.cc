@@ -66,7 +66,9 @@ void ept_engine::end_link(Peer &peer, int32_t status, bool at_once) {
       ept_error said{};
       said.size = sizeof said;
       plugin->last_error(&said);
-      say(EPT_LOG_WARNING, "rank " + std::to_string(peer.rank) + " can't be fenced: " + said.text);
+      /* Nobody has to end a process that has closed its engine. */
+      say(status == EPT_PEER_LEFT ? EPT_LOG_DEBUG : EPT_LOG_WARNING,
+          "rank " + std::to_string(peer.rank) + " can't be fenced: " + said.text);
     }
   }
   signals.each([&](uint64_t, Signal &signal) {
