@@ -189,6 +189,7 @@ struct ept_instance {
   void read_queue(libfabric::Rail *rail, libfabric::Output *out);
   void read_error(libfabric::Rail *rail, libfabric::Output *out);
   void read_events(libfabric::Rail *rail);
+  void queue_died(libfabric::Rail *rail, int number, const std::string &why);
   void completed(libfabric::Rail *rail, libfabric::Operation *operation, libfabric::Output *out);
   void failed(libfabric::Rail *rail, libfabric::Operation *operation, const libfabric::Fault &fault,
               libfabric::Output *out);

@@ -157,7 +157,7 @@ class Null final : public Library {
 
   int getinfo(uint32_t api, const char *, const char *, uint64_t, const fi_info *hints, fi_info **infos) override {
     const char *asked = hints && hints->fabric_attr ? hints->fabric_attr->prov_name : nullptr;
-    if (asked != nullptr && strcmp(asked, "null") != 0) return -FI_ENODATA;
+    if (asked != nullptr && strcmp(asked, options_.provider) != 0) return -FI_ENODATA;
     fi_info *info = null_info::duplicate(nullptr);
     info->caps = FI_MSG | FI_RMA | FI_SEND | FI_RECV | FI_WRITE | FI_REMOTE_WRITE | FI_SOURCE;
     info->addr_format = FI_ADDR_STR;
@@ -182,8 +182,8 @@ class Null final : public Library {
     info->domain_attr->cq_data_size = 8;
     info->domain_attr->mr_iov_limit = 1;
     info->domain_attr->cq_cnt = info->domain_attr->ep_cnt = info->domain_attr->mr_cnt = 65536;
-    info->fabric_attr->name = strdup("null");
-    info->fabric_attr->prov_name = strdup("null");
+    info->fabric_attr->name = strdup(options_.provider);  // as efa's fabric is called efa
+    info->fabric_attr->prov_name = strdup(options_.provider);
     info->fabric_attr->api_version = api;
     *infos = info;
     return 0;

@@ -19,8 +19,9 @@ namespace libfabric {
 struct NullOptions {
   bool writes_land = false;
   int mr_mode = 0;  // what it asks of registrations: FI_MR_VIRT_ADDR, FI_MR_PROV_KEY; 0: offsets and your own keys
-  size_t tx_size = 4096;  // operations in flight before a post is told EAGAIN; a power of two
-  uint32_t busy = 0;      // every so many-th post is told EAGAIN for no reason; 0: none
+  size_t tx_size = 4096;          // operations in flight before a post is told EAGAIN; a power of two
+  uint32_t busy = 0;              // every so many-th post is told EAGAIN for no reason; 0: none
+  const char *provider = "null";  // whose name it bears, so that a plugin treats it as that one
 };
 
 std::shared_ptr<Library> make_null(const NullOptions &options = {});

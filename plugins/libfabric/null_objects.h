@@ -154,7 +154,7 @@ Derived *as(fid *object) {
 inline void write_address(uint64_t id, void *address, size_t *length) {
   char text[kAddressBytes] = {};
   snprintf(text, sizeof text, "null:%llu", static_cast<unsigned long long>(id));
-  memcpy(address, text, std::min(*length, sizeof text));
+  if (*length > 0) memcpy(address, text, std::min(*length, sizeof text));  // 0: only the length is asked for
   *length = sizeof text;
 }
 

@@ -97,6 +97,7 @@ int32_t ept_instance::peer_state(uint32_t rank) {
 
 bool ept_instance::send_greeting(Peer *peer, uint32_t number, MessageType type) {
   Rail *rail = rails[number].get();
+  if (!rail->broken.empty()) peer->last_try = rail->broken;
   if (rail->free_sends.empty() || !rail->broken.empty()) return false;
   Operation *operation = rail->take(Operation::Kind::kControl, peer);
   if (operation == nullptr) return false;

@@ -215,7 +215,8 @@ int32_t ept_instance::poll(ept_event *events, size_t capacity) {
 
 void ept_instance::read_queue(Rail *rail, Output *out) {
   fi_cq_data_entry entries[kReadAtOnce];
-  while (!out->full()) {
+  if (!rail->broken.empty() && !fences.empty()) drained(rail);  // nothing comes from there any more
+  while (!out->full() && rail->broken.empty()) {
     const size_t room = std::min(kReadAtOnce, out->capacity - out->count);
     ssize_t count = fi_cq_read(rail->cq.get(), entries, room);
     if (count == -FI_EAGAIN) {
@@ -227,8 +228,7 @@ void ept_instance::read_queue(Rail *rail, Output *out) {
       continue;
     }
     if (count < 0) {
-      rail_broke(rail, static_cast<int>(-count),
-                 format("its completion queue can't be read: %s", library->strerror(static_cast<int>(-count))));
+      queue_died(rail, static_cast<int>(-count), library->strerror(static_cast<int>(-count)));
       break;
     }
     for (ssize_t i = 0; i < count; ++i) {
@@ -321,6 +321,7 @@ void ept_instance::read_error(Rail *rail, Output *out) {
     Operation *operation = rail->of_context(entry.op_context);
     const Fault fault =
         explain(rail->cq.get(), entry, rail->traits.efa || strict != nullptr, library->strerror(entry.err));
+    if (operation == nullptr && entry.err == FI_EOVERRUN) return queue_died(rail, entry.err, fault.text);
     if (operation == nullptr) {
       // At the target of a write that was refused, or of nothing that can be named: no operation of ours is concerned.
       log(EPT_LOG_WARNING, format("libfabric: rank %u: %s: an error that names no operation: %s", params.rank,
@@ -363,6 +364,19 @@ void ept_instance::rail_broke(Rail *rail, int number, const std::string &why) {
                     rail->number, rail->info->domain_attr->name, why.c_str()),
              true);
   }
+}
+
+// What was in the queue is lost, and nobody can say what it was: an arrival may never have been counted, whoever it was
+// from. So every peer is lost that this rail is for, once and at once, and nothing is read from it any more.
+void ept_instance::queue_died(Rail *rail, int number, const std::string &why) {
+  rail->broken = format("rail %u (%s): its completion queue can't be read any more: %s", rail->number,
+                        rail->info->domain_attr->name, why.c_str());
+  log(EPT_LOG_ERROR, format("libfabric: rank %u: %s", params.rank, rail->broken.c_str()));
+  if (rail->wait_fd >= 0) epoll_ctl(epoll.get(), EPOLL_CTL_DEL, rail->wait_fd, nullptr);  // it may be readable for ever
+  for (auto &peer : peers)
+    if (peer != nullptr && rail->number < peer->rails)
+      end_peer(peer.get(), EPT_E_PEER_LOST, number, format("rank %u is lost: %s", peer->rank, rail->broken.c_str()),
+               true);
 }
 
 ept_event *ept_instance::emit(Output *out, int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail) {
@@ -434,6 +448,7 @@ int32_t ept_instance::arm(int32_t *descriptor) {
   if (!pending.empty()) return EPT_LATER;
   if (!has_wait) return EPT_OK;
   for (auto &rail : rails) {
+    if (!rail->broken.empty()) continue;
     fid *queue = &rail->cq->fid;
     if (fi_trywait(rail->fabric.get(), &queue, 1) != 0) return EPT_LATER;
   }
