@@ -426,3 +426,50 @@ def test_moe_refuses_what_is_no_layer(change: dict[str, int], words: str) -> Non
 def test_gloo_needs_processes() -> None:
     with pytest.raises(ept.InvalidArgument, match="gloo needs a process a rank"):
         moe.run(moe.MoeJob(SMALL, backend="loopback", against="gloo"))
+
+
+def test_bytes_of_a_half_on_a_gpu() -> None:
+    """By hand: 2 ranks, 3 tokens of 256 in bf16, fp8 there, and their rows."""
+    from eptransport.bench.gpu import half_bytes
+
+    shape = Shape(ranks=2, tokens=3, hidden=256, experts=4, top_k=2, dispatch_dtype="fp8")
+    row = 256 + 16 + 8 + 16 + 8  # payload, two scales to 16, token and flags, experts and weights; all to 16
+    assert half_bytes(shape, "masked", sent=4, received=5, placed=6) == (
+        3 * 512 + 4 * row,
+        5 * row + 6 * (256 + 8),
+        6 * 512 + 5 * 512,
+        4 * 512 + 3 * 512,
+    )
+
+
+def test_a_gpu_bench_takes_the_slowest_rank_of_each_iteration() -> None:
+    from eptransport.bench.gpu import GpuMoeJob, GpuRank, combine_ranks
+    from eptransport.bench.report import as_json, gpu_table
+
+    job = GpuMoeJob(Shape(ranks=2, tokens=3, hidden=256, experts=4, top_k=2), iterations=3, rounds=1)
+
+    def rank(halves: list[float], launch: float, together: float, moved: int) -> GpuRank:
+        return GpuRank(
+            gpu="a GPU",
+            gpus=1,
+            multiprocessors=132,
+            blocks=16,
+            copy_gb_per_s=2.0,
+            link_gb_per_s=0.0,
+            launch=[[launch] * 3],
+            halves=[[halves]] * 4,
+            together=[[together] * 3],
+            nccl=[],
+            bytes=(moved,) * 4,
+            link_bytes=(0,) * 4,
+            checked="nothing",
+        )
+
+    ranks = [rank([1.0, 9.0, 2.0], 3.0, 8.0, 1000), rank([5.0, 1.0, 3.0], 4.0, 7.0, 3000)]
+    result = combine_ranks(job, ranks)
+    phase = result.phase("combine send")
+    assert phase.time.p50 == 5.0  # of 5, 9 and 3
+    assert (phase.bytes, phase.floor_us, phase.ratio) == (4000, 2.0, 2.5)
+    assert (result.dispatch.p50, result.together.p50, result.launch.p50) == (10.0, 8.0, 4.0)
+    assert as_json(result)["phases"][2]["name"] == "combine send"
+    assert gpu_table(result) is not None
