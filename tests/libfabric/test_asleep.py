@@ -22,7 +22,7 @@ from eptransport.conformance.world import World
 
 Spawn = Callable[..., list[Any]]
 
-ROUNDS = 200
+ROUNDS = 100
 ROOM = 256 << 10
 NEVER_S = 3600.0
 """Till a rank is taken for dead, so a third of it between two signs of life."""
