@@ -47,7 +47,9 @@ class Libfabric:
     @property
     def providers(self) -> dict[str, str]:
         """Those of PROVIDERS, each with why it can't start here, empty where it can."""
-        return _providers(self.library)
+        found = _providers(self.library)
+        short = _short_of_shared_memory()
+        return {**found, "shm": found.get("shm") or short} if short else found
 
 
 def releases() -> list[Libfabric]:
@@ -86,6 +88,20 @@ def cases(*providers: str) -> list[Any]:
             marks = [skip] if release.missing or can.get(provider) else []
             params.append(pytest.param((release, provider), id=name, marks=marks))
     return params
+
+
+SHARED_MEMORY = 512 << 20
+"""An endpoint of provider shm takes 16 MiB of /dev/shm, and tests open up to twenty at a time. A container has 64 MiB
+of it if it isn't given more; and when it is full, who writes there is ended."""
+
+
+def _short_of_shared_memory() -> str:
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError as error:
+        return f"/dev/shm: {error}"
+    free = found.f_bavail * found.f_frsize
+    return "" if free >= SHARED_MEMORY else f"/dev/shm has {free >> 20} MiB free, tests want {SHARED_MEMORY >> 20}"
 
 
 @functools.cache

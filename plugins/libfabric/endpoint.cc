@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstring>
 
+#include "registration.h"
+
 namespace libfabric {
 namespace {
 
@@ -74,14 +76,18 @@ void set_efa_options(Rail *rail) {
   fi_setopt(&rail->ep->fid, FI_OPT_ENDPOINT, FI_OPT_EFA_RNR_RETRY, &retries, sizeof retries);
 }
 
-int32_t ask_efa_options(Rail *rail) {
+// `may_choose`: no level of completion was set.
+int32_t ask_efa_options(Rail *rail, bool may_choose) {
   size_t most = 0, size = sizeof most;
   if (fi_getopt(&rail->ep->fid, FI_OPT_ENDPOINT, kOptMaxRmaSize, &most, &size) == 0 && size == sizeof most && most > 0)
     rail->max_message = std::min<uint64_t>(rail->max_message, most);
   bool emulated = false;
   size = sizeof emulated;
-  if (fi_getopt(&rail->ep->fid, FI_OPT_ENDPOINT, kOptEfaEmulatedWrite, &emulated, &size) == 0 && emulated)
-    rail->traits.revokes = rail->traits.card_acknowledges = false;  // software writes: libfabric's, not the card's
+  if (fi_getopt(&rail->ep->fid, FI_OPT_ENDPOINT, kOptEfaEmulatedWrite, &emulated, &size) == 0 && emulated) {
+    // Software writes, libfabric's and not the card's: only delivery tells of a refusal.
+    rail->traits.revokes = rail->traits.card_acknowledges = false;
+    if (may_choose) rail->write_level = rail->empty_level = FI_DELIVERY_COMPLETE;
+  }
   return EPT_OK;
 }
 
@@ -124,7 +130,7 @@ int32_t open_rail(Library &library, const Settings &settings, const Room &room, 
   rail->max_message = std::min<uint64_t>(settings.max_message, info->ep_attr->max_msg_size);
   rail->tx_depth = static_cast<uint32_t>(std::min<size_t>(info->tx_attr->size, 65536));
   if (settings.tx_depth != 0) rail->tx_depth = std::min(rail->tx_depth, settings.tx_depth);
-  if (rail->imm_takes_receive) rail->traits.revokes = traits.revokes;
+  if (traits.loses_empty_delivery) rail->empty_level = FI_TRANSMIT_COMPLETE;
   const uint64_t incoming = uint64_t{room.peers} * (room.send_credits + kGreetings) +
                             (rail->imm_takes_receive ? uint64_t{room.peers} * room.credits : 0);
   uint32_t receives = static_cast<uint32_t>(std::clamp<uint64_t>(incoming, kLeastReceives, kMostReceives));
@@ -158,7 +164,7 @@ int32_t open_rail(Library &library, const Settings &settings, const Room &room, 
   if (traits.efa) set_efa_options(rail);
   status = fi_enable(rail->ep.get());
   if (status != 0) return refused(library, *rail, "enabling the endpoint", status);
-  if (traits.efa && (code = ask_efa_options(rail)) != EPT_OK) return code;
+  if (traits.efa && (code = ask_efa_options(rail, settings.completion == Completion::kAuto)) != EPT_OK) return code;
 
   size_t length = 0;
   status = fi_getname(&rail->ep->fid, nullptr, &length);
@@ -183,40 +189,6 @@ int32_t open_rail(Library &library, const Settings &settings, const Room &room, 
     rail->to_post.push_back(i);
   }
   rail->post_receives();
-  return EPT_OK;
-}
-
-int32_t register_range(Library &library, Rail *rail, const ept_memory &memory, uint8_t *address, uint64_t length,
-                       uint64_t access, uint64_t key, fid_mr **mr) {
-  iovec range{address, length};
-  fi_mr_attr attributes{};
-  attributes.mr_iov = &range;
-  attributes.iov_count = 1;
-  attributes.access = access;
-  attributes.requested_key = key;
-  attributes.iface = FI_HMEM_SYSTEM;
-  if (memory.kind == EPT_MEMORY_CUDA) {
-    attributes.iface = FI_HMEM_CUDA;
-    attributes.device.cuda = memory.cuda_device;
-  }
-  int status = fi_mr_regattr(rail->domain.get(), &attributes, 0, mr);
-  if (status == 0 && (rail->info->domain_attr->mr_mode & FI_MR_ENDPOINT) != 0) {
-    status = fi_mr_bind(*mr, &rail->ep->fid, 0);
-    if (status == 0) status = fi_mr_enable(*mr);
-    if (status != 0) {
-      fi_close(&(*mr)->fid);
-      *mr = nullptr;
-    }
-  }
-  if (status != 0) {
-    *mr = nullptr;
-    const bool room = status == -FI_ENOMEM || status == -FI_EAGAIN || status == -FI_ENOSPC;
-    return fail(room ? EPT_E_NOMEM : EPT_E_IO, "mem_register", -1, -status,
-                "libfabric: registering %llu bytes at %p with %s failed: %s (%d)%s",
-                static_cast<unsigned long long>(length), static_cast<void *>(address), rail->info->domain_attr->name,
-                library.strerror(-status), -status,
-                room ? "; raise the limit of locked memory (ulimit -l unlimited)" : "");
-  }
   return EPT_OK;
 }
 

@@ -77,6 +77,8 @@ struct Rail {
   bool own_keys = false;         // we draw the keys of memory regions
   bool virtual_address = false;  // a remote address is the target's, not an offset
   bool hmem = false;
+  // FI_..._COMPLETE, asked for with each write with and without payload; 0: what the endpoint was opened with.
+  uint64_t write_level = 0, empty_level = 0;
   bool imm_takes_receive = false;  // FI_RX_CQ_DATA: an immediate uses up a posted receive
   uint64_t max_message = 0;
   uint32_t cq_depth = 0, tx_depth = 0;
@@ -130,9 +132,5 @@ struct Room {
 
 int32_t open_rail(Library &library, const Settings &settings, const Room &room, Info info, const Traits &traits,
                   Rail *rail);
-
-// A registration of [address, address + length) on one rail. `key`: what to ask for, where keys are ours to draw.
-int32_t register_range(Library &library, Rail *rail, const ept_memory &memory, uint8_t *address, uint64_t length,
-                       uint64_t access, uint64_t key, fid_mr **mr);
 
 }  // namespace libfabric

@@ -10,15 +10,14 @@ namespace libfabric {
 // The same for two processes that can share memory: this boot, this mount of /dev/shm, these process numbers.
 Nonce this_host(const ept_host &host);
 
-// Whether this process may copy from another's memory (cross-memory attach), by which shm moves what is longer than a
-// few pages in one go.
-bool can_copy_across();
-
 // Whether libfabric may touch GPUs here. `auto` looks for a CUDA context that this process has; it makes none.
 bool wants_gpu(const ept_host &host, const Settings &settings);
 
 // Sets what libfabric reads from the environment when it is first asked, unless it is set already.
 void prepare_environment(bool gpu, const std::string &provider);
+
+// Bytes that are free in /dev/shm; 0: there is none.
+uint64_t shared_memory_room();
 
 int32_t numa_of(const std::string &pci);  // -1: unknown
 

@@ -7,7 +7,8 @@
 //   handshake.cc  what two ranks say before the first write
 //   peers.cc      what a peer goes through: opened, up, lost, closed, fenced
 //   worker.cc     post, poll, arm, quiesce
-//   memory.cc     registrations, exports, keys
+//   memory.cc     memory, exports, keys
+//   registration.cc  one registration on one rail: host, dmabuf, GPU by address
 //   errors.cc     completions that went wrong
 //   strict.h      a stricter network, by a setting
 //   libfabric.cc  limits, and the table that wires all of it

@@ -13,6 +13,7 @@
 #include "host.h"
 #include "instance.h"
 #include "placement.h"
+#include "registration.h"
 
 using namespace libfabric;
 
@@ -21,12 +22,14 @@ namespace {
 constexpr const char *kPluginVersion = "1";
 // For what was said last to leave before the endpoint is closed under it.
 constexpr uint64_t kFarewellNs = 50000000;
+// What an endpoint of provider shm takes of /dev/shm: 16 MiB in 1.17, 13 in 2.5.
+constexpr uint64_t kShmEndpoint = 16 << 20;
 
-void fill_caps(const Choice &choice, uint64_t max_message, bool own_keys, bool wait, ept_caps *caps) {
+void fill_caps(const Choice &choice, uint32_t version, uint64_t max_message, bool own_keys, bool wait, ept_caps *caps) {
   const uint32_t size = caps->size;
   *caps = ept_caps{};
   caps->size = size;
-  caps->memory_kinds = EPT_MEMORY_HOST | EPT_MEMORY_PINNED | EPT_MEMORY_SHM | (choice.gpu ? EPT_MEMORY_CUDA : 0);
+  caps->memory_kinds = memory_kinds(choice.gpu, version);
   caps->max_message = max_message;
   caps->max_send = kMaxSend;
   caps->max_iov = 1;
@@ -85,9 +88,19 @@ int32_t choose(const ept_host *host, const ept_value *values, size_t count, uint
     return code;
   }
   code = choose_rails(*library, *settings, gpu, {gpu_of(*host), "/sys"}, choice);
-  // From 2.0 on shm lets the writer copy into the target by itself, and nobody there looks at the key.
-  if (code == EPT_OK && choice->setting == "shm")
-    choice->traits.revokes = FI_MAJOR((*library)->version()) < 2 && can_copy_across();
+  if (code == EPT_OK && choice->setting == "shm") {
+    choice->traits.loses_empty_delivery = FI_MAJOR((*library)->version()) < 2;
+    const uint64_t room = shared_memory_room(), wanted = kShmEndpoint * choice->rails.size();
+    if (room < wanted) {
+      choice->mend = "docker run --shm-size=1g, or remove what dead processes left in /dev/shm";
+      return fail(
+          EPT_E_UNAVAILABLE, "open", -1, 0,
+          "libfabric: %zu endpoints of provider shm take %llu MiB of /dev/shm, which has %llu MiB free; it would "
+          "end the process when that is full",
+          choice->rails.size(), static_cast<unsigned long long>(wanted >> 20),
+          static_cast<unsigned long long>(room >> 20));
+    }
+  }
   return code;
 }
 
@@ -106,7 +119,8 @@ int32_t libfabric_probe(const ept_host *host, const ept_value *values, size_t va
     choice.traits = traits_of("tcp");
     std::shared_ptr<StrictReport> strict;
     int32_t code = choose(host, values, value_count, 0, &settings, &library, &strict, &choice);
-    fill_caps(choice, std::max<uint64_t>(settings.max_message, 4096), true, false, &report->caps);
+    fill_caps(choice, library != nullptr ? library->version() : 0, std::max<uint64_t>(settings.max_message, 4096), true,
+              false, &report->caps);
     if (code != EPT_OK) {
       snprintf(report->summary, sizeof report->summary, "%.255s", last_error().text);
       snprintf(report->mend, sizeof report->mend, "%.255s", choice.mend.c_str());
@@ -203,7 +217,7 @@ void libfabric_close(ept_instance *instance) {
 int32_t libfabric_caps(ept_instance *instance, ept_caps *caps) {
   const bool own_keys =
       std::all_of(instance->rails.begin(), instance->rails.end(), [](const auto &rail) { return rail->own_keys; });
-  fill_caps(instance->choice, instance->max_message, own_keys, instance->has_wait, caps);
+  fill_caps(instance->choice, instance->library->version(), instance->max_message, own_keys, instance->has_wait, caps);
   return EPT_OK;
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "instance.h"
+#include "registration.h"
 
 using namespace libfabric;
 
@@ -19,13 +20,16 @@ uint64_t random_key(const ept_host &host) {
 
 int32_t ept_instance::mem_register(const ept_memory *memory, ept_mem **result) {
   *result = nullptr;
-  const int32_t kinds = EPT_MEMORY_HOST | EPT_MEMORY_PINNED | EPT_MEMORY_SHM | (choice.gpu ? EPT_MEMORY_CUDA : 0);
+  const int32_t kinds = memory_kinds(choice.gpu, library->version());
   if ((memory->kind & kinds) == 0)
-    return fail(
-        EPT_E_UNSUPPORTED, "mem_register", -1, 0,
-        "libfabric: memory of kind %d can't be registered with provider %s here%s", memory->kind,
-        traits.setting.c_str(),
-        memory->kind == EPT_MEMORY_CUDA ? "; GPU memory needs EPT_LIBFABRIC_GPU=1 and a card that reaches it" : "");
+    return fail(EPT_E_UNSUPPORTED, "mem_register", -1, 0,
+                "libfabric: memory of kind %d can't be registered with provider %s of libfabric %u.%u here%s",
+                memory->kind, traits.setting.c_str(), FI_MAJOR(library->version()), FI_MINOR(library->version()),
+                (memory->kind & (EPT_MEMORY_CUDA | EPT_MEMORY_DMABUF)) != 0
+                    ? "; GPU memory needs EPT_LIBFABRIC_GPU=1 and a card that reaches it, a dmabuf libfabric 1.20 too"
+                    : "");
+  if (memory->kind == EPT_MEMORY_DMABUF && memory->fd < 0)
+    return fail(EPT_E_INVALID, "mem_register", -1, 0, "libfabric: memory of kind DMABUF without a file descriptor");
   auto start = reinterpret_cast<uint64_t>(memory->address);
   if (memory->address == nullptr || memory->length == 0 || start + memory->length < start)
     return fail(EPT_E_INVALID, "mem_register", -1, 0, "libfabric: %llu bytes at %p are no memory",

@@ -30,6 +30,9 @@ struct Traits {
   uint64_t bytes_per_s;
   uint32_t operation_cost_ns;
   uint32_t max_peers;
+  // A write of no bytes with FI_DELIVERY_COMPLETE never arrives and never completes: shm of 1.x waits for the bytes
+  // that are still to come. Such a write is asked for FI_TRANSMIT_COMPLETE.
+  bool loses_empty_delivery = false;
 };
 
 // Of a setting's value; what is in no table gets cautious traits.

@@ -110,9 +110,19 @@ int32_t ept_instance::post_write(Peer *peer, const ept_op &op) {
   // An operation without payload has a source all the same: EFA wants a descriptor with every one.
   const void *source = payload ? op.source : rail->sent.bytes.get();
   void *descriptor = payload ? op.source_mem->rails[number].descriptor : rail->sent.descriptor;
-  ssize_t status =
-      fi_writedata(rail->ep.get(), source, operation->length, descriptor, op.immediate, peer->addresses[number],
-                   region->address + (payload ? op.offset : 0), region->keys[number], &operation->context);
+  const uint64_t address = region->address + (payload ? op.offset : 0);
+  const uint64_t level = payload ? rail->write_level : rail->empty_level;
+  ssize_t status = 0;
+  if (level == 0) {
+    status = fi_writedata(rail->ep.get(), source, operation->length, descriptor, op.immediate, peer->addresses[number],
+                          address, region->keys[number], &operation->context);
+  } else {
+    const iovec bytes{const_cast<void *>(source), operation->length};
+    const fi_rma_iov target{address, operation->length, region->keys[number]};
+    const fi_msg_rma message{&bytes, &descriptor,         1,           peer->addresses[number], &target,
+                             1,      &operation->context, op.immediate};
+    status = fi_writemsg(rail->ep.get(), &message, FI_COMPLETION | FI_REMOTE_CQ_DATA | level);
+  }
   if (status != 0) {
     rail->give_back(operation);
     if (status == -FI_EAGAIN) {

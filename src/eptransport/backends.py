@@ -197,6 +197,10 @@ def candidates(settings: Settings, one_process: bool) -> tuple[Candidate, ...]:
             reasons = [refusal.reason for refusal in plugins.refusals if _stem(refusal.source) == name]
             rows.append(Candidate(name, None, "", reasons[0] if reasons else "; ".join(absent(name))))
             continue
+        needless = _needless(name, settings)
+        if needless:
+            rows.append(Candidate(name, plugin, "", needless))
+            continue
         found = _look(plugin, settings)
         if found.why_not is None:
             waived = plugin.probe(settings.backend_options(plugin)).waived
@@ -248,6 +252,16 @@ def native_values(options: Mapping[str, str]) -> tuple[Any, list[Any]]:
         values[index].name = name
         values[index].text = value
     return values, keep
+
+
+def _needless(name: str, settings: Settings) -> str:
+    """Why `auto` needn't even ask this backend. Asking libfabric loads whatever libfabric the system has, with all its
+    providers, into every process; and without an EFA card none of them could be taken."""
+    from eptransport import efa
+
+    if name != "libfabric" or "libfabric.provider" in settings.options or efa.devices():
+        return ""
+    return "no EFA card here; EPT_BACKEND=libfabric asks for its other providers"
 
 
 def _named(settings: Settings, plugins: Registry) -> Plugin:

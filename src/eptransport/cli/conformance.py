@@ -33,6 +33,10 @@ def conformance(
         float | None,
         typer.Option(min=1, help="Seconds until a check is taken to hang [180].", show_default=False),
     ] = None,
+    try_waived: Annotated[
+        bool,
+        typer.Option("--try-waived", help="Make the checks of waived clauses too: which of them hold all the same?"),
+    ] = False,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
 ) -> None:
     """Runs the shipped checks of the contract on a backend, in or out of tree, and prints a table by clause. A backend
@@ -53,10 +57,13 @@ def conformance(
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"conformance of {plugin.name}", total=total)
-        for outcome in run(plugin, clause, seed, options, timeout or LIMIT_S):
+        for outcome in run(plugin, clause, seed, options, timeout or LIMIT_S, try_waived):
             outcomes.append(outcome)
             bar.advance(task)
     console.print(_table(outcomes))
+    for outcome in outcomes if try_waived else ():
+        if outcome.verdict == "waived":
+            console.print(Text(f"{outcome.check} {outcome.text}", "yellow"), soft_wrap=True)
     for outcome in outcomes:
         if outcome.broken:
             console.print(

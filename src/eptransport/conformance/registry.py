@@ -42,13 +42,23 @@ class Check:
     def number(self) -> str:
         return f"{self.clause:02d}{self.letter}"
 
-    def run(self, subject: Subject) -> None:
-        waived = subject.plugin.probe(subject.options).waived
-        if self.clause in waived and self.clause in WAIVABLE:
-            raise Waived(f"WAIVED by {subject.plugin.name}: {subject.plugin.probe(subject.options).waived_why}")
+    def run(self, subject: Subject, try_waived: bool = False) -> None:
+        """`try_waived`: whether a check of a waived clause is made all the same. If it holds, it holds; if not, what
+        was seen is the reason of the waiver."""
+        probe = subject.plugin.probe(subject.options)
+        waived = self.clause in probe.waived and self.clause in WAIVABLE
+        if waived and not try_waived:
+            raise Waived(f"WAIVED by {subject.plugin.name}: {probe.waived_why}")
         if self.only_hostile and not subject.hostile:
             raise Skip("needs a backend that shows reordering when asked to (an adversary)")
-        self.body(subject)
+        try:
+            self.body(subject)
+        except Skip:
+            raise
+        except Exception as seen:
+            if not waived:
+                raise
+            raise Waived(f"WAIVED by {subject.plugin.name}, and seen: {seen}") from seen
 
 
 _checks: list[Check] = []

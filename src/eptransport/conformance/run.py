@@ -62,7 +62,7 @@ def find(backend: str, options: Mapping[str, str] | None = None) -> Plugin:
     found = candidates(Settings(backend=backend, options=given), one_process=True)[0]
     if found.plugin is None:
         raise BackendUnavailable(f"backend {backend}: {found.why_not}", operation="choose")
-    report = found.plugin.probe(_checked(found.plugin, options))
+    report = found.plugin.probe(_complete(found.plugin, options))
     if not report.usable:
         raise BackendUnavailable(f"backend {backend}: {report.why_not}", operation="choose")
     return found.plugin
@@ -79,9 +79,18 @@ def _checked(plugin: Plugin, options: Mapping[str, str] | None) -> dict[str, str
     return dict(options or {})
 
 
+def _complete(plugin: Plugin, options: Mapping[str, str] | None) -> dict[str, str]:
+    """With those of the environment beneath. Else the checks would run over what it names (EPT_LIBFABRIC_PROVIDER) by
+    the waivers of something else."""
+    given = {f"{plugin.name}.{name}": value for name, value in _checked(plugin, options).items()}
+    backend = plugin.name if plugin.source == "built in" else plugin.path
+    return Settings(backend=backend, options=given).backend_options(plugin)
+
+
 def subjects(plugin: Plugin, seed: int, options: Mapping[str, str] | None = None) -> tuple[Subject, ...]:
-    """The backend as it is and, where it can misbehave on purpose, with that on."""
-    chosen = _checked(plugin, options)
+    """The backend as it is and, where it can misbehave on purpose, with that on. `options` are on top of those that the
+    environment has for it (EPT_<BACKEND>_...)."""
+    chosen = _complete(plugin, options)
     found = [subject(plugin, chosen, seed)]
     if "adversary" not in chosen and any(setting.name == "adversary" for setting in plugin.settings):
         found.append(subject(plugin, {**chosen, "adversary": str(seed)}, seed))
@@ -94,24 +103,28 @@ def run(
     seed: int = 1,
     options: Mapping[str, str] | None = None,
     limit_s: float = LIMIT_S,
+    try_waived: bool = False,
 ) -> Iterator[Outcome]:
-    """The outcome of each check as it comes. Blocks; a check that doesn't end within `limit_s` is `hung`."""
+    """The outcome of each check as it comes. Blocks; a check that doesn't end within `limit_s` is `hung`. `try_waived`
+    makes the checks of waived clauses too: `passed` where they hold, else `waived` with what was seen."""
     wanted = checks(clause)
     if not wanted:
         known = sorted({check.clause for check in checks()})
         raise InvalidArgument(f"clause {clause} has no check; there are clauses {', '.join(map(str, known))}")
     for under in subjects(plugin, seed, options):
-        yield from run_subject(under, wanted, limit_s)
+        yield from run_subject(under, wanted, limit_s, try_waived)
 
 
-def run_subject(under: Subject, wanted: Sequence[Check], limit_s: float = LIMIT_S) -> Iterator[Outcome]:
+def run_subject(
+    under: Subject, wanted: Sequence[Check], limit_s: float = LIMIT_S, try_waived: bool = False
+) -> Iterator[Outcome]:
     """These checks on one subject, in this order."""
     worker: _Worker | None = None
     try:
         for check in wanted:
             worker = worker or _Worker(under)
             begun = time.monotonic()
-            verdict, text = worker.ask(check, limit_s if check.limit_s is None else check.limit_s)
+            verdict, text = worker.ask(check, limit_s if check.limit_s is None else check.limit_s, try_waived)
             yield Outcome(
                 check.number,
                 check.clause,
@@ -141,9 +154,9 @@ class _Worker:
         theirs.close()
         self._hung = False
 
-    def ask(self, check: Check, limit_s: float) -> tuple[Verdict, str]:
+    def ask(self, check: Check, limit_s: float, try_waived: bool) -> tuple[Verdict, str]:
         try:
-            self._pipe.send(check.number)
+            self._pipe.send((check.number, try_waived))
             if not self._pipe.poll(limit_s):
                 self._hung = True
                 return "hung", f"it did not end within {limit_s:g} s"
@@ -173,15 +186,15 @@ def _work(pipe: Connection, spec: Spec) -> None:
     by_number = {check.number: check for check in checks()}
     while True:
         try:
-            number = pipe.recv()
+            number, try_waived = pipe.recv()
         except EOFError:
             return
-        pipe.send(_make(by_number[number], under))
+        pipe.send(_make(by_number[number], under, try_waived))
 
 
-def _make(check: Check, under: Subject) -> tuple[Verdict, str]:
+def _make(check: Check, under: Subject, try_waived: bool) -> tuple[Verdict, str]:
     try:
-        check.run(under)
+        check.run(under, try_waived)
     except Waived as reason:
         return "waived", str(reason)
     except Skip as reason:
