@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from eptransport._call import call, error_of, ffi, lib, new_error, text
 from eptransport.errors import BackendUnavailable, Code, ConfigError, EptError
@@ -72,6 +72,11 @@ class PluginSetting:
         return None
 
 
+Protection = Literal["none", "region", "key"]
+_PROTECTIONS: dict[int, Protection] = {1: "region", 2: "key"}
+"""By ept_protection."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """What a backend would do here, or why it can't."""
@@ -84,6 +89,8 @@ class Probe:
     waived: tuple[int, ...]
     """Clauses of the contract that it doesn't keep."""
     waived_why: str
+    protection: Protection
+    """What is checked before a byte is written: nothing, the bounds of regions, or a long key of one peer too."""
     group_only: bool
 
     @property
@@ -121,6 +128,7 @@ class Plugin:
             mend=text(report.mend),
             waived=waived,
             waived_why=text(report.caps.waived_why) if waived else "",
+            protection=_PROTECTIONS.get(report.caps.protection, "none"),
             group_only=bool(report.caps.group_only),
         )
 

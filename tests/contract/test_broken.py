@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from xml.etree import ElementTree as xml
 
 import pytest
 from typer.testing import CliRunner
 
-from eptransport.backends import Plugin, registry
+from eptransport.backends import Plugin, Probe, registry
 from eptransport.cli import app
 from eptransport.conformance import checks, subject
+from eptransport.conformance.registry import Skip
 from eptransport.conformance.run import Outcome, find, run_subject
 
 FAULTS = {
@@ -55,6 +56,23 @@ def outcomes(plugin: Plugin, options: Mapping[str, str], numbers: list[str], **f
     wanted = [check for check in checks() if check.number in numbers]
     assert len(wanted) == len(numbers)
     return list(run_subject(replace(subject(plugin, options), **fields), wanted, LIMIT_S))
+
+
+class Bounded(Plugin):
+    """tcp, if it checked bounds and no keys."""
+
+    def probe(self, options: Mapping[str, str] | None = None) -> Probe:
+        return replace(super().probe(options), protection="region")
+
+
+def test_a_key_of_another_rank_is_refused_where_keys_are_secret() -> None:
+    tcp = registry(()).plugins["tcp"]
+    bounded = Bounded(**{field.name: getattr(tcp, field.name) for field in fields(tcp)})
+    (check,) = (each for each in checks(12) if each.number == "12d")
+    with pytest.raises(Skip, match="protection is region"):
+        check.run(subject(bounded, {}))
+    assert not [each.number for each in checks() if each.only_keyed and each is not check]
+    assert tcp.probe().protection == "key"
 
 
 def test_there_is_a_fault_for_every_clause() -> None:

@@ -120,7 +120,7 @@ def with_a_wrong_key(subject: Subject) -> None:
         require(route.signal.value == count + 1, "a good write afterwards was not counted once")
 
 
-@check(12)
+@check(12, only_keyed=True)
 def with_the_key_of_another_rank(subject: Subject) -> None:
     """A region that was exported to rank 1 is no use to rank 2, even when it lies about whom it is for."""
     with World(subject, ranks=3) as world:

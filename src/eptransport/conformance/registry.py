@@ -35,6 +35,7 @@ class Check:
     """The sentence that is checked."""
     body: Callable[[Subject], None]
     only_hostile: bool
+    only_keyed: bool
     limit_s: float | None = None
     """Of this check, where it isn't that of the run."""
 
@@ -51,6 +52,8 @@ class Check:
             raise Waived(f"WAIVED by {subject.plugin.name}: {probe.waived_why}")
         if self.only_hostile and not subject.hostile:
             raise Skip("needs a backend that shows reordering when asked to (an adversary)")
+        if self.only_keyed and probe.protection != "key":
+            raise Skip(f"protection is {probe.protection}: keys are not secret here, and not bound to a peer")
         try:
             self.body(subject)
         except Skip:
@@ -65,14 +68,15 @@ _checks: list[Check] = []
 
 
 def check(
-    clause: int, *, only_hostile: bool = False
+    clause: int, *, only_hostile: bool = False, only_keyed: bool = False
 ) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     """Registers a function as the next check of `clause`. Its name is the check's, its docstring the promise."""
 
     def register(body: Callable[[Subject], None]) -> Callable[[Subject], None]:
         letter = "abcdefghijklmnopqrstuvwxyz"[sum(other.clause == clause for other in _checks)]
         promise = " ".join((body.__doc__ or "").split())
-        _checks.append(Check(clause, letter, body.__name__.replace("_", "-"), promise, body, only_hostile))
+        name = body.__name__.replace("_", "-")
+        _checks.append(Check(clause, letter, name, promise, body, only_hostile, only_keyed))
         return body
 
     return register
