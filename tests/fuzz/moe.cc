@@ -6,6 +6,7 @@
 // then alterations, each the number of a write, an offset, and what is done there. INVARIANTS: rank 0's call returns a
 // code (the lane's fault or OK), nothing is written outside its outputs, which have the exact size that the arrival
 // said and guards behind, and both ranks take a right step after a reset.
+#include <atomic>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -130,7 +131,7 @@ class Group {
   }
 
   bool reset() {
-    bool all = true;
+    std::atomic<bool> all = true;  // both ranks may fail
     both([&](uint32_t rank) {
       Error error;
       if (ept_moe_reset(moes_[rank], kLong, &error)) all = false;
@@ -239,7 +240,8 @@ class Group {
   ept_engine *engines_[kWorld] = {};
   ept_arena *arenas_[kWorld] = {};
   ept_moe *moes_[kWorld] = {};
-  bool quantised_ = false, ok_ = false;
+  bool quantised_ = false;
+  std::atomic<bool> ok_ = false;
   std::vector<float> x_[kWorld], weights_[kWorld], out_[kWorld], beside_[kWorld];
   std::vector<int32_t> ids_[kWorld];
   uint64_t rows_[kWorld] = {};
