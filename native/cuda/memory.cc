@@ -6,10 +6,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdio>
 #include <cstring>
 #include <mutex>
 
+#include "engine/boot.h"
 #include "engine/error.h"
 
 namespace ept::cuda {
@@ -31,11 +31,7 @@ struct Blob {
 
 std::array<char, 40> boot() {
   std::array<char, 40> id{};
-  if (FILE *file = std::fopen("/proc/sys/kernel/random/boot_id", "re")) {
-    const size_t got = std::fread(id.data(), 1, id.size() - 1, file);
-    (void)got;  // empty on a system without: then all processes are taken for the same machine's
-    std::fclose(file);
-  }
+  boot_id().copy(id.data(), id.size() - 1);  // empty: all processes are taken for the same machine's
   return id;
 }
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "engine/boot.h"
 #include "moe/links.h"
 
 namespace ept::moe {
@@ -105,16 +106,10 @@ namespace {
 
 // Ranks that share cores share them out: the boot and the cores that this process may run on.
 std::string host_name() {
-  std::string name;
-  if (FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re")) {
-    char line[64] = "";
-    if (fgets(line, sizeof line, file)) name = line;
-    fclose(file);
-  }
   cpu_set_t cores;
   CPU_ZERO(&cores);
   sched_getaffinity(0, sizeof cores, &cores);
-  return name.append(reinterpret_cast<const char *>(&cores), sizeof cores);
+  return boot_id().append(reinterpret_cast<const char *>(&cores), sizeof cores);
 }
 
 unsigned cores_here() {

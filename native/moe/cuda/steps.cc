@@ -6,6 +6,7 @@
 #include <exception>
 #include <new>
 
+#include "engine/boot.h"
 #include "eptransport/gpu.h"
 #include "moe/check.h"
 #include "moe/cuda/lanes.h"
@@ -313,7 +314,8 @@ class GpuSide final : public Side {
     place.on_gpu = 1;
     place.process = config_.process;
     identity.copy(place.gpu, sizeof place.gpu);
-    if (config_.mapped) machine(place);
+    // Who can't be told from another machine is reached through the engine.
+    if (config_.mapped) ept::boot_id().copy(place.machine, sizeof place.machine - 1);
     memcpy(place.node, config_.node, sizeof place.node);
     return place;
   }
@@ -337,13 +339,6 @@ class GpuSide final : public Side {
   std::shared_ptr<Lanes> lanes;
 
  private:
-  static void machine(Place &place) {
-    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
-    if (!file) return;  // who can't be told from another machine is reached through the engine
-    if (fread(place.machine, 1, sizeof place.machine - 1, file) == 0) place.machine[0] = 0;
-    fclose(file);
-  }
-
   const std::shared_ptr<Arena> arena_;
   const ept_gpu_config config_;
   const ept_moe_config moe_;
