@@ -187,6 +187,9 @@ struct ept_instance {
   int32_t check(const ept_op &op, libfabric::Peer **peer);
   int32_t post_write(libfabric::Peer *peer, const ept_op &op);
   int32_t post_send(libfabric::Peer *peer, const ept_op &op);
+  // The provider's no, as a positive number: LATER if it is full, else an error. What was taken goes back.
+  int32_t not_posted(libfabric::Rail *rail, libfabric::Operation *operation, const ept_op &op, const char *what,
+                     int status);
   void read_queue(libfabric::Rail *rail, libfabric::Output *out);
   void read_error(libfabric::Rail *rail, libfabric::Output *out);
   void read_events(libfabric::Rail *rail);

@@ -123,17 +123,7 @@ int32_t ept_instance::post_write(Peer *peer, const ept_op &op) {
                              1,      &operation->context, op.immediate};
     status = fi_writemsg(rail->ep.get(), &message, FI_COMPLETION | FI_REMOTE_CQ_DATA | level);
   }
-  if (status != 0) {
-    rail->give_back(operation);
-    if (status == -FI_EAGAIN) {
-      ++rail->counters.later;
-      return EPT_LATER;
-    }
-    return fail(EPT_E_IO, "post", op.peer, static_cast<int>(-status),
-                "libfabric: a write of %llu bytes to rank %u was refused by provider %s: %s",
-                static_cast<unsigned long long>(op.length), op.peer, traits.setting.c_str(),
-                library->strerror(static_cast<int>(-status)));
-  }
+  if (status != 0) return not_posted(rail, operation, op, "write", static_cast<int>(-status));
   if (payload) {
     operation->mem = op.source_mem;
     ++op.source_mem->in_flight;
@@ -142,6 +132,17 @@ int32_t ept_instance::post_write(Peer *peer, const ept_op &op) {
   ++rail->counters.tx_operations;
   rail->counters.tx_bytes += operation->length;
   return EPT_OK;
+}
+
+int32_t ept_instance::not_posted(Rail *rail, Operation *operation, const ept_op &op, const char *what, int status) {
+  rail->give_back(operation);
+  if (status == FI_EAGAIN) {
+    ++rail->counters.later;
+    return EPT_LATER;
+  }
+  return fail(EPT_E_IO, "post", op.peer, status,
+              "libfabric: a %s of %llu bytes to rank %u was refused by provider %s: %s", what,
+              static_cast<unsigned long long>(op.length), op.peer, traits.setting.c_str(), library->strerror(status));
 }
 
 int32_t ept_instance::post_send(Peer *peer, const ept_op &op) {
@@ -172,17 +173,7 @@ int32_t ept_instance::post_send(Peer *peer, const ept_op &op) {
   if (op.length > 0) memcpy(operation->buffer + sizeof head, op.source, op.length);
   ssize_t status = fi_send(rail->ep.get(), operation->buffer, sizeof head + op.length, rail->sent.descriptor,
                            peer->addresses[rail->number], &operation->context);
-  if (status != 0) {
-    rail->give_back(operation);
-    if (status == -FI_EAGAIN) {
-      ++rail->counters.later;
-      return EPT_LATER;
-    }
-    return fail(EPT_E_IO, "post", op.peer, static_cast<int>(-status),
-                "libfabric: a message of %llu bytes to rank %u was refused by provider %s: %s",
-                static_cast<unsigned long long>(op.length), op.peer, traits.setting.c_str(),
-                library->strerror(static_cast<int>(-status)));
-  }
+  if (status != 0) return not_posted(rail, operation, op, "message", static_cast<int>(-status));
   ++peer->in_flight;
   ++rail->counters.tx_sends;
   return EPT_OK;
