@@ -133,14 +133,9 @@ def run(job: MoeJob, progress: Callable[[int], None] | None = None) -> MoeResult
 
 
 def check(job: MoeJob) -> None:
-    shape = job.shape
-    for name in ("ranks", "tokens", "hidden", "experts", "top_k"):
-        if getattr(shape, name) < 1:
-            raise InvalidArgument(f"{name} is {getattr(shape, name)}; at least 1 is needed")
+    job.shape.check()
     if min(job.iterations, job.rounds) < 1:
         raise InvalidArgument("iterations and rounds must be at least 1")
-    if shape.top_k > shape.experts:
-        raise InvalidArgument(f"top-k is {shape.top_k}, but there are {shape.experts} experts")
     if job.against and job.threads:
         raise InvalidArgument("gloo needs a process a rank, and loopback's ranks are threads; bench another backend")
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from eptransport.errors import InvalidArgument
+
 if TYPE_CHECKING:
     import torch
 
@@ -65,6 +67,14 @@ class Shape:
     dtype: str = "bf16"
     dispatch_dtype: str = "bf16"
     combine_dtype: str = "bf16"
+
+    def check(self) -> None:
+        """InvalidArgument for what is no layer."""
+        for name in ("ranks", "tokens", "hidden", "experts", "top_k"):
+            if getattr(self, name) < 1:
+                raise InvalidArgument(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        if self.top_k > self.experts:
+            raise InvalidArgument(f"top-k is {self.top_k}, but there are {self.experts} experts")
 
     def experts_of(self, rank: int) -> range:
         """Blocks in rank order; the first experts % ranks hold one more."""
