@@ -25,3 +25,22 @@ def run_child(pipe: Any, function: Callable[..., Any], rank: int, n: int, folder
     except Exception as error:
         answer = error
     pipe.send(answer)
+
+
+def torchrun(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What function(*args) returned in n processes that torchrun's launcher started on this machine, in rank order."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        run_id="test",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+    )
+    answers = elastic_launch(config, function)(*args)
+    return [answers[rank] for rank in range(n)]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from children import torchrun
 
 import eptransport as ept
 from eptransport._bootstrap import LocalStore
@@ -227,21 +228,7 @@ def torchrun_rank(folder: str) -> tuple[int, list[int]]:
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        run_id="test",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-    )
-    answers = elastic_launch(config, torchrun_rank)(str(tmp_path))
-    assert answers == {0: (0, [1]), 1: (1, [0])}
+    assert torchrun(2, torchrun_rank, str(tmp_path)) == [(0, [1]), (1, [0])]
 
 
 def by_environment(rank: int, world: int, folder: Path, port: int) -> Any:

@@ -18,7 +18,7 @@ import eptransport as ept
 
 
 def steps(
-    rank: int, n: int, folder: Path, count: int, intra: str | None, nodes: tuple[str, ...] | None = None
+    rank: int, n: int, folder: Path, count: int, intra: str | None, nodes: str | None = None
 ) -> tuple[tuple[str, ...], int]:
     settings = ept.Settings(backend="tcp", timeout_s=60.0, threads=1, intra=intra, node=nodes and nodes[rank])
     torch.cuda.set_device(rank % torch.cuda.device_count())
