@@ -132,6 +132,12 @@ ept_path Proxy::path(uint32_t peer, uint32_t memory, uint64_t source, uint64_t s
   return path;
 }
 
+void Proxy::end_waits(uint32_t peer, int32_t code) {
+  std::lock_guard hold(mutex_);
+  if (!peers_[peer].status)
+    std::atomic_ref<int32_t>(place_.progress[peer].status).store(code, std::memory_order_release);
+}
+
 void Proxy::reopen(uint32_t peer) {
   std::lock_guard hold(mutex_);
   peers_[peer].status = 0;

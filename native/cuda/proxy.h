@@ -76,6 +76,8 @@ class Proxy {
   ept_path path(uint32_t peer, uint32_t memory, uint64_t source, uint64_t source_bytes, uint32_t region,
                 uint64_t region_bytes, uint32_t first_signal, uint32_t signals) const;
 
+  // Kernels' waits for the peer end with `code`, and what they push goes on as before.
+  void end_waits(uint32_t peer, int32_t code);
   // The peer is back, and its regions and signals are set anew: its status is 0 again.
   void reopen(uint32_t peer);
   // How many puts have raised that signal of the peer since the start.

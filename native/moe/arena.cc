@@ -88,7 +88,10 @@ std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<
   const auto count = uint32_t(std::max<size_t>(lanes.size(), object->config.lanes));
   const bool grows = count > lanes.size() || larger.bytes(1) != map.bytes(1);
   if (all_map(places)) {
+    if (lanes.empty()) grow({kAlign, kAlign, kAlign, kAlign}, 1, with, deadline, "to make a lane for resets");
+    bring_sides(places, with, deadline, side);
     object->number = ++objects_;
+    if (expected_) expected_--;
     return object;
   }
   refuse_drivers(places, with, grows);
@@ -186,9 +189,8 @@ std::shared_ptr<Object> Arena::agree(const ept_moe_config &config, const Members
       fail(EPT_E_INVALID, -1, "the config is for rank %u of %u; the engine is rank %u of %u", config.rank, config.world,
            rank, world);
     object = std::make_shared<Object>(config);
-    if (side && (expected_ || with.count() != world))
-      fail(EPT_E_UNSUPPORTED, -1, "rank %u is on a GPU, whose kernels know no masks: all ranks must be up", rank);
     if (side) places[rank] = side->place();
+    places[rank].known = 1;
     places[rank].lanes = driver_;
   } catch (const Failure &failure) {
     refused = failure;

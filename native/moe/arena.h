@@ -53,7 +53,8 @@ struct Arena {
 
   // Collective calls: one at a time.
   // `its_lanes`: the lanes of the new object, which live as long as the arena. `side`: of a rank whose kernels will
-  // drive them. None are made where all ranks are such and map each other's memory.
+  // drive them. Where all ranks are such and map each other's memory, there is one of next to no bytes for all objects,
+  // which carries resets and no steps.
   std::shared_ptr<Object> create(const ept_moe_config &config, std::vector<Lane *> &its_lanes, Side *side = nullptr);
   // LATER: the membership moves; learn of it and call again.
   int32_t reset(uint64_t timeout_ns);
@@ -80,6 +81,13 @@ struct Arena {
   // on to a reset.
   void hear_resets() { reports_.hear(engine, epoch); }
   void refuse_reset(uint32_t rank) const;
+  bool resets(uint32_t rank) const { return reports_.resets(rank); }
+
+  // ---- lanes that no call drives ----
+  void list(Follower *follower);
+  void unlist(Follower *follower);
+  // From a thread that nothing waits for, now and then: followers learn what calls learn while they wait.
+  void watch();
 
  private:
   using Holds = std::vector<std::unique_ptr<Lane::Held>>;
@@ -109,6 +117,8 @@ struct Arena {
   uint32_t objects_ = 0;
   Driver driver_ = Driver::none;
   std::atomic<bool> closed_{false}, suspended_{false};
+  std::mutex followers_mutex_;
+  std::vector<Follower *> followers_;  // in the order in which every rank made them
 };
 
 }  // namespace ept::moe

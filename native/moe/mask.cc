@@ -23,7 +23,7 @@ void Arena::set_members(uint32_t number, const uint8_t *active, uint64_t step) {
   ept_engine_info info{};
   info.size = sizeof info;
   check(ept_engine_info_get(engine, &info, &error), error);
-  const std::lock_guard<std::mutex> lock(members_mutex_);
+  std::unique_lock<std::mutex> lock(members_mutex_);
   const bool another_life = info.epoch != epoch.exchange(info.epoch);
   if (another_life) {
     std::fill(returned_.begin(), returned_.end(), 1);
@@ -40,6 +40,27 @@ void Arena::set_members(uint32_t number, const uint8_t *active, uint64_t step) {
   returned_[rank] = 0;
   step_ = std::max<uint64_t>(step_, step);
   members_ = std::move(now);
+  lock.unlock();
+  const std::lock_guard<std::mutex> listed(followers_mutex_);
+  for (Follower *follower : followers_) follower->follow();
+}
+
+void Arena::list(Follower *follower) {
+  const std::lock_guard<std::mutex> lock(followers_mutex_);
+  followers_.push_back(follower);
+}
+
+void Arena::unlist(Follower *follower) {
+  const std::lock_guard<std::mutex> lock(followers_mutex_);
+  std::erase(followers_, follower);
+}
+
+void Arena::watch() {
+  const std::unique_lock<std::mutex> lock(collective_, std::try_to_lock);
+  if (!lock || closed_) return;  // whoever has it hears for itself
+  if (!reports_.hear(engine, epoch)) return;
+  const std::lock_guard<std::mutex> listed(followers_mutex_);
+  for (Follower *follower : followers_) follower->follow();
 }
 
 std::shared_ptr<const Members> Arena::members() const {

@@ -7,9 +7,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "moe/fail.h"
 #include "moe/members.h"
 
 namespace ept::moe {
@@ -22,6 +24,7 @@ enum class Driver : uint32_t { none, calls, kernels };
 // On the wire, in a config message.
 struct Place {
   uint32_t on_gpu = 0;
+  uint32_t known = 0;           // 0: of a rank that takes no part, or has not told yet
   Driver lanes = Driver::none;  // so far
   uint64_t process = 0;         // a number of the process, different in every other
   char gpu[16] = {};            // UUID
@@ -37,10 +40,11 @@ inline bool maps(const Place &a, const Place &b) {
   return a.on_gpu && b.on_gpu && a.machine[0] && memcmp(a.machine, b.machine, sizeof a.machine) == 0 &&
          memcmp(a.node, b.node, sizeof a.node) == 0 && (a.process != b.process || same_gpu(a, b));
 }
+// All whose places are known.
 inline bool all_map(const std::vector<Place> &places) {
   for (const Place &a : places)
     for (const Place &b : places)
-      if (!maps(a, b)) return false;
+      if (a.known && b.known && !maps(a, b)) return false;
   return true;
 }
 
@@ -49,10 +53,25 @@ class Side {
   virtual ~Side() = default;
   // All of these throw Failure, which every rank then raises.
   virtual Place place() = 0;
-  // The lanes are there, and some pair talks through the engine: what the other GPU ranks need to map our memory.
+  // The lanes are there: what the other GPU ranks need to map our memory.
   virtual std::string offer(Arena &arena, const std::vector<Place> &places) = 0;
   // What they offered, [world]; empty of a rank that is on no GPU.
   virtual void accept(const std::vector<std::string> &offers) = 0;
+};
+
+// What keeps a rank's lanes where no call does: it is emptied by a reset, and follows the membership. From its begin to
+// its end it is listed in the arena (Arena::list).
+class Follower {
+ public:
+  virtual ~Follower() = default;
+  // The membership has moved, or a rank has begun a reset: waits for ranks that will not come end. Any thread; doesn't
+  // throw, and waits for nothing.
+  virtual void follow() = 0;
+  // Reset, with the arena's lanes held. Nothing of this rank's is under way any more: brings what was posted, and the
+  // generations, into the arena's lanes. What it returns is kept until the reset is over.
+  virtual std::shared_ptr<void> before_reset(const Deadline &deadline) = 0;
+  // All that are up have come to the reset. `number`: of the reset, `index`: of this follower; the same on every rank.
+  virtual void after_reset(uint64_t number, uint32_t index, const Deadline &deadline) = 0;
 };
 
 }  // namespace ept::moe

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import monotonic
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from eptransport import _record as record
-from eptransport._call import call, ffi, lib, sized, timeout_ns, whole
+from eptransport._call import call, ffi, lib, sized, whole
 from eptransport._convert import code_of, fill
-from eptransport._inputs import check_combine, check_topk, check_x, check_y
+from eptransport._inputs import check_combine, check_dispatch, check_y
 from eptransport._outputs import check_out, make_outputs
 from eptransport._shapes import LAYOUTS
 from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
-from eptransport.errors import Code, ConfigError, InvalidArgument, Timeout, UnsupportedError
+from eptransport.errors import (
+    ConfigError,
+    EptError,
+    InvalidArgument,
+    LaneFault,
+    PeerLost,
+    Timeout,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from eptransport._gpu_arena import NativeGpuMoe
+    from eptransport._membership import Membership
     from eptransport._shapes import Shapes
 
 __all__ = ["GpuRouting", "GpuSteps"]
@@ -29,7 +37,8 @@ FP8_BLOCK = 128
 DISPATCH, COMBINE = 0, 1
 """wire.h's phases."""
 
-_READY: record.Shape = {"ready": record.a_number}
+_BY_MEMBERSHIP = (PeerLost, LaneFault, Timeout)
+"""What a call raises when ranks take part no longer, or again, as the others see it."""
 
 
 class GpuRouting(Routing):
@@ -45,15 +54,23 @@ class GpuRouting(Routing):
         self.weighed = False
         self.leading = 0
         """Rows of the layout that was unpacked: of all, of a rank, or of an expert."""
+        self.membership = 0
+        """That the dispatch was begun under; a captured one is replayed under the lane's."""
+        self._lost_ranks: tuple[int, ...] = ()
+        self._lost_experts: torch.Tensor | None = None
+        self._ids: Callable[[], torch.Tensor] = lambda: memory
 
     def lost_ranks(self, world_size: int) -> tuple[int, ...]:
-        del world_size
-        return ()
+        return tuple(rank for rank in self._lost_ranks if rank < world_size)
 
     def lost(self, top_k: int) -> torch.Tensor:
         import torch
 
-        return torch.zeros(self.tokens, top_k, dtype=torch.bool, device=self._memory.device)
+        lost = torch.zeros(self.tokens, top_k, dtype=torch.bool, device=self._memory.device)
+        if self._lost_experts is not None:
+            ids = self._ids()
+            lost[: self.num_tokens] = self._lost_experts[ids.clamp(min=0)] & (ids >= 0)
+        return lost
 
 
 @dataclass
@@ -64,6 +81,8 @@ class _Lane:
     summed: _Summed | None = None
     stream: Any = None
     """The last one that it was on."""
+    captured: bool = False
+    """Graphs have steps of it, which may be replayed on any stream."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +104,25 @@ class _Summed:
 class GpuSteps:
     """The calls of AllToAll, for one of a GPU. None waits; kernels report to `check`."""
 
-    def __init__(self, native: NativeGpuMoe, shapes: Shapes, layout: Layout, lanes: int) -> None:
+    def __init__(
+        self,
+        native: NativeGpuMoe,
+        shapes: Shapes,
+        layout: Layout,
+        lanes: int,
+        num_experts: int,
+        placement: Sequence[int] | None,
+    ) -> None:
         self._native = native
         self._shapes = shapes
         self._layout: Layout = layout
         self._lanes = [_Lane() for _ in range(lanes)]
+        self._members = native.group._members
+        self._homes = list(placement) if placement is not None else _blocks(num_experts, shapes.world)
+        """The rank of each expert."""
+        self._lost: tuple[int, torch.Tensor | None] = (0, None)
+        """A membership, and [experts] where they are at ranks that are masked in it."""
+        native.group._gpu_steps.add(self)
 
     # -- halves --
 
@@ -111,10 +144,20 @@ class GpuSteps:
 
         shapes = self._shapes
         state = self._lane(lane)
-        chosen = check_out(shapes, layout, self._layout, out)
-        tokens, count = check_x(shapes, x, scales, num_tokens)
-        check_topk(shapes, tokens, topk_ids, topk_weights, routing)
-        weighed = topk_weights is not None
+        self._members.learn_if_told()
+        asked = check_dispatch(
+            shapes,
+            self._layout,
+            x,
+            topk_ids,
+            topk_weights,
+            scales=scales,
+            routing=routing,
+            layout=layout,
+            num_tokens=num_tokens,
+            out=out,
+        )
+        tokens, count, chosen = asked.tokens, asked.count, asked.layout
         if routing is not None:
             kept = _on_gpu(routing)
             if kept.num_tokens != count:
@@ -129,6 +172,7 @@ class GpuSteps:
             torch.empty(max(size, 16), dtype=torch.uint8, device=shapes.device), chosen, lane, tokens, count
         )
         made.weighed = weighed
+        self._take_members(lane, made, stream)
         arguments = sized("ept_dispatch_args")
         arguments.lane = lane
         fill(arguments.x, x[:count])
@@ -179,7 +223,9 @@ class GpuSteps:
         rows: Any = num_rows
         if exact:
             rows = arrival.contiguous_rows if chosen == "contiguous" else arrival.rows
-        return Dispatched(**outputs.__dict__, routing=routing, num_rows=rows)
+        masked = routing.lost_ranks(self._shapes.world)
+        lost = routing.lost(self._shapes.top_k) if masked else None
+        return Dispatched(**outputs.__dict__, routing=routing, num_rows=rows, lost=lost, lost_ranks=masked)
 
     def combine_send(
         self,
@@ -208,6 +254,8 @@ class GpuSteps:
         arguments.weights_applied = weights_applied
         fill(arguments.expert_out, expert_out)
         stream = self._stream(state)
+        if self._members.state.epoch != routing.membership:
+            self._call(lib.ept_gpu_moe_refuse_old, lane, routing.membership, stream)
         if state.summed is not None:
             self._call(lib.ept_gpu_moe_drain, lane, COMBINE, stream)
             state.summed = None
@@ -241,35 +289,70 @@ class GpuSteps:
         for number in range(len(self._lanes)) if lane is None else (lane,):
             self._lane(number)
             self._call(lib.ept_gpu_moe_check, number)
+        self.take_members()
 
-    def reset(self, timeout: float) -> None:
-        """Collective: waits for this rank's kernels, which end at their deadlines at the latest; then for all ranks."""
-        group = self._native.group
+    def take_members(self) -> None:
+        """Where a membership has come since the last step of a lane, and this is its stream, launches what brings it
+        there: for captured graphs, which do no more than they did. Others learn at their next dispatch_send."""
+        import torch
+
+        current = torch.cuda.current_stream(self._shapes.device)
+        if torch.cuda.is_current_stream_capturing():
+            return
+        for number, state in enumerate(self._lanes):
+            if state.captured or state.stream == current:
+                stream = ffi.cast("void *", current.cuda_stream)
+                try:
+                    self._call(lib.ept_gpu_moe_members, number, 0, ffi.NULL, stream)
+                except EptError:  # said by the step, or the reset, that comes next
+                    return
+        self._find_lost(self._members.state)
+
+    def settle(self) -> None:
+        """Before a reset: waits for this rank's kernels, which end at their deadlines at the latest."""
+        import torch
+
+        torch.cuda.current_stream(self._shapes.device).synchronize()  # of graphs that are replayed on it
         for lane in self._lanes:
             if lane.stream is not None:
                 lane.stream.synchronize()
             lane.sent = lane.summed = None
-        if self._native.arena.over_engine:
-            self._reset_over_engine(timeout)
-            group.fault.zero_()
-            return
-        group.exchange_once({"ready": 1}, _READY)
-        call(lib.ept_gpu_lanes_reset, self._native.arena.pointer, timeout_ns(timeout))
-        group.fault.zero_()
-        group.exchange_once({"ready": 2}, _READY)
 
-    def _reset_over_engine(self, timeout: float) -> None:
-        members = self._native.group._members
-        deadline = monotonic() + timeout
-        while True:
-            members.learn()
-            left = timeout_ns(max(0.0, deadline - monotonic()))
-            if call(lib.ept_gpu_lanes_reset, self._native.arena.pointer, left) == Code.OK:
-                return
-            if monotonic() > deadline:
-                raise Timeout("reset: the membership went on changing until the deadline", operation="reset")
+    def reset(self, timeout: int) -> int:
+        """Collective; ns. LATER: the membership moves."""
+        try:
+            return call(lib.ept_gpu_lanes_reset, self._native.arena.pointer, timeout)
+        except _BY_MEMBERSHIP as error:
+            self._members.after(error, self._native.group.settings.on_lost)
+            raise
 
     # -- how it is done --
+
+    def _take_members(self, lane: int, routing: GpuRouting, stream: Any) -> None:
+        """The mask of a step is taken here and nowhere else."""
+        import torch
+
+        captures = torch.cuda.is_current_stream_capturing()
+        epoch = ffi.new("uint32_t *")
+        self._call(lib.ept_gpu_moe_members, lane, captures, epoch, stream)
+        routing.membership = int(epoch[0])
+        if not routing.membership:
+            return
+        state = self._members.state
+        if not captures:
+            self._find_lost(state)
+        routing._lost_ranks = tuple(each.rank for each in state.masked)
+        routing._lost_experts = self._lost[1]
+        routing._ids = lambda: self._kept(routing)[0]
+
+    def _find_lost(self, state: Membership) -> None:
+        import torch
+
+        if self._lost[0] == state.epoch:
+            return
+        masked = {each.rank for each in state.masked}
+        lost = [home in masked for home in self._homes]
+        self._lost = (state.epoch, torch.tensor(lost, device=self._shapes.device) if masked else None)
 
     def _arrival(self, lane: int, sent: _Sent, stream: Any, exact: bool) -> SimpleNamespace:
         import torch
@@ -328,19 +411,31 @@ class GpuSteps:
                 "share: their kernels would wait behind one another for ever. Call inside torch.cuda.stream(...), with "
                 "a stream for each rank"
             )
-        state.stream = stream
+        if torch.cuda.is_current_stream_capturing():
+            state.captured = True
+        else:
+            state.stream = stream
         return ffi.cast("void *", stream.cuda_stream)
 
     def _call(self, function: Any, *arguments: Any) -> None:
         self._native.guard.enter()
         try:
             call(function, self._native.pointer, *arguments)
+        except _BY_MEMBERSHIP as error:
+            self._members.after(error, self._native.group.settings.on_lost)
+            raise
         finally:
             self._native.guard.leave()
 
 
 def _address(routing: GpuRouting) -> Any:
     return ffi.cast("void *", routing._memory.data_ptr())
+
+
+def _blocks(num_experts: int, world: int) -> list[int]:
+    """In rank order, the first ranks hold one more."""
+    each, more = divmod(num_experts, world)
+    return [rank for rank in range(world) for _ in range(each + (rank < more))]
 
 
 def _on_gpu(routing: Routing) -> GpuRouting:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eptransport._call import whole
 from eptransport._convert import check
-from eptransport.dispatched import Routing
+from eptransport._outputs import check_out
+from eptransport.dispatched import Layout, Routing
 from eptransport.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from eptransport._shapes import Shapes
 
-__all__ = ["check_combine", "check_topk", "check_x", "check_y"]
+__all__ = ["Asked", "check_combine", "check_dispatch", "check_y"]
 
 _NAMES_OF_IDS = ("int32", "int64")
 _NAMES_OF_WEIGHTS = ("float32",)
@@ -23,7 +25,38 @@ _NAMES_OF_OUT = ("float32", "float16", "bfloat16")
 _NAMES_OF_SCALES = ("float32", "float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn", "uint8")
 
 
-def check_x(shapes: Shapes, x: Any, scales: Any, num_tokens: int | None) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Asked:
+    """What a dispatch asks for, checked."""
+
+    tokens: int
+    """Rows of x."""
+    count: int
+    """How many of them are sent."""
+    layout: Layout
+
+
+def check_dispatch(
+    shapes: Shapes,
+    default: Layout,
+    x: Any,
+    topk_ids: Any,
+    topk_weights: Any,
+    *,
+    scales: Any,
+    routing: Routing | None,
+    layout: Layout | None,
+    num_tokens: int | None,
+    out: Any,
+) -> Asked:
+    """The arguments of `dispatch_send`, on whatever device. `default`: the layout where none is asked for."""
+    chosen = check_out(shapes, layout, default, out)
+    tokens, count = _check_x(shapes, x, scales, num_tokens)
+    _check_topk(shapes, tokens, topk_ids, topk_weights, routing)
+    return Asked(tokens, count, chosen)
+
+
+def _check_x(shapes: Shapes, x: Any, scales: Any, num_tokens: int | None) -> tuple[int, int]:
     """Tokens in x, and how many of them are sent."""
     types = shapes.types
     quantised = getattr(x, "dtype", None) == types.dispatch and types.dispatch != types.dtype
@@ -46,7 +79,7 @@ def check_x(shapes: Shapes, x: Any, scales: Any, num_tokens: int | None) -> tupl
     return tokens, count
 
 
-def check_topk(shapes: Shapes, tokens: int, topk_ids: Any, topk_weights: Any, routing: Routing | None) -> None:
+def _check_topk(shapes: Shapes, tokens: int, topk_ids: Any, topk_weights: Any, routing: Routing | None) -> None:
     """What says where the tokens go."""
     if (topk_ids is None) == (routing is None):
         raise InvalidArgument("dispatch needs topk_ids or routing, one of the two")

@@ -58,7 +58,7 @@ class Members:
 
     def use_engine(self, engine: NativeEngine) -> None:
         self._engine = engine
-        engine.on_look = self._look_while_waiting
+        engine.on_look = self.look
 
     def use_arena(self, arena: Any) -> None:
         """A new arena takes the membership as it is."""
@@ -106,8 +106,8 @@ class Members:
         except EptError as problem:
             logger.warning("rank %d: %s", self.rank, problem)
 
-    def _look_while_waiting(self) -> None:
-        """From inside a native wait: the rank that is waited for may be one that was masked."""
+    def look(self) -> None:
+        """From inside a native wait, or beside a kernel's: the rank that is waited for may be one that was masked."""
         if not self._lock.acquire(blocking=False):
             return
         try:

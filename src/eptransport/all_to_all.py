@@ -24,7 +24,7 @@ from eptransport._closing import Closing
 from eptransport._convert import fill, refuse_grad
 from eptransport._gpu_arena import create_gpu_moe, cuda_device
 from eptransport._gpu_steps import GpuSteps
-from eptransport._inputs import check_combine, check_topk, check_x, check_y
+from eptransport._inputs import check_combine, check_dispatch, check_y
 from eptransport._lane import Lane, Sent, Summed
 from eptransport._moe_config import moe_config, one_of, plan_of
 from eptransport._moe_native import create_moe
@@ -184,7 +184,7 @@ class AllToAll(Closing):
             plan=self.plan_,
             device=where,
         )
-        self._gpu = None if on_gpu is None else GpuSteps(on_gpu, self._shapes, layout, lanes)
+        self._gpu = None if on_gpu is None else GpuSteps(on_gpu, self._shapes, layout, lanes, num_experts, placement)
         self._lanes = [Lane() for _ in range(lanes)]
         self._trace: Trace | None = group.trace
         self._announce()
@@ -415,14 +415,14 @@ class AllToAll(Closing):
         """Brings every lane of the group to a common, empty state; faults are gone, steps under way are abandoned.
         Collective over the ranks that are up, and for all AllToAlls of the group at once; blocks. Goes on without ranks
         that are masked, and with those that were readmitted. Masked, Timeout, PeerLost."""
-        if self._gpu is not None:
-            self._gpu.reset(self.group.settings.timeout_s if timeout is None else timeout)
-            return
+        for steps in list(self.group._gpu_steps):
+            steps.settle()
         deadline = monotonic() + (self.group.settings.timeout_s if timeout is None else timeout)
         while True:
             self._members.learn()
             left = timeout_ns(max(0.0, deadline - monotonic()))
-            if self._call(lib.ept_moe_reset, left) == Code.OK:
+            done = self._gpu.reset(left) if self._gpu is not None else self._call(lib.ept_moe_reset, left)
+            if done == Code.OK:
                 break
             if monotonic() > deadline:
                 raise Timeout("reset: the membership went on changing until the deadline", operation="reset")
@@ -480,9 +480,19 @@ class AllToAll(Closing):
             return
         self._members.learn_if_told()
         state = self._lanes[self._lane_number(lane)]
-        chosen = check_out(self._shapes, layout, self.layout, out)
-        tokens, count = check_x(self._shapes, x, scales, num_tokens)
-        check_topk(self._shapes, tokens, topk_ids, topk_weights, routing)
+        asked = check_dispatch(
+            self._shapes,
+            self.layout,
+            x,
+            topk_ids,
+            topk_weights,
+            scales=scales,
+            routing=routing,
+            layout=layout,
+            num_tokens=num_tokens,
+            out=out,
+        )
+        tokens, count, chosen = asked.tokens, asked.count, asked.layout
         arguments = sized("ept_dispatch_args")
         arguments.lane, arguments.whole = lane, whole
         fill(arguments.x, x[:count])

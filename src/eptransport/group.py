@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import eptransport
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from eptransport._gpu_arena import GpuArena
+    from eptransport._gpu_steps import GpuSteps
 
 __all__ = ["Group", "Store"]
 
@@ -78,6 +80,7 @@ class Group(Seeing, Closing):
             raise ConfigError(f"there is no group {name!r} on this store that rank {place.rank} could rejoin")
         self._bootstrap = bootstrap
         self._gpu_arenas: list[GpuArena] = []
+        self._gpu_steps: weakref.WeakSet[GpuSteps] = weakref.WeakSet()
         self._stages = 0
         self.settings, hello = first_words(bootstrap, settings, place.rank)
         _set_up_logging(self.settings)
@@ -107,6 +110,7 @@ class Group(Seeing, Closing):
             watch(self.engine)
         self._fault: torch.Tensor | None = None
         self._active_mask: torch.Tensor | None = None
+        self._seen_active: list[int] = []
         self._announce(local)
 
     @property
@@ -133,17 +137,22 @@ class Group(Seeing, Closing):
     @property
     def active_mask(self) -> torch.Tensor:
         """An int32 tensor [world_size], the same one always: 1 where a rank is up, 0 where it is masked, has left or is
-        lost, as seen at this call. Doesn't block."""
-        if self._active_mask is None:
-            import torch
+        lost, as seen at this call. Doesn't block. Where `fault` is, and readable in a captured graph likewise."""
+        import torch
 
-            self._active_mask = torch.ones(self.world_size, dtype=torch.int32)
-        for rank in range(self.world_size):
-            gone = rank not in self.membership.active or (
-                rank != self.rank and self.engine.peer(rank).info.status in _GONE
-            )
-            self._active_mask[rank] = int(not gone)
+        if self._active_mask is None:
+            self._active_mask = torch.ones(self.world_size, dtype=torch.int32, device=self.fault.device)
+            self._seen_active = [1] * self.world_size
+        seen = [int(self._is_active(rank)) for rank in range(self.world_size)]
+        if seen != self._seen_active:
+            self._active_mask.copy_(torch.tensor(seen, dtype=torch.int32))
+            self._seen_active = seen
         return self._active_mask
+
+    def _is_active(self, rank: int) -> bool:
+        if rank not in self.membership.active:
+            return False
+        return rank == self.rank or self.engine.peer(rank).info.status not in _GONE
 
     @property
     def membership(self) -> Membership:
@@ -158,9 +167,12 @@ class Group(Seeing, Closing):
         One rank that is up calls it, or several, for the same rank or for others: the store puts the changes in an
         order. A rank that is masked already is no error. Waits for it end with PeerLost; a step under way is lost with
         its lane, which all ranks that are left `reset`. Not collective; blocks for the store alone. Masked if the
-        others have masked this rank."""
+        others have masked this rank. On a GPU, called on the stream of a lane, it goes before the lane's next step,
+        also one of a captured graph."""
         check_rank(rank, self.rank, self.world_size)
         self._members.mask(rank, why)
+        for steps in list(self._gpu_steps):
+            steps.take_members()
 
     def readmit(self, rank: int, timeout: float | None = None) -> None:
         """Takes back a rank that was masked: waits until its new process (`Group(rejoin=True)`) or its

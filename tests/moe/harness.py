@@ -4,13 +4,18 @@
 A Scenario is one dispatch and its combines over a whole group: it asks the reference (moe_model.py) what every rank
 must get, and checks what a rank got, bit for bit. The rows that nobody filled are handed to combine as NaN: reading one
 shows.
+
+EPT_TEST_DEVICE=cuda runs these tests on a GPU, ranks as threads with a stream each: there a call that a kernel has
+failed raises as one on a CPU does, since OnGpu waits for each (tests/gpu/run moe).
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,6 +37,8 @@ TORCH = {
 }
 BITS = {"f32": torch.int32, "f16": torch.int16, "bf16": torch.int16, "e4m3": torch.uint8, "u8": torch.uint8, "i8": None}
 LAYOUTS = ("rows", "by_rank", "contiguous", "masked")
+DEVICE = os.environ.get("EPT_TEST_DEVICE", "cpu")
+"""Read before a fixture clears EPT_*."""
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
@@ -68,7 +75,8 @@ def together(all_groups: Sequence[ept.Group], calls: Sequence[Callable[[], T]]) 
 
     def on_thread(index: int) -> None:
         try:
-            answers[index] = calls[index]()
+            with on_device():
+                answers[index] = calls[index]()
         except BaseException as error:
             ended.put(error)
         else:
@@ -96,6 +104,38 @@ def together(all_groups: Sequence[ept.Group], calls: Sequence[Callable[[], T]]) 
     return answers
 
 
+@contextlib.contextmanager
+def on_device() -> Iterator[None]:
+    """What this thread makes is on the device under test, and what it launches on a stream of its own."""
+    if DEVICE == "cpu":
+        yield
+        return
+    stream = torch.cuda.Stream(DEVICE)
+    with torch.device(DEVICE), torch.cuda.stream(stream):
+        yield
+        stream.synchronize()
+
+
+class OnGpu:
+    """An AllToAll on a GPU whose calls return, or raise, when their kernels have ended."""
+
+    def __init__(self, moe: ept.AllToAll) -> None:
+        self._moe = moe
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._moe, name)
+        if name not in ("dispatch", "combine", "dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
+            return found
+
+        def waits(*given: Any, **named: Any) -> Any:
+            answer = found(*given, **named)
+            torch.cuda.current_stream().synchronize()
+            self._moe.check()
+            return answer
+
+        return waits
+
+
 def on_ranks(all_groups: Sequence[ept.Group], run: Callable[[int], T]) -> list[T]:
     """run(rank) on a thread for each rank."""
     return together(all_groups, [lambda rank=rank: run(rank) for rank in range(len(all_groups))])  # type: ignore[misc]
@@ -115,6 +155,10 @@ def all_to_alls(
     arguments.setdefault("lanes", 1)
     if config.placement is not None:
         arguments.setdefault("placement", list(config.placement))
+    if not devices and DEVICE != "cpu":
+        devices = [DEVICE] * len(all_groups)
+        made = all_to_alls(all_groups, config, devices, **arguments)
+        return [OnGpu(moe) for moe in made]  # type: ignore[misc]
     return ept.loopback_run(
         all_groups,
         lambda group: ept.AllToAll(
@@ -153,14 +197,14 @@ def plan(config: model.Config, **more: Any) -> ept.Plan:
 def tensor(raw: model.Array, dtype: str) -> torch.Tensor:
     raw = np.ascontiguousarray(raw)
     signed = {1: np.uint8, 2: np.int16, 4: np.int32}[raw.itemsize]
-    return torch.from_numpy(raw.view(signed).copy()).view(TORCH[dtype])
+    return torch.from_numpy(raw.view(signed).copy()).view(TORCH[dtype]).to(DEVICE)
 
 
 def bits(t: torch.Tensor) -> model.Array:
     """A tensor's bytes as unsigned integers of its element size."""
     signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()]
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[t.element_size()]
-    return t.detach().contiguous().view(signed).numpy().view(unsigned)
+    return t.detach().cpu().contiguous().view(signed).numpy().view(unsigned)
 
 
 def same_bits(got: torch.Tensor, expected: model.Array, dtype: str, what: str) -> None:
@@ -232,7 +276,7 @@ def arguments(config: model.Config, batch: model.Batch, ids_dtype: torch.dtype =
     }
     if batch.scales is not None:
         made["scales"] = torch.from_numpy(batch.scales.copy())
-    return made
+    return {name: None if value is None else value.to(DEVICE) for name, value in made.items()}
 
 
 # ---- experts that all differ -----------------------------------------------------------------------------------------
@@ -369,7 +413,7 @@ class Scenario:
 
     def row_weights_in(self, rank: int, shape: Sequence[int]) -> torch.Tensor:
         made = self.carried(rank, self.fitted(rank, shape))
-        return torch.from_numpy(made).view(*shape, self.config.top_k)
+        return torch.from_numpy(made).view(*shape, self.config.top_k).to(DEVICE)
 
     def fitted(self, rank: int, shape: Sequence[int]) -> model.Unpacked:
         """The reference's layout, with as many unfilled slots as the real one has."""
@@ -444,13 +488,13 @@ class Scenario:
     def combine_arguments(self, rank: int, got: ept.Dispatched, **more: Any) -> dict[str, Any]:
         made: dict[str, Any] = {"expert_out": self.expert_out(rank, got.x.shape[:-1]), "got": got}
         if self.late is not None:
-            made["topk_weights"] = torch.from_numpy(self.late[rank].copy())
+            made["topk_weights"] = torch.from_numpy(self.late[rank].copy()).to(DEVICE)
         if self.weights_applied:
             made["weights_applied"] = True
         if self.row_weights:
             made["row_weights"] = self.row_weights_in(rank, got.x.shape[:-1])
         if self.y != self.config.dtype:
-            made["out"] = torch.empty(self.batches[rank].tokens, self.config.hidden, dtype=TORCH[self.y])
+            made["out"] = torch.empty(self.batches[rank].tokens, self.config.hidden, dtype=TORCH[self.y], device=DEVICE)
         return {**made, **more}
 
     def run(self, rank: int, moe: ept.AllToAll, *, lane: int = 0, halves: bool = False, **more: Any) -> torch.Tensor:

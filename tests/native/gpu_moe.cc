@@ -44,7 +44,7 @@ void abandoned() {
 void late() {
   check::running("a rank that never sends");
   constexpr uint64_t kPatience = 20'000'000;
-  World world(moe_test::config_of(3, 6, 2, 32, 7), 12, kPatience);
+  World world(moe_test::config_of(3, 6, 2, 32, 7), 12);
   for (int32_t layout = 0; layout < 4; layout++) {
     Step step = world.draw();
     for (RankStep &s : step.ranks) s.layout = layout;
@@ -53,6 +53,7 @@ void late() {
     std::vector<Bytes> routings(3);
     for (uint32_t r : {0u, 2u}) world.send(step, r, routings[r]);
     world.gpu->machine.run();  // so that only one is late, however slow this machine is
+    world.have_patience(kPatience);
     for (uint32_t r : {0u, 2u}) {
       all[r].arrival = expected[r].arrival;
       world.make(all[r], step.ranks[r], r, 0);
@@ -72,8 +73,8 @@ void late() {
       for (uint64_t i = 0; i < all[r].x.size; i++) CHECK(all[r].x.data()[i] == 0);
       for (uint64_t i = 0; i < all[r].y.size; i++) CHECK(all[r].y.data()[i] == 0);
     }
-    for (uint32_t r = 0; r < 3; r++) world.lanes[r].lanes->reset(0);
-    for (auto &lanes : world.open) std::fill(lanes.begin(), lanes.end(), 0);
+    world.have_patience(60 * moe_test::kSecond);
+    world.reset();
   }
 }
 
@@ -110,8 +111,7 @@ void refused() {
     Error error;
     CHECK_EQ(ept_gpu_moe_check(world.objects[layout < 4], step.lane, &error), EPT_E_FAULT);
     CHECK_HAS(error.text, layout < 4 ? "the outputs hold" : "topk_ids has 4; an id is -1 (none) or 0 to 3");
-    for (uint32_t r = 0; r < 2; r++) world.lanes[r].lanes->reset(0);
-    for (auto &lanes : world.open) std::fill(lanes.begin(), lanes.end(), 0);
+    world.reset();
   }
 }
 

@@ -80,23 +80,6 @@ void abandoned(const std::string &on, const moe_test::Options &options, uint64_t
   }
 }
 
-void reset_all(World &world) {
-  world.net->run([&](uint32_t r) {
-    Error error;
-    if (world.on_gpu(r))
-      OK(ept_gpu_lanes_reset(&world.lanes[r], 60 * moe_test::kSecond, &error), error);
-    else
-      OK(ept_moe_reset(world.net_objects[r], 60 * moe_test::kSecond, &error), error);
-  });
-  for (auto &lanes : world.open) std::fill(lanes.begin(), lanes.end(), 0);
-}
-
-void have_patience(World &world, uint64_t ns) {
-  using ept::moe::cuda::LaneTable;
-  for (ept_gpu_lanes &lanes : world.lanes)
-    if (lanes.lanes) const_cast<LaneTable &>(lanes.lanes->table(0)).timeout_ns = ns;
-}
-
 // A rank that never sends, on either side; a reset brings all to one generation, whatever each has posted and read.
 void late(const std::string &on, uint32_t who, uint64_t seed) {
   check::running("a rank that never sends");
@@ -126,7 +109,7 @@ void late(const std::string &on, uint32_t who, uint64_t seed) {
       world.send(step, r, routings[r]);
     }
     world.gpu->machine.run();
-    have_patience(world, kPatience);  // of the receiving half alone
+    world.have_patience(kPatience);  // of the receiving half alone
     for (uint32_t r = 0; r < on.size(); r++) {
       if (r == who || !world.on_gpu(r)) continue;
       all[r].arrival = expected[r].arrival;
@@ -134,7 +117,7 @@ void late(const std::string &on, uint32_t who, uint64_t seed) {
       world.receive(step, r, routings[r], all[r]);
     }
     world.gpu->machine.run();
-    have_patience(world, 60 * moe_test::kSecond);
+    world.have_patience(60 * moe_test::kSecond);
     for (uint32_t r = 0; r < on.size(); r++) {
       if (r == who || !world.on_gpu(r)) continue;
       Error error;
@@ -142,7 +125,7 @@ void late(const std::string &on, uint32_t who, uint64_t seed) {
       CHECK_HAS(error.text, "TIMEOUT in dispatch_recv");
       CHECK_EQ(all[r].num_rows, 0);
     }
-    reset_all(world);
+    world.reset();
   }
 }
 

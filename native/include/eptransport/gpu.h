@@ -1,13 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * gpu.h: dispatch and combine on CUDA tensors, launched on the caller's stream. Nothing here waits for a peer or for
- * the GPU but ept_gpu_lanes_create, _start, _reset and _close; what goes wrong in a kernel is told by
+ * the GPU but ept_gpu_lanes_join, _reset and _close; what goes wrong in a kernel is told by
  * ept_gpu_moe_check.
  *
- * Set-up, on every rank: lanes_join, in the place of ept_moe_create, which ranks on a CPU call. Where it gives no
- * lanes, since all ranks are on GPUs and map each other's memory: lanes_create; lanes_export, whose blob the caller
- * brings to all ranks; lanes_connect for each other rank; lanes_start. Then any number of ept_gpu_moe that fit the
- * lanes.
+ * Set-up, on every rank: lanes_join, in the place of ept_moe_create, which ranks on a CPU call. Then an ept_gpu_moe.
  *
  * A step in a lane: dispatch_send, dispatch_recv, combine_send, combine_recv, each on the same stream. A send whose
  * phase has a message still to be received needs ept_gpu_moe_drain before: the caller keeps count.
@@ -38,25 +35,20 @@ typedef struct ept_gpu_config {
 } ept_gpu_config;
 
 /* Collective with ept_moe_create: an AllToAll of ranks on GPUs and CPUs. `known`: what an earlier call with this arena
- * has given, or NULL; it comes back in *lanes. Lanes are closed before their arena is. *number: of the AllToAll. */
+ * has given, and what `moe` fits, or NULL; it comes back in *lanes, or new ones do. Lanes are closed before their arena
+ * is. *number: of the AllToAll. CONFIG where the blocks of all ranks of this GPU don't fit side by side. */
 int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const ept_moe_config *moe,
                            const ept_gpu_lanes *known, ept_gpu_lanes **lanes, uint32_t *number, ept_error *error);
-/* Whether other ranks are threads of this process; after lanes_start or lanes_join. */
+/* Whether other ranks are threads of this process. */
 int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes);
 /* Whether that rank's memory is in this GPU's address space: else what goes there goes through the engine. */
 int32_t ept_gpu_lanes_maps(const ept_gpu_lanes *lanes, uint32_t rank);
-/* Memory for all lanes of this rank, as `moe` needs it. */
-int32_t ept_gpu_lanes_create(const ept_gpu_config *config, const ept_moe_config *moe, ept_gpu_lanes **lanes,
-                             ept_error *error);
-/* *length: room on entry, bytes of the blob on return. */
-int32_t ept_gpu_lanes_export(ept_gpu_lanes *lanes, void *blob, size_t *length, ept_error *error);
-int32_t ept_gpu_lanes_connect(ept_gpu_lanes *lanes, uint32_t rank, const void *blob, size_t length, ept_error *error);
-/* All ranks are connected: fills the tables. CONFIG where the blocks of all ranks of this GPU don't fit side by side.
- */
-int32_t ept_gpu_lanes_start(ept_gpu_lanes *lanes, ept_error *error);
+/* Whether some ranks are reached through the engine; else all ranks map each other's memory. */
+int32_t ept_gpu_lanes_over_engine(const ept_gpu_lanes *lanes);
+/* By a thread that nothing waits for, every few ms: waits of kernels for ranks that have gone on to a reset end. */
+void ept_gpu_lanes_watch(ept_gpu_lanes *lanes);
 int32_t ept_gpu_lanes_fit(const ept_gpu_lanes *lanes, const ept_moe_config *moe, ept_error *error);
-/* With no kernel of these lanes under way: empty, without faults. Lanes of lanes_join: collective with ept_moe_reset,
- * and answers like it. Others: between two barriers of all ranks. */
+/* With no kernel under way of any lanes of the arena: ept_moe_reset, for its AllToAlls on CPU and GPU alike. */
 int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, uint64_t timeout_ns, ept_error *error);
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes);
 /* Device timestamps (ns of the GPU's clock) of the kernels that are launched, or captured, from now on, into `times` on
@@ -78,6 +70,14 @@ uint64_t ept_gpu_routing_bytes(const ept_gpu_moe *moe, uint64_t tokens);
 /* Where in it int32_t ids[tokens, top_k] stand, as they were given; float weights[tokens, top_k] follow. */
 uint64_t ept_gpu_routing_ids(const ept_gpu_moe *moe, uint64_t tokens);
 
+/* Before dispatch_send, and whenever the lane shall take the present membership: launches what brings it to the lane,
+ * if it has another; *membership (or NULL): its number. Nothing else may run on the lane but what is on `stream`. FAULT
+ * where a rank is back and no reset has taken it in, and where a stream that `captures` would have to launch. */
+int32_t ept_gpu_moe_members(ept_gpu_moe *moe, uint32_t lane, int32_t captures, uint32_t *membership, void *stream,
+                            ept_error *error);
+/* Before combine_send: PEER_LOST or FAULT, and a lane that is faulted, where the dispatch was under another membership
+ * than the present one. */
+int32_t ept_gpu_moe_refuse_old(ept_gpu_moe *moe, uint32_t lane, uint32_t membership, void *stream, ept_error *error);
 /* `args` as ept_moe_dispatch_send's, on the device; `routing` in it is NULL. Never a streamed call. */
 int32_t ept_gpu_moe_dispatch_send(ept_gpu_moe *moe, const ept_dispatch_args *args, void *routing, void *stream,
                                   ept_error *error);

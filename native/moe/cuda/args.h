@@ -48,14 +48,15 @@ struct Told {
 };
 
 enum Trouble : uint32_t {
-  kLate = 1,    // expected and seen are counts of a signal
-  kHeader = 2,  // a peer's header is not of this step: seen is the field's number in check_header
-  kIds = 3,     // expected: number of experts; seen: the id
-  kRoom = 4,    // expected: rows that came; seen: rows that the output holds
-  kRow = 5,     // a row is not what its header promised
-  kPost = 6,    // seen: the code that the path answered
-  kLost = 7,    // expected: what was waited for, seen: the code that the proxy told of the peer
-  kSlot = 8     // expected and seen: what the peer must have consumed, and has
+  kLate = 1,     // expected and seen are counts of a signal
+  kHeader = 2,   // a peer's header is not of this step: seen is the field's number in check_header
+  kIds = 3,      // expected: number of experts; seen: the id
+  kRoom = 4,     // expected: rows that came; seen: rows that the output holds
+  kRow = 5,      // a row is not what its header promised
+  kPost = 6,     // seen: the code that the path answered
+  kMembers = 9,  // expected: the membership of the dispatch that is summed; seen: the present one
+  kLost = 7,     // expected: what was waited for, seen: the code that the proxy told of the peer
+  kSlot = 8      // expected and seen: what the peer must have consumed, and has
 };
 
 // Device timestamps, for who asks for them (ept_gpu_lanes_times). kPoints of each half and block, by its first thread;
@@ -69,12 +70,17 @@ EPT_HD constexpr uint64_t source_time_at(uint32_t blocks, uint32_t world, uint32
 }
 EPT_HD constexpr uint64_t times_of(uint32_t blocks, uint32_t world) { return source_time_at(blocks, world, 2, 0); }
 
+// Who takes part, in three sets: what the open message of each phase has taken, by phase; and what the next dispatch
+// takes. A send ends by copying the last into its phase's: so all halves of a message have one set, whatever comes to
+// be in between.
+enum MemberSet : uint32_t { kNext = 2, kSets = 3 };
+
 // Written by kernels of the lane, which never run beside each other.
 struct LaneState {
   uint64_t sent[2], received[2];  // generations of each phase; the last block of a half raises its own
   uint32_t blocks[kHalves];       // of the launch under way that have ended
   uint32_t fault;                 // ept_code as a positive number
-  uint32_t membership;            // epoch of it that steps are begun under
+  uint32_t membership[kSets];     // 0: nobody was ever masked, and `out` is looked at by nobody
 };
 
 struct LaneTable {
@@ -91,6 +97,7 @@ struct LaneTable {
   uint64_t *heard;          // [world, EPT_PHASES] what the source has consumed, as its headers said
   const uint64_t *acks;     // the same, as its messages to the engine said; NULL: no CPU rank is in the group
   uint64_t *lands;          // [EPT_PHASES, EPT_MOE_SLOTS, world] where in `in` that source's message comes
+  uint8_t *out;             // [kSets, world] 1: that rank takes no part
   LaneState *state;
   Told *told;
   int32_t *group_fault;
@@ -129,6 +136,7 @@ struct RoutingArrays {
   uint64_t *return_at;   // [world] where in each source's combine slot our sums go
   uint32_t *rows_to;     // [world]
   uint32_t *begin;       // [world + 1] of the rows that came, by source
+  uint32_t *membership;  // [1] of its dispatch
   int32_t *parts;        // [T, fan, 2] rank and row of a token, by rank ascending; -1: no more
   int32_t *ids;          // [T, top_k] as given
   float *weights;        // [T, top_k]
@@ -142,6 +150,7 @@ EPT_HD inline RoutingArrays routing_arrays(Carve &carve, const Shape &shape, uin
   r.return_at = carve.take<uint64_t>(shape.world);
   r.rows_to = carve.take<uint32_t>(shape.world);
   r.begin = carve.take<uint32_t>(shape.world + 1);
+  r.membership = carve.take<uint32_t>(1);
   r.parts = carve.take<int32_t>(tokens * shape.fan() * 2);
   r.ids = carve.take<int32_t>(tokens * shape.top_k);
   r.weights = carve.take<float>(tokens * shape.top_k);
@@ -197,6 +206,15 @@ struct DispatchWait {
 struct Drain {
   LaneTable lane;
   uint32_t phase;
+};
+
+// Brings who takes part to a lane (kNext), and a fault, where `code` is one.
+struct TakeMembers {
+  static constexpr uint32_t kMost = 16384;  // ranks: what an argument has room for
+  LaneTable lane;
+  uint32_t membership, code;
+  int32_t peer;
+  uint64_t out[kMost / 64];  // bits
 };
 
 struct CombineSend {

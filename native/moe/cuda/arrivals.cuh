@@ -13,11 +13,12 @@ namespace ept::moe::cuda {
 // Of a source, in shared memory. It only rises.
 enum Standing : uint32_t { kAway = 0, kHeaderIn = 1, kReady = 2 };
 
-// Before the block's first barrier; all threads.
+// Before the block's first barrier; all threads. A rank that takes no part is ready, with nothing.
 EPT_DEVICE void look_up(const LaneTable &t, uint32_t phase, uint64_t generation, const Sources &s) {
   const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
+  const Taking members = taking(t, phase);
   for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
-    s.standing[r] = kAway;
+    s.standing[r] = members.has(r) ? kAway : kReady;
     s.in[r] = t.in[r];
     s.word[r] = t.words[r] + signal;
     s.target[r] = generation / 2 + 1 + t.offsets[r * kSignals + signal];

@@ -70,11 +70,16 @@ class CombineSender {
 
   EPT_DEVICE void run() {
     note(t, kCombineSend, 0);
-    const uint32_t fault = fault_of(t);
+    const uint32_t fault = fault_of(t), membership = a.routing.membership[0], present = t.state->membership[kNext];
     begin();
-    if (!is_faulted(fault)) send();
+    if (membership != present && threadIdx.x == 0)
+      raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
+    if (!is_faulted(fault | (membership ^ present))) send();
     note(t, kCombineSend, 3);
-    if (last_block(t, kCombineSend, s.word)) end_half(t, kCombineSend, &t.state->sent[EPT_PHASE_COMBINE], generation);
+    if (last_block(t, kCombineSend, s.word)) {
+      keep_members(t, EPT_PHASE_COMBINE);
+      end_half(t, kCombineSend, &t.state->sent[EPT_PHASE_COMBINE], generation);
+    }
     note(t, kCombineSend, 5);
   }
 
@@ -93,8 +98,9 @@ class CombineSender {
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
       expect(t, EPT_PHASE_COMBINE, generation, r, t.map.recv(EPT_PHASE_COMBINE, slot()) + a.routing.combine_at[r]);
     parts = parts_of((s.begin[world] + gridDim.x - 1) / gridDim.x, warps(), groups, 6);
+    const Taking members = taking(t, kNext);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
-      s.pieces[r] = s.pending[r] = pieces_of(r) + (r % gridDim.x == blockIdx.x);
+      s.pieces[r] = s.pending[r] = pieces_of(r) + (r % gridDim.x == blockIdx.x && members.has(r));
       const uint64_t staged = object.shape.combine_staging(r < t.rank ? r : r - 1).offset;
       s.message[r] =
           s.message[r] ? s.message[r] + s.received[r] : t.staging + t.map.send(EPT_PHASE_COMBINE, slot()) + staged;
@@ -127,8 +133,9 @@ class CombineSender {
 
   // Block r mod blocks writes the header for rank r: one piece of that message.
   EPT_DEVICE void headers() {
+    const Taking members = taking(t, kNext);
     for (uint32_t r = blockIdx.x + gridDim.x * warp_id(); r < world; r += gridDim.x * warps()) {
-      if (lane_id() != 0) continue;
+      if (lane_id() != 0 || !members.has(r)) continue;
       ept_moe_header h = header_of(t, object, EPT_PHASE_COMBINE, generation, rows_of(r));
       h.row_bytes = uint32_t(row_bytes);
       h.payload_bytes = uint32_t(object.returned);

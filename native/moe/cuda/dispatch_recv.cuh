@@ -93,7 +93,12 @@ class DispatchReceiver {
     }
     look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
     if (threadIdx.x == 0) *s.totals = *s.next_blank = 0;
-    for (uint32_t i = threadIdx.x; i < world * local; i += blockDim.x) s.cursor[i] = 0;
+    const bool all = !taking(t, EPT_PHASE_DISPATCH).out;
+    for (uint32_t i = threadIdx.x; i < world * local; i += blockDim.x) {
+      s.cursor[i] = 0;
+      if (!all) s.counts[i] = 0;  // of a rank that takes no part nobody else writes them
+    }
+    for (uint32_t r = threadIdx.x; r < world && !all; r += blockDim.x) s.return_at[r] = 0;
     if (!is_faulted(fault)) receive();
     note(t, kDispatchRecv, 3);
     const bool last = last_block(t, kDispatchRecv, s.word);
@@ -529,6 +534,8 @@ class Waiter {
   EPT_DEVICE bool may_begin(uint32_t) const { return true; }
   EPT_DEVICE bool begin(uint32_t) const { return true; }
   EPT_DEVICE void run() {
+    for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) s.rows[r] = 0;
+    for (uint32_t i = threadIdx.x; i < t.world * a.object.local; i += blockDim.x) s.counts[i] = 0;
     look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
     __syncthreads();
     scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, *this);
@@ -584,11 +591,28 @@ EPT_KERNEL moe_drain(EPT_ARGUMENT(ept::moe::cuda::Drain) args) {
   const uint64_t generation = t.state->received[args.phase];
   const uint32_t half = args.phase == EPT_PHASE_DISPATCH ? kDispatchRecv : kCombineRecv;
   const uint64_t deadline = ept::device::deadline_in(t.timeout_ns);
+  const Taking members = taking(t, args.phase);
   for (uint32_t source = threadIdx.x; source < t.world; source += blockDim.x)
-    while (!has_arrived(t, source, args.phase, generation) &&
+    while (members.has(source) && !has_arrived(t, source, args.phase, generation) &&
            may_wait(t, half, args.phase, generation, source, deadline)) {}
   for (uint32_t source = threadIdx.x; source < t.world && t.acks; source += blockDim.x)
-    if (has_arrived(t, source, args.phase, generation)) hear(t, source, landed(t, args.phase, generation, source));
+    if (members.has(source) && has_arrived(t, source, args.phase, generation))
+      hear(t, source, landed(t, args.phase, generation, source));
   __syncthreads();
   if (threadIdx.x == 0) t.state->received[args.phase] = generation + 1;
+}
+
+// One block, while no other kernel of the lane runs.
+EPT_KERNEL moe_take_members(EPT_ARGUMENT(ept::moe::cuda::TakeMembers) args) {
+  using namespace ept::moe::cuda;
+  if (!args.lane.world) return;
+  const LaneTable &t = args.lane;
+  for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x)
+    t.out[kNext * t.world + r] = uint8_t(args.out[r / 64] >> r % 64 & 1);
+  if (threadIdx.x != 0) return;
+  const uint32_t before = t.state->membership[kNext];
+  t.state->membership[kNext] = args.membership;
+  if (args.code)
+    raise_fault(t, args.code, kCombineSend, args.peer, kMembers, t.state->sent[EPT_PHASE_COMBINE], before,
+                args.membership);
 }

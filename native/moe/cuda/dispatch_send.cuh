@@ -18,6 +18,9 @@
 
 namespace ept::moe::cuda {
 
+// Where an expert of a rank is that takes no part: no rank has this number.
+constexpr uint32_t kNowhere = 0xffffffffu;
+
 class DispatchSender {
  public:
   EPT_DEVICE DispatchSender(const DispatchSend &args, const SendShared &shared)
@@ -42,8 +45,10 @@ class DispatchSender {
     start();
     begin();
     if (!is_faulted(fault)) send();
-    if (last_block(t, kDispatchSend, s.word))
+    if (last_block(t, kDispatchSend, s.word)) {
+      keep_members(t, EPT_PHASE_DISPATCH);
       end_half(t, kDispatchSend, &t.state->sent[EPT_PHASE_DISPATCH], generation);
+    }
     note(t, kDispatchSend, 5);
   }
 
@@ -130,10 +135,13 @@ class DispatchSender {
 
   // Tables; the last warps take the short ones. The caller's barrier ends it.
   EPT_DEVICE void begin() {
+    const Taking members = taking(t, kNext);
     for (uint32_t e = threadIdx.x; e < a.object.experts; e += blockDim.x) {
-      s.where[e] = a.object.where[e];
+      const uint32_t where = a.object.where[e];
+      s.where[e] = members.has(where >> 16) ? where : kNowhere;
       s.counts[e] = 0;
     }
+    if (blockIdx.x == 0 && threadIdx.x == 0) a.routing.membership[0] = t.state->membership[kNext];
     const uint32_t back = blockDim.x - 1 - threadIdx.x;
     for (uint32_t r = back; r < world; r += blockDim.x) {
       s.pending[r] = s.pieces[r] = 0;
@@ -152,6 +160,7 @@ class DispatchSender {
       each_id(token, [&](uint32_t, int64_t expert) {
         if (valid(expert)) {
           const uint32_t where = s.where[expert], rank = where >> 16;
+          if (where == kNowhere) return;
           atomicAdd(&s.counts[s.first[rank] + (where & 0xffff)], 1u);
           if (rank < 64) mask |= 1ull << rank;
         } else if (expert != -1) {  // nobody can be told before the messages go: it counts as none, and faults the lane
@@ -209,7 +218,9 @@ class DispatchSender {
 
   // The parts of this block's tokens.
   EPT_DEVICE void number() {
-    for (uint32_t r = blockIdx.x + gridDim.x * threadIdx.x; r < world; r += gridDim.x * blockDim.x) add_pieces(r, 1);
+    const Taking members = taking(t, kNext);
+    for (uint32_t r = blockIdx.x + gridDim.x * threadIdx.x; r < world; r += gridDim.x * blockDim.x)
+      if (members.has(r)) add_pieces(r, 1);
     const uint32_t until = end > first ? (end + kWarp - 1) / kWarp : 0;
     for (uint32_t tile = first / kWarp + warp_id(); tile < until; tile += warps()) {
       const uint32_t token = tile * kWarp + lane_id();
@@ -239,7 +250,9 @@ class DispatchSender {
 
   // Block r mod blocks writes the header for rank r: one piece of that message.
   EPT_DEVICE void headers() {
+    const Taking members = taking(t, kNext);
     for (uint32_t r = blockIdx.x + gridDim.x * warp_id(); r < world; r += gridDim.x * warps()) {
+      if (!members.has(r)) continue;
       const uint32_t local = s.first[r + 1] - s.first[r];
       const uint64_t bytes = header_bytes(r);
       char *to = s.rows_at[r] - bytes;

@@ -18,6 +18,7 @@ enum Kernel : uint32_t {
   kKernelCombineSend,
   kKernelCombineRecv,
   kKernelDrain,
+  kKernelTakeMembers,
   kKernels
 };
 // As moe.cu names them, in that order.

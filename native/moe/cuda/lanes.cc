@@ -27,49 +27,63 @@ constexpr uint64_t kMostShared = 96 << 10;
 
 }  // namespace
 
-Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, uint32_t world, uint32_t rank, uint32_t count,
-             const LaneMap &map)
+namespace {
+
+uint32_t lanes_of(const Arena &arena, const ept_moe_config &moe, bool mapped) {
+  return mapped ? moe.lanes : uint32_t(arena.lanes.size());
+}
+
+}  // namespace
+
+Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_moe_config &moe,
+             std::shared_ptr<Arena> arena, std::vector<Place> places)
     : gpu_(std::move(gpu)),
       config_(config),
-      world_(world),
-      rank_(rank),
-      count_(count),
-      map_(map),
-      lane_bytes_(align_up(map.exported(), page_bytes())),
+      world_(arena->world),
+      rank_(arena->rank),
+      count_(lanes_of(*arena, moe, all_map(places))),
+      map_(all_map(places) ? lane_map(Object(moe).shape) : arena->map),
+      lane_bytes_(align_up(map_.exported(), page_bytes())),
       threads_(config.threads ? config.threads : kThreads),
-      peers_(world),
-      kept_(count) {
+      peers_(world_),
+      kept_(count_),
+      taken_(count_),
+      arena_(std::move(arena)),
+      places_(std::move(places)) {
   if (threads_ % kWarp || threads_ < 2 * kWarp || threads_ > 1024)
     fail(EPT_E_INVALID, -1, "threads is %u; a block has a multiple of %u of them, from %u to 1024", threads_, kWarp,
          2 * kWarp);
-  memory_ = static_cast<char *>(gpu_->allocate(bytes()));
-  told_ = static_cast<Told *>(gpu_->allocate_pinned(sizeof(Told) * count_));
-}
-
-Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_moe_config &moe)
-    : Lanes(std::move(gpu), config, moe.world, moe.rank, moe.lanes, lane_map(Object(moe).shape)) {}
-
-Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, std::shared_ptr<Arena> arena,
-             std::vector<Place> places)
-    : Lanes(std::move(gpu), config, arena->world, arena->rank, uint32_t(arena->lanes.size()), arena->map) {
-  arena_ = std::move(arena);
-  places_ = std::move(places);
-  bool calls = false;
-  for (uint32_t r = 0; r < world_; r++) {
-    peers_[r].same_gpu = same_gpu(places_[r], places_[rank_]);
-    peers_[r].same_process = places_[r].on_gpu && places_[r].process == config_.process;
-    calls = calls || !places_[r].on_gpu;
+  try {
+    memory_ = static_cast<char *>(gpu_->allocate(bytes()));
+    told_ = static_cast<Told *>(gpu_->allocate_pinned(sizeof(Told) * count_));
+    progress_ = static_cast<ept_device_progress *>(gpu_->allocate_pinned(sizeof(ept_device_progress) * world_));
+    bool calls = false;
+    for (uint32_t r = 0; r < world_; r++) {
+      peers_[r].same_gpu = same_gpu(places_[r], places_[rank_]);
+      peers_[r].same_process = places_[r].on_gpu && places_[r].process == config_.process;
+      calls = calls || (places_[r].known && !places_[r].on_gpu);
+    }
+    if (!all_map(places_)) net_ = std::make_unique<Net>(gpu_, *arena_, calls);
+  } catch (...) {
+    give_back();
+    throw;
   }
-  net_ = std::make_unique<Net>(gpu_, *arena_, calls);
+  arena_->list(this);
 }
 
 Lanes::~Lanes() {
+  arena_->unlist(this);
+  give_back();
+}
+
+void Lanes::give_back() {
   net_.reset();
   for (const Peer &peer : peers_)
     if (peer.opened) gpu_->close(peer.opened);
   if (own_) gpu_->release(own_);
   if (memory_) gpu_->release(memory_);
   if (told_) gpu_->release_pinned(told_);
+  if (progress_) gpu_->release_pinned(progress_);
 }
 
 std::string Lanes::exported() const {
@@ -101,6 +115,9 @@ void Lanes::connect(uint32_t rank, const std::string &given) {
          "rank %u has %u lanes of %llu bytes for %u ranks; rank %u has %u of %llu for %u", rank, blob.lanes,
          (unsigned long long)blob.lane_bytes, blob.world, rank_, count_, (unsigned long long)lane_bytes_, world_);
   Peer &peer = peers_[rank];
+  if (peer.blob == given) return;
+  if (peer.opened) gpu_->close(peer.opened);  // of an earlier life of that rank
+  peer.opened = nullptr;
   const std::string here = gpu_->identity();
   peer.same_gpu = memcmp(here.data(), blob.gpu, std::min(here.size(), sizeof blob.gpu)) == 0;
   peer.same_process = blob.process == config_.process;
@@ -117,7 +134,7 @@ void Lanes::connect(uint32_t rank, const std::string &given) {
     peer.opened = gpu_->open(std::string(blob.handle, sizeof blob.handle));
     peer.base = static_cast<char *>(peer.opened);
   }
-  peer.known = true;
+  peer.blob = given;
 }
 
 // INVARIANT: of all kernels that wait for peers, every one is on the GPU at the same time, or the one that is waited
@@ -138,9 +155,32 @@ void Lanes::choose_blocks() {
          ranks, count_, std::max(blocks_, 1u), threads_, (unsigned long long)std::max(blocks_, 1u) * sharers, room);
 }
 
+// Once to know how many bytes, and once more to know where.
+void Lanes::lay(char *begin) {
+  Carve carve(begin);
+  for (Kept &kept : kept_) {
+    kept.tickets = carve.take<uint64_t>(uint64_t(world_) * kSignals);
+    kept.offsets = carve.take<uint64_t>(uint64_t(world_) * kSignals);
+    kept.heard = carve.take<uint64_t>(uint64_t(world_) * EPT_PHASES);
+    kept.lands = carve.take<uint64_t>(uint64_t(world_) * EPT_PHASES * EPT_MOE_SLOTS);
+    kept.state = carve.take<LaneState>(1);
+    kept.done = carve.take<uint32_t>(world_);
+    kept.out = carve.take<uint8_t>(uint64_t(world_) * kSets);
+  }
+  kept_bytes_ = carve.bytes();
+  paths_.resize(count_), words_.resize(count_), in_.resize(count_);
+  for (uint32_t l = 0; l < count_; l++) {
+    paths_[l] = carve.take<ept_path>(world_);
+    words_[l] = carve.take<uint64_t *>(world_);
+    in_[l] = carve.take<char *>(world_);
+  }
+  own_bytes_ = carve.bytes();
+}
+
 void Lanes::start() {
   for (uint32_t r = 0; r < world_; r++)
-    if (!peers_[r].known) fail(EPT_E_INVALID, int32_t(r), "rank %u's lanes are not connected", r);
+    if (places_[r].known && (r == rank_ || ept::moe::maps(places_[r], places_[rank_])) && !peers_[r].base)
+      fail(EPT_E_INVALID, int32_t(r), "rank %u's lanes are not connected", r);
   ranks_here_ = 0;
   for (const Peer &peer : peers_) ranks_here_ += peer.same_process;
   if (ranks_here_ > 1 && gpu_->connections() < kConnections)
@@ -150,38 +190,12 @@ void Lanes::start() {
          "to %u before CUDA starts, or their kernels wait behind one another for ever",
          ranks_here_, gpu_->connections(), kConnections);
   choose_blocks();
-  // Two passes over the same parts: how many bytes, and where.
-  std::vector<ept_path *> paths(count_);
-  std::vector<uint64_t **> words(count_);
-  std::vector<char **> in(count_);
-  const auto lay = [&](char *begin) {
-    Carve carve(begin);
-    for (uint32_t l = 0; l < count_; l++) {
-      kept_[l].tickets = carve.take<uint64_t>(uint64_t(world_) * kSignals);
-      kept_[l].offsets = carve.take<uint64_t>(uint64_t(world_) * kSignals);
-      kept_[l].heard = carve.take<uint64_t>(uint64_t(world_) * EPT_PHASES);
-      kept_[l].lands = carve.take<uint64_t>(uint64_t(world_) * EPT_PHASES * EPT_MOE_SLOTS);
-      kept_[l].state = carve.take<LaneState>(1);
-      kept_[l].done = carve.take<uint32_t>(world_);
-    }
-    kept_bytes_ = carve.bytes();
-    for (uint32_t l = 0; l < count_; l++) {
-      paths[l] = carve.take<ept_path>(world_);
-      words[l] = carve.take<uint64_t *>(world_);
-      in[l] = carve.take<char *>(world_);
-    }
-    own_bytes_ = carve.bytes();
-  };
   lay(nullptr);
   own_ = static_cast<char *>(gpu_->allocate(own_bytes_));
   lay(own_);
 
   tables_.assign(count_, LaneTable{});
-  std::vector<char> image(own_bytes_, 0);
-  const auto in_image = [&](auto *at) {
-    return reinterpret_cast<std::remove_reference_t<decltype(*at)> *>(image.data() +
-                                                                      (reinterpret_cast<char *>(at) - own_));
-  };
+  image_.assign(own_bytes_, 0);
   for (uint32_t l = 0; l < count_; l++) {
     LaneTable &t = tables_[l];
     t.world = world_;
@@ -189,67 +203,149 @@ void Lanes::start() {
     t.lane = l;
     t.map = map_;
     t.timeout_ns = config_.timeout_ns;
-    if (arena_) {
-      t.epoch = arena_->epoch;
-      in_image(kept_[l].state)->membership = arena_->members()->epoch;
+    t.epoch = arena_->epoch;
+    if (net_) {
       t.acks = net_->acks(l);
       t.staging = net_->memory(l);
     }
-    t.in = in[l];
-    t.paths = paths[l];
-    t.words = words[l];
+    t.in = in_[l];
+    t.paths = paths_[l];
+    t.words = words_[l];
     t.done = kept_[l].done;
     t.tickets = kept_[l].tickets;
     t.offsets = kept_[l].offsets;
     t.heard = kept_[l].heard;
     t.lands = kept_[l].lands;
+    t.out = kept_[l].out;
     t.state = kept_[l].state;
     t.told = told_ + l;
     t.group_fault = config_.group_fault;
-    for (uint32_t r = 0; r < world_; r++) {
-      const auto signals = [&](char *base, uint32_t source) {
-        return base + signals_at() + (uint64_t(l) * world_ + source) * kSignals * sizeof(uint64_t);
-      };
-      ept_path &path = in_image(paths[l])[r];
-      if (!maps(r)) {
-        path = net_->path(l, r);
-        in_image(words[l])[r] = net_->words(l, r);
-        in_image(in[l])[r] = net_->memory(l);
-        continue;
-      }
-      path.kind = r == rank_ ? EPT_DEVICE_NONE : EPT_DEVICE_MAPPED;
-      path.peer = r;
-      path.window = uint64_t(reinterpret_cast<uintptr_t>(peers_[r].base + l * lane_bytes_));
-      path.window_bytes = map_.exported();
-      path.signals = uint64_t(reinterpret_cast<uintptr_t>(signals(peers_[r].base, rank_)));
-      path.signal_count = kSignals;
-      in_image(words[l])[r] = reinterpret_cast<uint64_t *>(signals(memory_, r));
-      in_image(in[l])[r] = memory_ + l * lane_bytes_;
-    }
+    for (uint32_t r = 0; r < world_; r++) fill_peer(l, r);
   }
-  gpu_->copy_in(own_, image.data(), own_bytes_);
+  gpu_->copy_in(own_ + kept_bytes_, image_.data() + kept_bytes_, own_bytes_ - kept_bytes_);
+  begin_at({count_, {0, 0}});
+  follow();
+}
+
+// How kernels of a lane reach a rank, and where its messages come.
+void Lanes::fill_peer(uint32_t l, uint32_t r) {
+  const auto signals = [&](char *base, uint32_t source) {
+    return base + signals_at() + (uint64_t(l) * world_ + source) * kSignals * sizeof(uint64_t);
+  };
+  ept_path &path = in_image(paths_[l])[r];
+  path = ept_path{};
+  if (!maps(r) && net_) {
+    path = net_->path(l, r);
+    in_image(words_[l])[r] = net_->words(l, r);
+    in_image(in_[l])[r] = net_->memory(l);
+    return;
+  }
+  in_image(words_[l])[r] = reinterpret_cast<uint64_t *>(signals(memory_, r));
+  in_image(in_[l])[r] = memory_ + l * lane_bytes_;
+  if (!maps(r)) return;  // it takes no part yet
+  path.kind = r == rank_ ? EPT_DEVICE_NONE : EPT_DEVICE_MAPPED;
+  path.peer = r;
+  path.window = uint64_t(reinterpret_cast<uintptr_t>(peers_[r].base + l * lane_bytes_));
+  path.window_bytes = map_.exported();
+  path.signals = uint64_t(reinterpret_cast<uintptr_t>(signals(peers_[r].base, rank_)));
+  path.signal_count = kSignals;
+  if (r != rank_) path.progress = uint64_t(reinterpret_cast<uintptr_t>(progress_ + r));
 }
 
 void Lanes::write_times(uint64_t *times) {
   for (uint32_t l = 0; l < count_; l++) tables_[l].times = times ? times + l * times_of(blocks_, world_) : nullptr;
 }
 
-int32_t Lanes::reset(uint64_t timeout_ns) {
-  std::vector<std::array<uint64_t, EPT_PHASES>> next(count_);
-  if (net_) {
-    const Deadline deadline(timeout_ns == UINT64_MAX ? config_.timeout_ns : timeout_ns);
-    for (uint32_t l = 0; l < count_; l++) {
-      LaneState state;
-      gpu_->copy_out(&state, kept_[l].state, sizeof state);
-      for (uint32_t p = 0; p < EPT_PHASES; p++) next[l][p] = state.sent[p];
-    }
-    if (const int32_t code = net_->reset(next, deadline.remaining()); code != EPT_OK) return code;
-    begin_at(next);
-    meet(deadline);
-  } else {
-    begin_at(next);
+// ---- who takes part ----
+
+void Lanes::launch_members(uint32_t lane, const Members &members, uint32_t code, int32_t peer, void *stream) {
+  TakeMembers a{};
+  if (world_ > TakeMembers::kMost)
+    fail(EPT_E_UNSUPPORTED, -1, "masks in a group of %u ranks; kernels know them of at most %u", world_,
+         TakeMembers::kMost);
+  a.lane = tables_[lane];
+  a.membership = members.epoch;
+  a.code = code;
+  a.peer = peer;
+  for (uint32_t r = 0; r < world_; r++)
+    if (!members.has(r)) a.out[r / 64] |= 1ull << r % 64;
+  gpu_->launch(kKernelTakeMembers, 1, threads_, 0, stream, &a);
+  taken_[lane] = members.epoch;
+}
+
+void Lanes::take_members(uint32_t lane, bool captures, void *stream) {
+  const std::shared_ptr<const Members> now = arena_->members_of_step();
+  if (!whole_) fail(EPT_E_FAULT, -1, "lane %u is faulted: a reset has begun and not ended well", lane);
+  if (taken_[lane] == now->epoch) return;
+  if (captures)
+    fail(EPT_E_FAULT, -1,
+         "a graph is captured, and lane %u has not heard of membership %u yet: call check() on the lane's stream "
+         "before the capture",
+         lane, now->epoch);
+  launch_members(lane, *now, 0, -1, stream);
+}
+
+void Lanes::refuse_old(uint32_t lane, uint32_t membership, void *stream) {
+  const std::shared_ptr<const Members> now = arena_->members();
+  if (now->epoch == membership) return;
+  // Other ranks may learn of it in another call: only a reset brings all to one place.
+  int32_t lost = -1;
+  for (uint32_t r = 0; r < world_ && lost < 0; r++)
+    if (!now->has(r)) lost = int32_t(r);
+  launch_members(lane, *now, uint32_t(lost < 0 ? -EPT_E_FAULT : -EPT_E_PEER_LOST), lost, stream);
+  if (lost >= 0)
+    fail(EPT_E_PEER_LOST, lost,
+         "rank %d was masked since the dispatch (membership %u, now %u): what it had of these tokens is lost; reset, "
+         "and dispatch again",
+         lost, membership, now->epoch);
+  fail(EPT_E_FAULT, -1,
+       "the dispatch was under membership %u, which is %u now: reset on every rank, and dispatch again", membership,
+       now->epoch);
+}
+
+void Lanes::follow() {
+  const std::lock_guard<std::mutex> lock(following_);
+  const std::shared_ptr<const Members> now = arena_->members();
+  for (uint32_t r = 0; r < world_; r++) {
+    if (r == rank_) continue;
+    const int32_t code = !now->has(r) ? EPT_E_PEER_LOST : arena_->resets(r) ? EPT_E_FAULT : EPT_OK;
+    if (code == EPT_OK) continue;
+    if (maps(r))
+      std::atomic_ref<int32_t>(progress_[r].status).store(code, std::memory_order_release);
+    else if (net_)
+      net_->end_waits(r, code);
   }
-  return EPT_OK;
+}
+
+// ---- reset ----
+
+std::shared_ptr<void> Lanes::before_reset(const Deadline &deadline) {
+  whole_ = false;
+  if (!net_) return nullptr;
+  std::vector<std::array<uint64_t, EPT_PHASES>> next(count_);
+  for (uint32_t l = 0; l < count_; l++) {
+    LaneState state;
+    gpu_->copy_out(&state, kept_[l].state, sizeof state);
+    for (uint32_t p = 0; p < EPT_PHASES; p++) next[l][p] = state.sent[p];
+  }
+  return net_->before_reset(next, deadline);
+}
+
+// Since all that are up have come, none of their kernels run: nobody raises a mapped signal before all have met.
+void Lanes::after_reset(uint64_t number, uint32_t index, const Deadline &deadline) {
+  const uint64_t tag = kTagSideMeet | (number & 0xffffffff) << 16 | (index & 0x7fff) << 1;
+  std::vector<std::array<uint64_t, EPT_PHASES>> next(count_, {number, number});
+  if (net_) net_->after_reset(next);
+  meet(tag, true, deadline);
+  begin_at(next);
+  {
+    const std::lock_guard<std::mutex> lock(following_);
+    for (uint32_t r = 0; r < world_; r++)
+      if (arena_->members()->has(r))
+        std::atomic_ref<int32_t>(progress_[r].status).store(EPT_OK, std::memory_order_release);
+  }
+  meet(tag | 1, false, deadline);
+  whole_ = true;
 }
 
 // All that kernels keep, empty and at those generations. Nobody raises a mapped signal meanwhile.
@@ -257,40 +353,60 @@ void Lanes::begin_at(const std::vector<std::array<uint64_t, EPT_PHASES>> &next) 
   gpu_->clear(memory_ + signals_at(), bytes() - signals_at());
   gpu_->clear(own_, kept_bytes_);
   memset(told_, 0, sizeof(Told) * count_);
-  if (!net_) return;
+  const std::shared_ptr<const Members> members = arena_->members();
   for (uint32_t l = 0; l < count_; l++) {
     LaneState state{};
     std::vector<uint64_t> offsets(uint64_t(world_) * kSignals), heard(uint64_t(world_) * EPT_PHASES);
+    std::vector<uint8_t> out(uint64_t(world_) * kSets);
     for (uint32_t p = 0; p < EPT_PHASES; p++) {
       state.sent[p] = state.received[p] = next[l][p];
       for (uint32_t r = 0; r < world_; r++) {
         heard[r * EPT_PHASES + p] = next[l][p];
         for (uint32_t slot = 0; slot < EPT_MOE_SLOTS; slot++) {
           const uint64_t first = next[l][p] + ((next[l][p] ^ slot) & 1);  // generation of that slot
-          offsets[r * kSignals + signal_index(p, slot)] = (maps(r) ? 0 : net_->taken(l, r, p, slot)) - first / 2;
+          const uint64_t taken = maps(r) || !net_ ? 0 : net_->taken(l, r, p, slot);
+          offsets[r * kSignals + signal_index(p, slot)] = taken - first / 2;
         }
       }
     }
-    state.membership = arena_->members()->epoch;
+    for (uint32_t set = 0; set < kSets; set++) {
+      state.membership[set] = members->epoch;
+      for (uint32_t r = 0; r < world_; r++) out[set * world_ + r] = !members->has(r);
+    }
+    taken_[l] = members->epoch;
     gpu_->copy_in(kept_[l].state, &state, sizeof state);
     gpu_->copy_in(kept_[l].offsets, offsets.data(), offsets.size() * sizeof(uint64_t));
     gpu_->copy_in(kept_[l].heard, heard.data(), heard.size() * sizeof(uint64_t));
+    gpu_->copy_in(kept_[l].out, out.data(), out.size());
   }
 }
 
-// GPU ranks some of which map each other's signals: all have cleared theirs.
-void Lanes::meet(const Deadline &deadline) {
-  Members with;
-  bool any = false;
-  for (const Place &a : places_) {
-    with.active.push_back(a.on_gpu != 0);
-    for (const Place &b : places_) any = any || (&a != &b && ept::moe::maps(a, b));
+// GPU ranks that are up say where their memory is, which is another one where a rank's process is; and none goes on
+// before all are here.
+void Lanes::meet(uint64_t tag, bool tell, const Deadline &deadline) {
+  Members with = *arena_->members();
+  for (uint32_t r = 0; r < world_; r++)
+    if (places_[r].known && !places_[r].on_gpu) with.active[r] = 0;
+  Bytes mine;
+  const std::string blob = exported();
+  mine.put(places_[rank_]).put_text(blob.data(), blob.size());
+  const auto said = exchange(
+      arena_->engine, rank_, with, tag, [&](uint32_t) { return mine.all(); }, deadline, "to reset its GPU's signals");
+  if (!tell) return;
+  for (uint32_t r = 0; r < world_; r++) {
+    if (r == rank_ || !with.has(r)) continue;
+    Bytes theirs(said[r]);
+    places_[r] = theirs.get<Place>();
+    if (ept::moe::maps(places_[r], places_[rank_]))
+      connect(r, theirs.get_text());
+    else if (!net_)
+      fail(EPT_E_UNSUPPORTED, int32_t(r),
+           "rank %u has come back where rank %u can't map its memory, as all ranks of this group do: start it on this "
+           "machine, or make a group anew",
+           r, rank_);
+    for (uint32_t l = 0; l < count_; l++) fill_peer(l, r);
   }
-  meetings_++;
-  if (any)
-    exchange(
-        arena_->engine, rank_, with, kTagSideMeet | meetings_, [](uint32_t) { return std::string(); }, deadline,
-        "to reset its GPU's signals");
+  gpu_->copy_in(own_ + kept_bytes_, image_.data() + kept_bytes_, own_bytes_ - kept_bytes_);
 }
 
 void Lanes::fit(const Object &object) const {
@@ -332,7 +448,7 @@ void Lanes::check(uint32_t lane) const {
   static const char *const halves[] = {"dispatch_send", "dispatch_recv", "combine_send", "combine_recv"};
   static const char *const fields[] = {"",
                                        "magic or version",
-                                       "membership",
+                                       "membership: a rank was masked or readmitted, reset on every rank",
                                        "phase, source or lane",
                                        "generation",
                                        "AllToAll",
@@ -373,8 +489,17 @@ void Lanes::check(uint32_t lane) const {
               ull(told.expected));
       break;
     case kLost:
+      if (-int32_t(code) == EPT_E_FAULT)
+        failure("rank %u waited for rank %d, which has called reset, which abandons this step: reset here too", rank_,
+                told.peer);
       failure("rank %u waited for rank %d, which is gone (%s): the signal stands short of %llu", rank_, told.peer,
               ept_code_name(-int32_t(code)), ull(told.expected));
+      break;
+    case kMembers:
+      failure(
+          "it sums a dispatch of membership %llu, which is %llu by now: what ranks that were masked had of its "
+          "tokens is lost; reset on every rank, and dispatch again",
+          ull(told.expected), ull(told.seen));
       break;
     case kSlot:
       failure("rank %u waited %.1f s for rank %d to have consumed %llu messages; it says %llu", rank_,

@@ -8,11 +8,19 @@
 //   +--------+--------+--- ... ---+-----------------------------------------+
 // A lane of it is the receive half of layout.h, for messages of this rank and of peers that map it. Those of other
 // peers come to the arena's lanes, and leave from them (net.h).
+//
+// WHO TAKES PART. The host knows (mask.cc); kernels go by tables in device memory that stand still while one of the
+// lane's runs. So a change comes to a lane as a launch on its stream (take_members), before the step that it is for:
+// then all blocks of a step have one set, and captured graphs that are replayed later have it too. A step takes the
+// set at dispatch_send and keeps it (args.h, MemberSet). Waits for a rank that takes no part any more, or that has gone
+// on to a reset, end at once: the host writes it into the status of the rank's path.
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -24,24 +32,33 @@
 
 namespace ept::moe::cuda {
 
-class Lanes {
+class Lanes final : public Follower {
  public:
-  Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_moe_config &moe);
-  // Over the arena's engine, where some pair of `places` can't map each other's memory.
-  Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, std::shared_ptr<Arena> arena,
+  // Over the arena's engine, where some pair of `places` can't map each other's memory: then as large as its lanes.
+  // Else as `moe` needs them.
+  Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_moe_config &moe, std::shared_ptr<Arena> arena,
         std::vector<Place> places);
-  ~Lanes();
+  ~Lanes() override;
   Lanes(const Lanes &) = delete;
   Lanes &operator=(const Lanes &) = delete;
 
   std::string exported() const;
   void connect(uint32_t rank, const std::string &blob);
-  // No memory of that rank is mapped.
-  void know(uint32_t rank) { peers_[rank].known = true; }
+  // Those that map each other are connected, as far as they take part.
   void start();
-  // Collective. LATER: the membership moves; learn of it and call again. Never without an engine, which asks for
-  // barriers of the caller's.
-  int32_t reset(uint64_t timeout_ns);
+  // With no kernel of these lanes under way, collective with Arena::reset: which it is.
+  int32_t reset(uint64_t timeout_ns) { return arena_->reset(timeout_ns); }
+  // Before a step begins in that lane: launches what brings the present membership to it, if it has another. Throws as
+  // members_of_step, and FAULT where a reset has begun and not ended well. `captures`: the stream is, and nothing can
+  // be launched that is not part of the graph.
+  void take_members(uint32_t lane, bool captures, void *stream);
+  // The routing of a dispatch under `membership` is to be summed: throws, and faults the lane, where that is past.
+  void refuse_old(uint32_t lane, uint32_t membership, void *stream);
+  std::shared_ptr<const Members> members() const { return arena_->members(); }
+
+  void follow() override;
+  std::shared_ptr<void> before_reset(const Deadline &deadline) override;
+  void after_reset(uint64_t number, uint32_t index, const Deadline &deadline) override;
   // Throws INVALID, with the values, for an object that needs more than these have; UNSUPPORTED, what no lanes could
   // do.
   void fit(const Object &object) const;
@@ -61,23 +78,33 @@ class Lanes {
   bool maps(uint32_t rank) const { return rank == rank_ || peers_[rank].base; }
   bool shares_process() const { return ranks_here_ > 1; }
   Gpu &gpu() const { return *gpu_; }
+  std::shared_ptr<Gpu> shared_gpu() const { return gpu_; }
+  void watch() { arena_->watch(); }
 
  private:
   struct Peer {
     char *base = nullptr;
     void *opened = nullptr;  // by Gpu::open
-    bool known = false, same_gpu = false, same_process = false;
+    std::string blob;        // what it was opened by
+    bool same_gpu = false, same_process = false;
   };
   // What kernels keep of a lane from step to step.
   struct Kept {
     LaneState *state;
     uint32_t *done;
     uint64_t *tickets, *offsets, *heard, *lands;
+    uint8_t *out;
   };
-  Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, uint32_t world, uint32_t rank, uint32_t count,
-        const LaneMap &map);
   void begin_at(const std::vector<std::array<uint64_t, EPT_PHASES>> &next);
-  void meet(const Deadline &deadline);
+  void meet(uint64_t tag, bool tell, const Deadline &deadline);
+  void give_back();
+  void lay(char *begin);
+  void fill_peer(uint32_t lane, uint32_t rank);
+  void launch_members(uint32_t lane, const Members &members, uint32_t code, int32_t peer, void *stream);
+  template <class T>
+  T *in_image(T *at) {
+    return reinterpret_cast<T *>(image_.data() + (reinterpret_cast<char *>(at) - own_));
+  }
 
   uint64_t signals_at() const { return count_ * lane_bytes_; }
   uint64_t bytes() const { return signals_at() + uint64_t(count_) * world_ * kSignals * sizeof(uint64_t); }
@@ -97,15 +124,22 @@ class Lanes {
   std::vector<Kept> kept_;
   std::vector<LaneTable> tables_;
   Told *told_ = nullptr;
-  std::shared_ptr<Arena> arena_;
+  std::vector<char> image_;  // of what stands in own_ behind what kernels keep
+  std::vector<ept_path *> paths_;
+  std::vector<uint64_t **> words_;
+  std::vector<char **> in_;
+  ept_device_progress *progress_ = nullptr;  // [world] of peers that are mapped; pinned
+  std::mutex following_;                     // progress_ is written
+  std::atomic<bool> whole_{true};            // false: from a reset's begin until one ends well
+  std::vector<uint32_t> taken_;              // [lanes] the membership that the lane has, as far as was launched
+  const std::shared_ptr<Arena> arena_;
   std::vector<Place> places_;
-  uint64_t meetings_ = 0;
   std::unique_ptr<Net> net_;
 };
 
 using Open = std::function<std::shared_ptr<Gpu>(int32_t ordinal)>;
-// Collective with Arena::create on every rank, of a GPU or not. NULL: all ranks map each other's memory, and lanes are
-// made by themselves. `known`: of an earlier AllToAll of the arena, and then they are the lanes of this one too.
+// Collective with Arena::create on every rank, of a GPU or not. `known`: of an earlier AllToAll of the arena; they are
+// the lanes of this one too, unless peers are reached in another way now.
 std::shared_ptr<Lanes> join(std::shared_ptr<Arena> arena, const ept_gpu_config &config, const ept_moe_config &moe,
                             std::shared_ptr<Lanes> known, Open open, uint32_t *number);
 

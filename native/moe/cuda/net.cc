@@ -24,7 +24,15 @@ constexpr uint64_t kAcksEvery = 20'000;  // ns: acks come seldom, and a look at 
 }  // namespace
 
 Net::Net(std::shared_ptr<Gpu> gpu, Arena &arena, bool calls)
-    : gpu_(std::move(gpu)), arena_(arena), world_(arena.world), pinned_(arena.lanes.size()) {
+    : gpu_(std::move(gpu)),
+      arena_(arena),
+      world_(arena.world),
+      pinned_(arena.lanes.size()),
+      bases_(uint64_t(world_) * pinned_.size() * kSignals),
+      mine_(world_),
+      theirs_(world_) {
+  for (uint32_t r = 0; r < world_; r++)
+    mine_[r] = arena_.lanes[0]->links[r].mine, theirs_[r] = arena_.lanes[0]->links[r].theirs;
   try {
     for (uint32_t l = 0; l < pinned_.size(); l++) {
       const Lane &lane = *arena_.lanes[l];
@@ -104,35 +112,48 @@ void Net::pass_acks() {
   }
 }
 
-int32_t Net::reset(std::vector<std::array<uint64_t, EPT_PHASES>> &next, uint64_t timeout_ns) {
-  const Deadline deadline(timeout_ns == UINT64_MAX ? arena_.timeout_ns : timeout_ns);
+void Net::rebase() {
+  for (uint32_t r = 0; r < world_; r++) {
+    const Link &link = arena_.lanes[0]->links[r];
+    if (r == arena_.rank || (link.mine == mine_[r] && link.theirs == theirs_[r])) continue;
+    mine_[r] = link.mine, theirs_[r] = link.theirs;
+    for (uint32_t s = 0; s < pinned_.size() * kSignals; s++) base(r, s) = proxy_->raised(r, s);
+  }
+}
+
+std::shared_ptr<void> Net::before_reset(const std::vector<std::array<uint64_t, EPT_PHASES>> &next,
+                                        const Deadline &deadline) {
   if (!proxy_->quiesce(deadline.at))
     fail(EPT_E_TIMEOUT, -1, "reset: rank %u waited %.3f s for writes of its GPU to end", arena_.rank,
          deadline.waited_s());
-  const std::lock_guard<std::mutex> lock(taking_acks_);
+  auto kept = std::make_shared<std::unique_lock<std::mutex>>(taking_acks_);
+  rebase();
   for (uint32_t l = 0; l < pinned_.size(); l++) {
     Lane &lane = *arena_.lanes[l];
     for (uint32_t p = 0; p < EPT_PHASES; p++) {
-      lane.next[p] = next[l][p];
+      lane.next[p] = std::max<uint64_t>(lane.next[p], next[l][p]);
       for (uint32_t r = 0; r < world_; r++)
-        for (uint32_t slot = 0; slot < EPT_MOE_SLOTS && r != arena_.rank; slot++)
-          lane.links[r].posted[p][slot][0] = proxy_->raised(r, l * kSignals + signal_index(p, slot));
+        for (uint32_t slot = 0; slot < EPT_MOE_SLOTS && r != arena_.rank; slot++) {
+          const uint32_t signal = l * kSignals + signal_index(p, slot);
+          lane.links[r].posted[p][slot][0] = proxy_->raised(r, signal) - base(r, signal);
+        }
     }
   }
-  const int32_t code = arena_.reset(std::max<uint64_t>(deadline.remaining(), 1));
-  if (code != EPT_OK) return code;
-  if (arena_.members()->count() != world_)
-    fail(EPT_E_UNSUPPORTED, -1, "rank %u is on a GPU, whose kernels know no masks: all ranks must be up", arena_.rank);
+  return kept;
+}
+
+void Net::after_reset(std::vector<std::array<uint64_t, EPT_PHASES>> &next) {
   for (uint32_t l = 0; l < pinned_.size(); l++)
     for (uint32_t p = 0; p < EPT_PHASES; p++) {
       next[l][p] = arena_.lanes[l]->next[p];
       for (uint32_t r = 0; r < world_ && acks_; r++)
         acks_[(uint64_t(l) * world_ + r) * EPT_PHASES + p] = arena_.lanes[l]->links[r].consumed[p];
     }
+  rebase();
   name_all();
+  const std::shared_ptr<const Members> members = arena_.members();
   for (uint32_t r = 0; r < world_; r++)
-    if (r != arena_.rank) proxy_->reopen(r);
-  return EPT_OK;
+    if (r != arena_.rank && members->has(r)) proxy_->reopen(r);
 }
 
 uint64_t Net::taken(uint32_t lane, uint32_t source, uint32_t phase, uint32_t slot) const {

@@ -37,9 +37,13 @@ class Net {
   uint64_t *words(uint32_t lane, uint32_t source) const { return pinned_[lane].words + source * Words::kEach; }
   const uint64_t *acks(uint32_t lane) const { return acks_ ? acks_ + uint64_t(lane) * world_ * EPT_PHASES : nullptr; }
 
-  // Arena::reset for lanes whose next generations are `next`, [lane][phase], while no kernel of this rank runs. After
-  // OK they are those that all ranks go on with.
-  int32_t reset(std::vector<std::array<uint64_t, EPT_PHASES>> &next, uint64_t timeout_ns);
+  // Follower's, for lanes whose next generations are `next`, [lane][phase], while no kernel of this rank runs; and
+  // those that all ranks go on with.
+  std::shared_ptr<void> before_reset(const std::vector<std::array<uint64_t, EPT_PHASES>> &next,
+                                     const Deadline &deadline);
+  void after_reset(std::vector<std::array<uint64_t, EPT_PHASES>> &next);
+  // Waits of kernels for that rank end with `code`, until the next reset. What is posted to it goes on.
+  void end_waits(uint32_t rank, int32_t code) { proxy_->end_waits(rank, code); }
   // Since then, or since the start: the count of the signal that the source's next message raises it from.
   uint64_t taken(uint32_t lane, uint32_t source, uint32_t phase, uint32_t slot) const;
 
@@ -51,6 +55,9 @@ class Net {
   void name_all();
   void pass_acks();
   void give_back();
+  // A link that was made anew counts from 0, and the proxy goes on.
+  void rebase();
+  uint64_t &base(uint32_t rank, uint32_t signal) { return bases_[uint64_t(rank) * pinned_.size() * kSignals + signal]; }
 
   const std::shared_ptr<Gpu> gpu_;
   Arena &arena_;
@@ -58,7 +65,9 @@ class Net {
   std::vector<Pinned> pinned_;  // [lanes]
   void *pinned_ring_ = nullptr;
   void *ring_ = nullptr;
-  uint64_t *acks_ = nullptr;  // [lanes, world, EPT_PHASES] pinned
+  uint64_t *acks_ = nullptr;             // [lanes, world, EPT_PHASES] pinned
+  std::vector<uint64_t> bases_;          // [world, lanes, kSignals] of proxy_->raised
+  std::vector<uint32_t> mine_, theirs_;  // [world] lives of the links that they are of
   std::mutex taking_acks_;
   uint64_t looked_ = 0;
   std::unique_ptr<ept::cuda::Proxy> proxy_;

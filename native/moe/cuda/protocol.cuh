@@ -17,6 +17,9 @@
 //  - A message is `done` in pieces: each block, by whichever of its threads finishes its last piece for a rank, adds
 //  them
 //    with acquire and release (device.cuh, 3); who completes the count zeroes it and raises the signal.
+//  - Who takes part is known to every block of a launch alike: state->membership[kNext] and its set are written by
+//    take_members alone, which runs when no other kernel of the lane does. A rank that takes no part gets no row, no
+//    header and no signal, and nothing of it is awaited; a message is read under the set that it was sent under.
 //  - A fault is set once (compare and swap); a kernel of a faulted lane sends nothing, and its last block leaves the
 //    outputs blank, whatever other blocks had written by then.
 #pragma once
@@ -48,6 +51,23 @@ EPT_DEVICE void raise_fault(const LaneTable &t, uint32_t code, uint32_t half, in
 // The same answer for the whole block, all of whose threads call.
 EPT_DEVICE bool is_faulted(uint32_t fault) { return __syncthreads_or(fault != 0) != 0; }
 EPT_DEVICE bool is_faulted(const LaneTable &t) { return is_faulted(fault_of(t)); }
+
+// The ranks that take part in a set.
+struct Taking {
+  const uint8_t *out;  // NULL: all do
+  EPT_DEVICE bool has(uint32_t rank) const { return !out || !out[rank]; }
+};
+EPT_DEVICE Taking taking(const LaneTable &t, uint32_t set) {
+  return {t.state->membership[set] ? t.out + set * t.world : nullptr};
+}
+// A send is over: what it took is what its phase has. The last block.
+EPT_DEVICE void keep_members(const LaneTable &t, uint32_t phase) {
+  const uint32_t taken = t.state->membership[kNext];
+  if (t.state->membership[phase] == taken) return;
+  for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) t.out[phase * t.world + r] = t.out[kNext * t.world + r];
+  __syncthreads();
+  if (threadIdx.x == 0) t.state->membership[phase] = taken;
+}
 
 // The end of a half: all threads of the block call. True in the last block, for all its threads, before `raise`.
 EPT_DEVICE bool last_block(const LaneTable &t, uint32_t half, uint32_t *word) {
@@ -110,7 +130,7 @@ EPT_DEVICE ept_moe_header header_of(const LaneTable &t, const ObjectTable &objec
   for (uint32_t p = 0; p < EPT_PHASES; p++) h.consumed[p] = t.state->received[p];
   h.epoch = t.epoch;
   h.object = object.number;
-  h.membership = t.state->membership;
+  h.membership = t.state->membership[kNext];
   return h;
 }
 EPT_DEVICE void put_header(char *to, const ept_moe_header &h) {
@@ -154,7 +174,7 @@ EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint32_t phase, uint
 EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
                                  uint32_t source, const ept_moe_header &h, uint64_t row_bytes, uint64_t most_rows) {
   if (h.magic != EPT_MOE_MAGIC || h.version != EPT_WIRE_VERSION) return 1;
-  if (h.membership != t.state->membership) return 2;
+  if (h.membership != t.state->membership[phase]) return 2;
   if (h.phase != phase || h.source != source || h.lane != t.lane || h.chunk != 0) return 3;
   if (h.generation != generation) return 4;
   if (h.object != object.number) return 5;
@@ -207,13 +227,14 @@ EPT_DEVICE bool settle(const LaneTable &t, uint32_t half, uint32_t phase, uint64
   if (!t.staging) return true;
   const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
   const uint64_t deadline = device::deadline_in(t.timeout_ns);
+  const Taking members = taking(t, kNext);
   for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
     const uint64_t ticket = t.tickets[r * kSignals + signal];
     if (ticket) {
       const device::Seen seen = device::flush(t.paths[r], ticket - 1, deadline);
       if (!seen.came()) raise_fault(t, uint32_t(-seen.code), half, int32_t(r), kPost, generation, ticket, seen.count);
     }
-    if (!t.acks || t.paths[r].kind != EPT_DEVICE_PROXY) continue;
+    if (!t.acks || t.paths[r].kind != EPT_DEVICE_PROXY || !members.has(r)) continue;
     uint64_t consumed;
     while (consumed = has_consumed(t, phase, r), !device::reached(consumed, generation - 1) && !fault_of(t)) {
       if (Hardware::now() > deadline)

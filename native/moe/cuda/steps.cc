@@ -260,33 +260,6 @@ void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, void *rout
 
 }  // namespace
 
-int32_t ept_gpu_lanes_create(const ept_gpu_config *config, const ept_moe_config *moe, ept_gpu_lanes **lanes,
-                             ept_error *error) {
-  return guarded("gpu_lanes_create", error, [&] {
-    if (!config || config->size != sizeof *config || !moe) fail(EPT_E_INVALID, -1, "ept_gpu_config is of another size");
-    *lanes = new ept_gpu_lanes{std::make_shared<Lanes>(driver_gpu(config->device), *config, *moe)};
-  });
-}
-
-int32_t ept_gpu_lanes_export(ept_gpu_lanes *lanes, void *blob, size_t *length, ept_error *error) {
-  return guarded("gpu_lanes_export", error, [&] {
-    const std::string made = lanes->lanes->exported();
-    if (*length < made.size())
-      fail(EPT_E_LIMIT, -1, "the blob has %zu bytes; there is room for %zu", made.size(), *length);
-    made.copy(static_cast<char *>(blob), made.size());
-    *length = made.size();
-  });
-}
-
-int32_t ept_gpu_lanes_connect(ept_gpu_lanes *lanes, uint32_t rank, const void *blob, size_t length, ept_error *error) {
-  return guarded("gpu_lanes_connect", error,
-                 [&] { lanes->lanes->connect(rank, std::string(static_cast<const char *>(blob), length)); });
-}
-
-int32_t ept_gpu_lanes_start(ept_gpu_lanes *lanes, ept_error *error) {
-  return guarded("gpu_lanes_start", error, [&] { lanes->lanes->start(); });
-}
-
 int32_t ept_gpu_lanes_fit(const ept_gpu_lanes *lanes, const ept_moe_config *moe, ept_error *error) {
   return guarded("gpu_lanes_fit", error, [&] { lanes->lanes->fit(Object(*moe)); });
 }
@@ -307,8 +280,8 @@ class GpuSide final : public Side {
       : lanes(std::move(known)), arena_(std::move(arena)), config_(config), moe_(moe), open_(std::move(open)) {}
 
   Place place() override {
-    gpu_ = lanes ? nullptr : open_(config_.device);
-    const std::string identity = lanes ? lanes->gpu().identity() : gpu_->identity();
+    gpu_ = lanes ? lanes->shared_gpu() : open_(config_.device);
+    const std::string identity = gpu_->identity();
     Lanes::refuse(Object(moe_));
     Place place;
     place.on_gpu = 1;
@@ -321,18 +294,17 @@ class GpuSide final : public Side {
   }
   std::string offer(Arena &, const std::vector<Place> &places) override {
     places_ = places;
+    if (lanes && lanes->over_engine() == all_map(places)) lanes = nullptr;
     if (lanes) return {};
-    lanes = std::make_shared<Lanes>(gpu_, config_, arena_, places);
+    lanes = std::make_shared<Lanes>(gpu_, config_, moe_, arena_, places);
     fresh_ = true;
     return lanes->exported();
   }
   void accept(const std::vector<std::string> &offers) override {
     if (!fresh_) return;
     for (uint32_t r = 0; r < offers.size(); r++)
-      if (r == arena_->rank || maps(places_[r], places_[arena_->rank]))
+      if (places_[r].known && (r == arena_->rank || maps(places_[r], places_[arena_->rank])))
         lanes->connect(r, offers[r]);
-      else
-        lanes->know(r);
     lanes->start();
   }
 
@@ -357,7 +329,7 @@ std::shared_ptr<Lanes> ept::moe::cuda::join(std::shared_ptr<Arena> arena, const 
   std::vector<Lane *> its;
   const std::shared_ptr<Object> object = arena->create(moe, its, &side);
   *number = object->number;
-  return its.empty() ? nullptr : side.lanes;
+  return side.lanes;
 }
 
 int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const ept_moe_config *moe,
@@ -366,8 +338,7 @@ int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const
     if (!config || config->size != sizeof *config || !moe) fail(EPT_E_INVALID, -1, "ept_gpu_config is of another size");
     const std::shared_ptr<Lanes> joined =
         join(arena->arena, *config, *moe, known ? known->lanes : nullptr, driver_gpu, number);
-    *lanes = joined && !known ? new ept_gpu_lanes{joined} : nullptr;
-    if (joined && known) *lanes = const_cast<ept_gpu_lanes *>(known);
+    *lanes = known && joined == known->lanes ? const_cast<ept_gpu_lanes *>(known) : new ept_gpu_lanes{joined};
   });
 }
 
@@ -375,6 +346,12 @@ int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes) { return lanes->
 
 int32_t ept_gpu_lanes_maps(const ept_gpu_lanes *lanes, uint32_t rank) {
   return rank < lanes->lanes->world() && lanes->lanes->maps(rank);
+}
+
+int32_t ept_gpu_lanes_over_engine(const ept_gpu_lanes *lanes) { return lanes->lanes->over_engine(); }
+
+void ept_gpu_lanes_watch(ept_gpu_lanes *lanes) {
+  (void)guarded("watch", nullptr, [&] { lanes->lanes->watch(); });
 }
 
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes) { return lanes->lanes->blocks(); }
@@ -406,6 +383,20 @@ uint64_t ept_gpu_routing_bytes(const ept_gpu_moe *moe, uint64_t tokens) {
 
 uint64_t ept_gpu_routing_ids(const ept_gpu_moe *moe, uint64_t tokens) {
   return uint64_t(reinterpret_cast<uintptr_t>(arrays(*moe->object, nullptr, tokens).ids));
+}
+
+int32_t ept_gpu_moe_members(ept_gpu_moe *moe, uint32_t lane, int32_t captures, uint32_t *membership, void *stream,
+                            ept_error *error) {
+  return guarded("dispatch_send", error, [&] {
+    Lanes &lanes = *moe->object->lanes;
+    lanes.take_members(lane_of(*moe->object, lane), captures != 0, stream);
+    if (membership) *membership = lanes.members()->epoch;
+  });
+}
+
+int32_t ept_gpu_moe_refuse_old(ept_gpu_moe *moe, uint32_t lane, uint32_t membership, void *stream, ept_error *error) {
+  return guarded("combine_send", error,
+                 [&] { moe->object->lanes->refuse_old(lane_of(*moe->object, lane), membership, stream); });
 }
 
 int32_t ept_gpu_moe_dispatch_send(ept_gpu_moe *moe, const ept_dispatch_args *args, void *routing, void *stream,
