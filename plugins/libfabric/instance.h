@@ -17,6 +17,7 @@
 // moved by our poll alone (FI_PROGRESS_MANUAL), since none makes passive progress. One worker serves all rails.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <memory>
@@ -69,11 +70,13 @@ struct Quiesce {
   uint64_t serial;  // of the last operation that it waits for
 };
 
-// FENCED is told on a rail once its queue has been read empty after the keys were closed.
+// FENCED is told on a rail when no arrival of that epoch can come out of its queue any more; see `found_empty`.
 struct Fence {
   uint64_t cookie;
   uint32_t rank, epoch;
-  uint32_t rails;  // still to be told, a bit each
+  uint32_t rails;   // still to be told, a bit each
+  uint64_t due_ns;  // 0: that has passed
+  std::array<uint8_t, kMaxRails> empty_reads{};
 };
 
 struct Output {
@@ -201,5 +204,5 @@ struct ept_instance {
   ept_event *emit(libfabric::Output *out, int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail);
   void give_pending(libfabric::Output *out);
   void give_quiesced();
-  void drained(libfabric::Rail *rail);
+  void found_empty(libfabric::Rail *rail);
 };
