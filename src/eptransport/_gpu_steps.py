@@ -158,6 +158,7 @@ class GpuSteps:
             out=out,
         )
         tokens, count, chosen = asked.tokens, asked.count, asked.layout
+        weighed = topk_weights is not None
         if routing is not None:
             kept = _on_gpu(routing)
             if kept.num_tokens != count:
