@@ -198,6 +198,16 @@ def test_what_our_own_side_raises_is_raised() -> None:
         run(dataclasses.replace(SMALL, backend="/no/such/plugin.so"), finders=FAKES)
 
 
+def test_ours_runs_once_more_under_each_value_of_a_setting() -> None:
+    """By the same questions, each in processes that have the setting: one that it forbids ends the run."""
+    job = dataclasses.replace(SMALL, against=(), vary=("EPT_TCP_STREAMS", ("3", "0")), rounds=1)
+    with pytest.raises(ept.ConfigError, match=r"(?i)streams.*0"):
+        run(job)
+    sides = by_name(run(dataclasses.replace(job, vary=("EPT_TCP_STREAMS", ("3",)))))
+    assert kinds(sides["EPT_TCP_STREAMS=3"]) == kinds(sides[NATIVE])
+    assert all(figure.ratio for figure in sides["EPT_TCP_STREAMS=3"].figures)
+
+
 # ---- those one would take instead ------------------------------------------------------------------------------------
 
 
@@ -273,6 +283,7 @@ def test_names_are_known_ones() -> None:
         ({"backend": "loopback"}, "loopback's ranks are threads"),
         ({"rounds": 0}, "at least 1"),
         ({"latency_bytes": (8, 1 << 21)}, "at most 1048576"),
+        ({"against": (), "latency_bytes": (8, 1 << 25)}, "at most 16777216"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(change: dict[str, object], words: str) -> None:
@@ -285,6 +296,7 @@ def test_what_cannot_be_compared_is_refused(change: dict[str, object], words: st
     [
         (["--against", "glo"], "did you mean gloo"),
         (["--against", "gloo", "--ranks", "4"], "--ranks 4 must be 2"),
+        (["--vary", "EPT_STRIPE_BYTES", "--backend", "tcp"], "is not EPT_NAME=VALUE,VALUE"),
     ],
 )
 def test_the_command_says_what_it_cannot_do(arguments: list[str], words: str) -> None:

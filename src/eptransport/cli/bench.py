@@ -100,6 +100,13 @@ def p2p(
             "there is skipped, with the reason.",
         ),
     ] = None,
+    vary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EPT_NAME=VALUE,VALUE",
+            help="Ours once more under each value of a setting, all in turn in one call.",
+        ),
+    ] = None,
     json_file: JsonFile = None,
     picture: PictureFile = None,
 ) -> None:
@@ -107,10 +114,12 @@ def p2p(
     from eptransport.bench import report
     from eptransport.bench.p2p import P2pJob, run
 
-    if against is None and ranks == 2 and _backend(backend, ranks) == "libfabric":
+    if against is None and vary is None and ranks == 2 and _backend(backend, ranks) == "libfabric":
         against = "libfabric"  # its floor is a bare loop over the same provider, not one over sockets
-    if against is not None:
-        _p2p_against(against, ranks, backend, size, bandwidth_size, iterations, stream_mib, rounds, json_file, picture)
+    if against is not None or vary is not None:
+        _p2p_against(
+            against, vary, ranks, backend, size, bandwidth_size, iterations, stream_mib, rounds, json_file, picture
+        )
         return
     job = P2pJob(
         ranks=ranks,
@@ -153,7 +162,8 @@ def seeing(
 
 
 def _p2p_against(
-    against: str,
+    against: str | None,
+    vary: str | None,
     ranks: int,
     backend: str | None,
     size: list[int] | None,
@@ -168,11 +178,12 @@ def _p2p_against(
     from eptransport.bench.against.compare import AgainstJob, run
     from eptransport.bench.against.table import against_picture, against_table
 
-    wanted = names(against)
+    option = "--against" if against is not None else "--vary"
+    wanted = names(against) if against is not None else ()
     if ranks != 2:
-        raise InvalidArgument(f"--against measures one pair: --ranks {ranks} must be 2")
+        raise InvalidArgument(f"{option} measures one pair: --ranks {ranks} must be 2")
     if bandwidth_size and len(bandwidth_size) > 1:
-        raise InvalidArgument("--against takes one --bandwidth-size")
+        raise InvalidArgument(f"{option} takes one --bandwidth-size")
     chosen = _backend(backend, ranks)
     options: dict[str, Any] = {}
     if chosen == "libfabric" and "libfabric" in wanted:
@@ -186,12 +197,21 @@ def _p2p_against(
         stream_bytes=stream_mib << 20,
         rounds=rounds,
         options=options,
+        vary=_values(vary) if vary is not None else None,
     )
     check_outputs(picture, json_file)
     result = _with_progress("side by side", job.units, lambda progress: run(job, progress))
     _show(result, against_table(result), json_file)
     if picture:
         against_picture(picture, result)
+
+
+def _values(vary: str) -> tuple[str, tuple[str, ...]]:
+    name, _, rest = vary.partition("=")
+    values = tuple(value.strip() for value in rest.split(",") if value.strip())
+    if not name.startswith("EPT_") or not values:
+        raise InvalidArgument(f"--vary {vary!r} is not EPT_NAME=VALUE,VALUE")
+    return name, values
 
 
 def _same_library() -> str:

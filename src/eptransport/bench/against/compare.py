@@ -58,6 +58,13 @@ class AgainstJob:
     rounds: int = 5
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of our sides, beside those of the environment."""
+    vary: tuple[str, tuple[str, ...]] | None = None
+    """A setting by its name in the environment, and values of it: our native loop once more for each."""
+
+    @property
+    def depth(self) -> int:
+        """Of the bandwidth run: what fits the buffers."""
+        return min(self.bandwidth_depth, MOST_BYTES // self.bandwidth_bytes)
 
     @property
     def questions(self) -> list[Question]:
@@ -70,8 +77,8 @@ class AgainstJob:
             Question(
                 "bandwidth",
                 self.bandwidth_bytes,
-                max(self.bandwidth_depth, self.stream_bytes // self.bandwidth_bytes),
-                self.bandwidth_depth,
+                max(self.depth, self.stream_bytes // self.bandwidth_bytes),
+                self.depth,
             ),
             Question("rate", self.rate_bytes, self.rate_messages, self.rate_depth),
             Question("post", self.post_bytes, self.iterations),
@@ -138,6 +145,8 @@ def run(
     sides: list[_Pair] = []
     with tempfile.TemporaryDirectory(prefix="eptransport-bench-") as folder:
         recipes = [*own.find(Path(folder), job.backend, job.options), *bare.find(Path(folder))]
+        if job.vary is not None:
+            recipes += own.variants(job.backend, job.options, *job.vary)
         ours = {recipe.name for recipe in recipes}
         for name in job.against:
             try:
@@ -171,8 +180,10 @@ def _check(job: AgainstJob) -> None:
     sizes = (*job.latency_bytes, job.bandwidth_bytes, job.rate_bytes, job.post_bytes)
     if min(job.iterations, job.rounds, job.rate_messages, *sizes) < 1:
         raise InvalidArgument("iterations, rounds and sizes must be at least 1")
-    if max(sizes) > LARGEST or job.bandwidth_bytes * job.bandwidth_depth > MOST_BYTES:
-        raise InvalidArgument(f"--against measures at most {LARGEST} bytes a write, and {MOST_BYTES} in flight")
+    # Ours and bare sockets alone: they have buffers for one such write and don't mind its size.
+    largest = LARGEST if job.against else MOST_BYTES
+    if max(sizes) > largest:
+        raise InvalidArgument(f"{'--against' if job.against else 'this'} measures at most {largest} bytes a write")
 
 
 class _Pair:

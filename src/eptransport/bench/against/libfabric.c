@@ -17,8 +17,9 @@
 
 const char *side_option = "tcp";  // the provider, as FI_PROVIDER would have it; set before side_open
 // kTransmit: a write is complete when its source may be reused, as the provider sees it. kDelivery: when its bytes are
-// at the target, for which software providers send an answer.
-enum { kTransmit = 0, kDelivery = 1 };
+// at the target, for which software providers send an answer. kSleeps: as kTransmit, with a queue that one may sleep
+// on, as a library must have it that doesn't spin for ever; this loop spins all the same.
+enum { kTransmit = 0, kDelivery = 1, kSleeps = 2 };
 int side_variant = kTransmit;
 
 typedef struct card {
@@ -85,7 +86,8 @@ static int open_all(side *s, void *library) {
   if (code) return fail("fi_getinfo(%s, FI_EP_RDM): %s", side_option, fi_strerror((int)-code));
   snprintf(s->detail, sizeof s->detail, "provider %s", s->info->fabric_attr->prov_name);
 
-  struct fi_cq_attr cq = {.size = 1024, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_NONE};
+  const enum fi_wait_obj wait = side_variant == kSleeps ? FI_WAIT_FD : FI_WAIT_NONE;
+  struct fi_cq_attr cq = {.size = 1024, .format = FI_CQ_FORMAT_DATA, .wait_obj = wait};
   struct fi_av_attr av = {.type = FI_AV_UNSPEC, .count = 1};
   if ((code = open_fabric(s->info->fabric_attr, &s->fabric, NULL))) return bad("fi_fabric", code);
   if ((code = fi_domain(s->fabric, s->info, &s->domain, NULL))) return bad("fi_domain", code);

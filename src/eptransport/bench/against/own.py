@@ -11,7 +11,7 @@ from eptransport.bench import native
 from eptransport.bench.against.side import MOST_BYTES, Recipe, Side
 from eptransport.bench.processes import ProcessRank
 
-__all__ = ["NATIVE", "PYTHON", "find"]
+__all__ = ["NATIVE", "PYTHON", "find", "variants"]
 
 NATIVE = "eptransport"
 PYTHON = "eptransport.py"
@@ -26,13 +26,7 @@ def find(folder: Path, backend: str, options: dict[str, Any]) -> list[Recipe]:
     del folder
     options = {"backend": backend, "dead_s": IDLE_S, **options}
     return [
-        Recipe(
-            NATIVE,
-            "a write with a signal, native loop",
-            __version__,
-            _Open(_Native, options),
-            only=("latency", "bandwidth", "rate"),
-        ),
+        _native(NATIVE, "", options),
         Recipe(
             PYTHON,
             "the same through the Python API; post: until Transfer.wait returns",
@@ -41,6 +35,25 @@ def find(folder: Path, backend: str, options: dict[str, Any]) -> list[Recipe]:
             python=True,
         ),
     ]
+
+
+def variants(backend: str, options: dict[str, Any], setting: str, values: Sequence[str]) -> list[Recipe]:
+    """Our native loop once for each value of a setting, which its processes find in their environment."""
+    options = {"backend": backend, "dead_s": IDLE_S, **options}
+    return [_native(f"{setting}={value}", " under this setting", options, {setting: value}) for value in values]
+
+
+def _native(name: str, more: str, options: dict[str, Any], environment: dict[str, str] | None = None) -> Recipe:
+    from eptransport import __version__
+
+    return Recipe(
+        name,
+        f"a write with a signal, native loop{more}",
+        __version__,
+        _Open(_Native, options),
+        environment=environment or {},
+        only=("latency", "bandwidth", "rate"),
+    )
 
 
 class _Open:

@@ -39,7 +39,7 @@ def against_table(result: AgainstResult) -> RenderableType:
     others = [side for side in result.sides if any(figure.ratio is not None for figure in side.figures)]
     lines = [
         f"medians of {counted(job.rounds, 'round')}, all sides in turn in each; p99 over all rounds",
-        f"bandwidth: {size_name(job.bandwidth_bytes)} at depth {job.bandwidth_depth}; CPU s/GB: of both ranks in it; "
+        f"bandwidth: {size_name(job.bandwidth_bytes)} at depth {job.depth}; CPU s/GB: of both ranks in it; "
         f"rate: {size_name(job.rate_bytes)} at depth {job.rate_depth}; post: {size_name(job.post_bytes)}, from before "
         "the call to done, from Python",
         "ratios: ours to theirs, of the same round: us and CPU below 1, GB/s and M/s above 1, where ours is better; "
