@@ -32,6 +32,10 @@ constexpr uint64_t default_spin_ns = 50'000;
  * us and the kernel's timer slack of as much. So it gives way to whoever else wants the core, and looks again, for
  * about as long as a MiB takes to be copied twice; only then it naps. */
 constexpr uint64_t yield_ns = 500'000;
+constexpr uint32_t look_spins = 8;
+/* Over two and four rails of tcp, cut writes of up to 768 KiB take as long as whole ones or longer, those of 1 MiB and
+ * more 0.6 to 0.9 of their time; over shm none gains (docs/decisions.md). Cards with wires of their own may differ. */
+constexpr uint64_t default_stripe_bytes = 896 << 10;
 /* Gauges and the rails' counters are copied into the page that often at most: some 200 ns a peer and a rail, so a
  * thousandth of a core at 50 of them. */
 constexpr uint64_t refresh_ns = 10'000'000;
@@ -111,7 +115,7 @@ int32_t ept_engine::open(const ept_engine_config &config, ept_error *error) {
   warn_ns = config.warn_ns ? config.warn_ns : 10'000'000'000;
   dead_ns = config.dead_ns ? config.dead_ns : 5'000'000'000;
   heartbeat_ns = config.heartbeat_ns ? config.heartbeat_ns : std::max<uint64_t>(dead_ns / heartbeats_in_dead, 1);
-  stripe_bytes = config.stripe_bytes ? config.stripe_bytes : 1 << 20;
+  stripe_bytes = config.stripe_bytes ? config.stripe_bytes : default_stripe_bytes;
   max_regions = config.max_regions ? config.max_regions : 65'536;
   max_signals = config.max_signals ? std::min(config.max_signals, EPT_IMM_CHANS - 1) : EPT_IMM_CHANS - 1;
   spin_ns = config.spin_ns != forever ? config.spin_ns : cores() > 1 ? default_spin_ns : 0;
@@ -257,12 +261,13 @@ void ept_engine::wake_sleepers() {
   caller_asleep = proxy_asleep = false;
 }
 
-int32_t ept_engine::step(ept_error *error) {
+int32_t ept_engine::step(ept_error *error, bool looks) {
   if (!worker) return fail(error, EPT_E_CLOSED, "poll", -1, "the engine of rank %u is closed", rank);
   wake_sleepers(); /* a poll undoes their arm */
   ept_event events[event_batch];
   int32_t count = plugin->poll(worker, events, event_batch);
   if (count < 0) return plugin_error(count, "poll", -1, error);
+  if (!count && !looks) return 0;
   now = now_ns(); /* one clock call for the batch */
   if (count) step_ns = now;
   for (int32_t i = 0; i < count; i++) {
@@ -305,11 +310,20 @@ int32_t ept_engine::step(ept_error *error) {
 
 /* One turn of the thread that drives: a step; if it brought nothing, spin on or sleep, until `until` at most. */
 int32_t ept_engine::drive_once(Hold &hold, uint64_t &idle_since, uint64_t until, ept_error *error) {
-  int32_t count = step(error);
+  /* A turn of a spin that brings nothing is as short as can be: what comes in meanwhile waits for its end. So the clock
+   * is read in each eighth one alone (18 ns of some 60, docs/decisions.md). */
+  const bool looks = spins == 0;
+  int32_t count = step(error, looks);
+  const uint32_t turn = std::exchange(spins, 0);
   if (count < 0) return count;
   if (count > 0) {
     idle_since = 0;
     return count;
+  }
+  if (!looks && !lock.wanted()) {
+    spins = (turn + 1) % look_spins;
+    relax();
+    return 0;
   }
   if (idle_since == 0) idle_since = now;
   bool spin = now - idle_since < spin_ns;
@@ -318,6 +332,7 @@ int32_t ept_engine::drive_once(Hold &hold, uint64_t &idle_since, uint64_t until,
     if (plugin->query(instance, "bulk", &value) == EPT_OK && value) spin = false;
   }
   if (spin && !lock.wanted()) {
+    spins = 1;
     relax(); /* with the lock: whoever comes for it says so, and gets it at the next turn */
     return 0;
   }

@@ -324,6 +324,7 @@ struct ept_engine {
   std::atomic<uint64_t> last_post = 0;  /* a long one takes as long as a wait: as driver */
   uint64_t now = 0;                     /* when the last step looked at the clock */
   uint32_t sleepers = 0;                /* threads in sleep() with the lock let go */
+  uint32_t spins = 0;                   /* turns of a spin since the clock was read */
   bool slept_short = false;             /* the network ended the last sleep before yield_ns were over */
   bool rejoining = false;               /* nobody sleeps: the descriptor that they would sleep on is about to go */
   bool asks_bulk = false; /* the plugin can say that much payload is under way: then sleep rather than spin */
@@ -372,7 +373,9 @@ struct ept_engine {
   int32_t open(const ept_engine_config &config, ept_error *error);
   int32_t open_plugin(ept_error *error);
   void close_plugin();
-  int32_t step(ept_error *error); /* one poll, its events, and what they set free; events or an error */
+  /* One poll, its events, and what they set free; events or an error. Without events `now` stays and no time is kept
+   * unless it `looks` at the clock. */
+  int32_t step(ept_error *error, bool looks = true);
   template <class Done>
   int32_t wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_error *error,
                ept::Waiting *about = nullptr); /* wait.h */

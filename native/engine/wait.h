@@ -35,7 +35,8 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
   const uint64_t length = timeout == ept::forever ? timeout_ns : timeout;
   const uint64_t deadline = length > ept::forever - begin ? ept::forever : begin + length;
   uint64_t idle_since = begin, asked = begin;
-  bool driving = false;
+  bool driving = false, moving = false;
+  spins = 0; /* the first turn of a wait looks at the clock */
   if (about) begin_wait(*about, begin);
   while (code == EPT_LATER) {
     if (!driving && progress_mode != EPT_PROGRESS_THREAD && driver != ept::Driver::caller) {
@@ -45,7 +46,8 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
     if (driving) {
       int32_t moved_on = drive_once(hold, idle_since, std::min(deadline, asked + ept::look_ns), error);
       if (moved_on < 0) code = moved_on;
-      if (moved_on > 0 && moved_waiters) moved.notify_all();
+      moving = moved_on > 0; /* then its step has read the clock after that */
+      if (moving && moved_waiters) moved.notify_all();
     } else {
       moved_waiters++;
       const uint64_t now = ept::now_ns();
@@ -66,7 +68,7 @@ int32_t ept_engine::wait(ept::Hold &hold, uint64_t timeout, Done &&done, ept_err
     }
     if (now >= asked + ept::look_ns) asked = now;
   }
-  const uint64_t end = ept::now_ns();
+  const uint64_t end = moving ? this->now : ept::now_ns();
   if (about) end_wait(*about, code, end);
   if (driving) {
     driver.store(ept::Driver::none, std::memory_order_relaxed);

@@ -94,7 +94,7 @@ class Settings(BaseSettings):
         None, ge=1, le=4096, description="blocks of a GPU kernel of dispatch or combine; this rank's share if not given"
     )
     stripe_bytes: int | None = Field(
-        None, ge=4096, description="a longer write is cut over the rails, bytes; 1 MiB if not given"
+        None, ge=4096, description="a longer write is cut over the rails, bytes; 896 KiB if not given"
     )
     options: dict[str, str] = Field(
         default_factory=dict, description="settings of backends, as backend.name: EPT_<BACKEND>_<NAME>"

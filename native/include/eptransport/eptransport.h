@@ -71,7 +71,7 @@ typedef struct ept_engine_config {
   uint32_t proxy_cpu_count;
   uint32_t max_regions;  /* 0: 65,536 exported and as many imported */
   uint32_t max_signals;  /* 0: 262,143, what 18 bits of chan name */
-  uint64_t stripe_bytes; /* a write longer than this is cut over the rails; 0: 1 MiB */
+  uint64_t stripe_bytes; /* a write longer than this is cut over the rails; 0: 896 KiB */
   /* NULL: none. A waiting thread asks it about every 100 ms, with no lock held; nonzero ends that wait with CLOSED. It
    * is how a language's own interrupts and a close by another thread get through. Lives until ept_engine_close. */
   int32_t (*interrupted)(void *context);
