@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstdlib>
 #include <cstring>
@@ -47,7 +48,25 @@ bool wants_gpu(const ept_host &host, const Settings &settings) {
   return false;
 }
 
-void prepare_environment(bool gpu, const std::string &provider) {
+namespace {
+
+// rxm makes one completion queue of a card for as many connections as FI_UNIVERSE_SIZE says ranks, 256 if it says
+// nothing: more would overrun it, and soft-RoCE has none so long (32,767 entries; fi_enable says Invalid argument).
+// Twice: two ranks that connect to each other at once have two connections for a while. A probe comes before the world
+// is known, but what starts ranks says it; and a process may open a larger one later, hence the least.
+void prepare_layered_verbs(uint32_t world) {
+  constexpr unsigned long kLeast = 16;
+  const char *started = getenv("WORLD_SIZE");
+  unsigned long ranks = world;
+  if (started != nullptr) ranks = std::max(ranks, strtoul(started, nullptr, 10));
+  setenv("FI_UNIVERSE_SIZE", std::to_string(std::max(2 * ranks, kLeast)).c_str(), 0);
+  // With the cache, two registrations of a range have one key, which outlives both: nothing would be taken back.
+  setenv("FI_MR_CACHE_MAX_COUNT", "0", 0);
+}
+
+}  // namespace
+
+void prepare_environment(bool gpu, const std::string &provider, uint32_t world) {
   // Omni-Path's libraries put handlers of their own on SIGSEGV and its kin when they are loaded, and write a *.btr file
   // into the working directory on a crash that is not theirs. They are no network of ours unless asked for.
   setenv("IPATH_NO_BACKTRACE", "1", 0);
@@ -58,6 +77,10 @@ void prepare_environment(bool gpu, const std::string &provider) {
   if (!gpu) setenv("FI_HMEM", "system", 0);
   // EFA between two processes of a machine goes by libfabric's shared memory otherwise, whose GPU path has hung.
   setenv("FI_EFA_ENABLE_SHM_TRANSFER", "0", 0);
+  // The fabric efa caches registrations (efa-direct doesn't): peers would share a key, and fi_close would leave it
+  // valid.
+  setenv("FI_EFA_MR_CACHE_ENABLE", "0", 0);
+  if (provider.compare(0, 5, "verbs") == 0) prepare_layered_verbs(world);
 }
 
 uint64_t shared_memory_room() {

@@ -67,15 +67,16 @@ int32_t make_stricter(const ept_host *host, const Settings &settings, uint64_t s
 }
 
 // Settings, library and rails: all that probe and open have in common.
-int32_t choose(const ept_host *host, const ept_value *values, size_t count, uint64_t salt, Settings *settings,
-               std::shared_ptr<Library> *library, std::shared_ptr<StrictReport> *report, Choice *choice) {
+int32_t choose(const ept_host *host, const ept_value *values, size_t count, uint32_t world, uint64_t salt,
+               Settings *settings, std::shared_ptr<Library> *library, std::shared_ptr<StrictReport> *report,
+               Choice *choice) {
   int32_t code = read_settings(values, count, settings);
   if (code != EPT_OK) {
     choice->mend = "correct that setting";
     return code;
   }
   const bool gpu = wants_gpu(*host, *settings);
-  prepare_environment(gpu, settings->provider);
+  prepare_environment(gpu, settings->provider, world);
   Refusal refusal;
   *library = open_library(settings->library, &refusal);
   if (*library == nullptr) {
@@ -118,7 +119,7 @@ int32_t libfabric_probe(const ept_host *host, const ept_value *values, size_t va
     Choice choice;
     choice.traits = traits_of("tcp");
     std::shared_ptr<StrictReport> strict;
-    int32_t code = choose(host, values, value_count, 0, &settings, &library, &strict, &choice);
+    int32_t code = choose(host, values, value_count, 0, 0, &settings, &library, &strict, &choice);
     fill_caps(choice, library != nullptr ? library->version() : 0, std::max<uint64_t>(settings.max_message, 4096), true,
               false, &report->caps);
     if (code != EPT_OK) {
@@ -162,8 +163,9 @@ int32_t libfabric_open(const ept_host *host, const ept_open_params *params, ept_
     instance->host = host;
     instance->params = *params;
     Choice choice;
-    int32_t code = choose(host, params->values, params->value_count, uint64_t{params->rank} << 32 | params->epoch,
-                          &instance->settings, &instance->library, &instance->strict, &choice);
+    int32_t code =
+        choose(host, params->values, params->value_count, params->world, uint64_t{params->rank} << 32 | params->epoch,
+               &instance->settings, &instance->library, &instance->strict, &choice);
     if (code != EPT_OK) return code;
     instance->choice = std::move(choice);
     instance->traits = instance->choice.traits;

@@ -6,8 +6,11 @@
 #include <sys/statvfs.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <map>
 
 #include "../../native/engine/sha256.h"
+#include "../../plugins/libfabric/host.h"
 #include "libfabric_watch.h"
 #include "plugin.h"
 
@@ -344,6 +347,32 @@ void memory_goes_before_the_provider_is_done() {
   plugin::clock = plugin::now_ns;
 }
 
+// What libfabric reads from the environment: a card's keys die with their registration, and the completion queue that
+// rxm makes of verbs fits the ranks. What is set stays.
+void the_environment_is_prepared() {
+  check::running("the environment");
+  const char *const names[] = {"FI_UNIVERSE_SIZE", "FI_MR_CACHE_MAX_COUNT", "FI_EFA_MR_CACHE_ENABLE", "WORLD_SIZE"};
+  using Said = std::map<std::string, std::string>;
+  auto prepared = [&](const char *provider, uint32_t world, const Said &given) {
+    for (const char *name : names) unsetenv(name);
+    for (const auto &[name, value] : given) setenv(name.c_str(), value.c_str(), 1);
+    libfabric::prepare_environment(false, provider, world);
+    Said said;
+    for (const char *name : names)
+      if (const char *value = getenv(name); value != nullptr && given.count(name) == 0) said[name] = value;
+    return said;
+  };
+  CHECK(prepared("tcp", 40, {}) == (Said{{"FI_EFA_MR_CACHE_ENABLE", "0"}}));
+  Said verbs{{"FI_EFA_MR_CACHE_ENABLE", "0"}, {"FI_MR_CACHE_MAX_COUNT", "0"}, {"FI_UNIVERSE_SIZE", "80"}};
+  CHECK(prepared("verbs", 40, {}) == verbs);
+  CHECK(prepared("verbs;ofi_rxm", 0, {{"WORLD_SIZE", "40"}}) == verbs);  // a probe
+  verbs["FI_UNIVERSE_SIZE"] = "16";
+  CHECK(prepared("verbs", 2, {}) == verbs);
+  verbs.erase("FI_UNIVERSE_SIZE");
+  CHECK(prepared("verbs", 2, {{"FI_UNIVERSE_SIZE", "7"}}) == verbs);
+  for (const char *name : names) unsetenv(name);
+}
+
 }  // namespace
 
 int main() {
@@ -361,5 +390,6 @@ int main() {
   events_have_their_size();
   closing_counts_no_memory_twice();
   memory_goes_before_the_provider_is_done();
+  the_environment_is_prepared();
   return 0;
 }
