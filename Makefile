@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find native plugins src examples -type f -not -name '*.pyc' 2>/dev/null) \
   meson.build meson_options.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-python test-native test-sanitizers test-long lint format bench fuzz clean libfabric
+.PHONY: demo test test-python test-native test-sanitizers test-long test-lab lint format bench fuzz clean libfabric
 
 demo: $(VENV)/demo.installed
 	$(BIN)/eptransport demo
@@ -23,6 +23,11 @@ test-python: $(VENV)/test.installed
 # An hour of hypothesis and of what is marked long.
 test-long: $(VENV)/test.installed
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests --timeout 4000
+
+# The backend verbs on soft-RoCE: a kernel of Debian in qemu, 150 MB to download, minutes to run. tests/lab/README.md.
+test-lab: $(VENV)/test.installed
+	tests/lab/rdma-lab setup
+	EPT_TEST_LAB=1 $(BIN)/python -m pytest -rs tests/lab
 
 test-native: build/native/build.ninja
 	meson test -C build/native --print-errorlogs --timeout-multiplier 3

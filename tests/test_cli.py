@@ -100,8 +100,9 @@ def test_doctor_shows_a_refused_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_doctor_fails_where_no_job_could_start(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
 ) -> None:
-    if value == "verbs" and "verbs" in ept.registry().plugins:
-        pytest.skip("there is a verbs plugin here")
+    plugin = ept.registry().plugins.get(value)
+    if plugin is not None and plugin.probe().usable:
+        pytest.skip(f"{value} can start here")
     monkeypatch.setenv(variable, value)
     result = command("doctor", "--json")
     assert result.exit_code == 1

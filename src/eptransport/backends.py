@@ -37,7 +37,10 @@ AUTO_ORDER = ("verbs", "libfabric", "ucx", "tcp")
 PLANNED = ("libfabric", "verbs", "nvshmem", "ucx", "mlx5")
 """Names that mean a backend, whether or not a plugin of that name is here."""
 
-NOT_BUILT = {"libfabric": ("built without libfabric headers", "install libfabric-dev (>= 1.17) and reinstall")}
+NOT_BUILT = {
+    "libfabric": ("built without libfabric headers", "install libfabric-dev (>= 1.17) and reinstall"),
+    "verbs": ("built without libibverbs headers", "install libibverbs-dev (rdma-core-devel) and reinstall"),
+}
 """Backends that a build leaves out where it finds no headers: what was missing, and the mend."""
 
 ENTRY_POINTS = "eptransport.backends"
@@ -264,9 +267,12 @@ def native_values(options: Mapping[str, str]) -> tuple[Any, list[Any]]:
 
 def _needless(name: str, settings: Settings) -> str:
     """Why `auto` needn't even ask this backend. Asking libfabric loads whatever libfabric the system has, with all its
-    providers, into every process; and without an EFA card none of them could be taken."""
+    providers, into every process; and without an EFA card none of them could be taken. Likewise libibverbs."""
     from eptransport import efa
 
+    if name == "verbs":
+        devices = Path("/sys/class/infiniband")
+        return "" if devices.is_dir() and any(devices.iterdir()) else "no RDMA device here (/sys/class/infiniband)"
     if name != "libfabric" or "libfabric.provider" in settings.options or efa.devices():
         return ""
     return "no EFA card here; EPT_BACKEND=libfabric asks for its other providers"

