@@ -70,6 +70,8 @@ struct Operation {
   ept_mem *mem = nullptr;        // kWrite with a source
   ept_region *region = nullptr;  // kWrite: held
   int32_t buffer = -1;           // kMessage: of the instance's send buffers
+
+  bool dead() const;  // it would be refused
 };
 
 // What of a request goes into its wr_id, so that a completion finds its channel, or is seen to be of one that is gone.

@@ -174,11 +174,19 @@ int32_t ept_instance::region_import(uint32_t rank, const void *blob, size_t leng
   region->address = head.address;
   region->length = head.length;
   region->holders = 1;
+  region->dead = false;
   region->keys.resize(head.nics);
   memcpy(region->keys.data(), static_cast<const uint8_t *>(blob) + sizeof head, head.nics * sizeof(uint32_t));
   *result = region.release();
   return EPT_OK;
 }
+
+void ept_region::refused(const Operation &operation) {
+  const uint64_t offset = operation.target - address;
+  dead = dead || (offset <= length && operation.length <= length - offset);
+}
+
+bool Operation::dead() const { return region != nullptr && region->dead && length > 0; }
 
 void ept_instance::let_go(ept_region *region) {
   if (--region->holders == 0) delete region;

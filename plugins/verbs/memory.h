@@ -11,7 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "nic.h"
+#include "channel.h"
 
 namespace verbs {
 
@@ -49,4 +49,9 @@ struct ept_region {
   uint64_t address, length;
   std::vector<uint32_t> keys;  // a NIC
   uint32_t holders;            // the importer and operations; freed by the last
+  // The card refused an operation inside what the exporter said it may: so its key is taken back, or never was one, and
+  // no other need break a queue pair to find that out. What was outside says nothing of the key.
+  bool dead;
+
+  void refused(const verbs::Operation &operation);
 };

@@ -34,6 +34,10 @@ int32_t verdict(ibv_wc_status status) {
   }
 }
 
+std::string dead_key(uint32_t rank) {
+  return format("this key was refused by rank %u before: it was taken back, or never was one", rank);
+}
+
 }  // namespace
 
 // ---- the other side's half ------------------------------------------------------------------------------------------
@@ -93,6 +97,11 @@ bool ept_instance::resolve(Channel *channel, uint64_t consumed) {
   for (; channel->base < channel->next; ++channel->base) {
     Operation &operation = channel->at(channel->base);
     if (operation.kind == Operation::Kind::kProbe) continue;
+    if (operation.refused == EPT_E_ACCESS && operation.region != nullptr) operation.region->refused(operation);
+    if (operation.refused == EPT_OK && operation.dead()) {
+      operation.refused = EPT_E_ACCESS;
+      operation.number = IBV_WC_REM_ACCESS_ERR;
+    }
     if (operation.refused != EPT_OK) {
       const char *what = operation.refused == EPT_E_ACCESS ? "the key, the bounds or the right to write was refused at "
                                                              "the target"
@@ -151,6 +160,7 @@ void ept_instance::broke(Channel *channel, const std::string &why, bool pause) {
   Peer *peer = channel->peer;
   const uint64_t time = now();
   if (channel->up() && time - channel->up_ns > kSettled) channel->failures = 0;
+  // Only who finds no way waits: a queue pair that the other side's requests have broken says nothing of the path.
   if (pause && channel->failures++ > 0)
     channel->connect_due_ns = time + std::min(kLongestPause, kFirstPause << std::min(channel->failures, 16u));
   channel->retire(time, why);
@@ -220,7 +230,13 @@ void ept_instance::mend() {
 void ept_instance::replay() {
   auto of = [&](Peer *peer) {
     while (!peer->replay.empty()) {
-      const Operation &operation = peer->replay.front();
+      Operation &operation = peer->replay.front();
+      if (operation.dead()) {
+        fail_operation(peer, 0, &operation, EPT_E_ACCESS, 0, dead_key(peer->rank));
+        peer->replay.pop_front();
+        --replaying;
+        continue;
+      }
       Channel *found = nullptr;
       for (auto &channel : peer->channels)
         if (channel->up() && channel->room() && channel->messages == (operation.kind == Operation::Kind::kMessage))

@@ -37,6 +37,10 @@ void fill_caps(const Settings &settings, bool dmabuf, ept_caps *caps) {
   caps->can_revoke = 1;
   caps->can_replay = 1;
   caps->operation_cost_ns = kOperationCostNs;
+  // Until their checks have passed where there is a device: those among them that refuse writes by the hundred ran out
+  // of time on soft-RoCE, and so did those that need processes.
+  caps->waived = 1u << 9 | 1u << 10 | 1u << 11 | 1u << 12;
+  caps->waived_why = "not all checks of refused writes, quiescence and lost processes were seen to pass on soft-RoCE";
 }
 
 // Settings, library and ports: all that probe and open have in common.

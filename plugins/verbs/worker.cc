@@ -83,6 +83,9 @@ int32_t ept_instance::check(const ept_op &op, Peer **result) {
     return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: the region has keys for %zu NICs, and %u are in use",
                 region->keys.size(), peer->nics);
   if (op.kind == EPT_OP_WRITE && op.length > 0) {
+    if (region->dead)
+      return fail(EPT_E_ACCESS, "post", op.peer, IBV_WC_REM_ACCESS_ERR,
+                  "verbs: this key was refused by rank %u before: it was taken back, or never was one", op.peer);
     const ept_mem *mem = op.source_mem;
     const auto from = reinterpret_cast<uint64_t>(op.source);
     const uint64_t start = mem == nullptr ? 0 : reinterpret_cast<uint64_t>(mem->memory.address);
@@ -297,7 +300,7 @@ void ept_instance::completed(Nic *nic, const ibv_wc &completion, Output *out) {
     if (completion.status == IBV_WC_SUCCESS) return received(channel, completion, id.low, out);
     return broke(channel,
                  format("a receive failed: %s (%d)", library->wc_status_str(completion.status), completion.status),
-                 true);
+                 false);
   }
   const uint64_t ordinal = channel->base + ((id.low - static_cast<uint32_t>(channel->base)) & RequestId::kLowMask);
   if (ordinal >= channel->next) return;  // an unsignalled one before a signalled one that came already, flushed late
@@ -305,7 +308,7 @@ void ept_instance::completed(Nic *nic, const ibv_wc &completion, Output *out) {
     acknowledge(channel, ordinal + 1, out);
     if (channel->state == Channel::State::kConnected) went_up(channel);
   } else if (completion.status == IBV_WC_WR_FLUSH_ERR) {
-    broke(channel, "its queue pair was stopped by the NIC", true);
+    broke(channel, "its queue pair was stopped by the NIC", false);
   } else {
     acknowledge(channel, ordinal, out);
     refused(channel, ordinal, completion);
@@ -407,7 +410,7 @@ void ept_instance::read_events(Nic *nic) {
     }
     const auto type = event.event_type;
     library->ack_async_event(&event);  // before a queue pair that it names may be destroyed
-    if (channel != nullptr) broke(channel, format("the NIC reported event %d", static_cast<int>(type)), true);
+    if (channel != nullptr) broke(channel, format("the NIC reported event %d", static_cast<int>(type)), false);
     if (!fatal.empty()) return nic_failed(nic, fatal);
     for (auto &peer : peers) {
       if (peer == nullptr || (type != IBV_EVENT_PORT_ERR && type != IBV_EVENT_PORT_ACTIVE)) continue;
