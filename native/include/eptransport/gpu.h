@@ -25,7 +25,7 @@ typedef struct ept_gpu_config {
   uint32_t size;
   int32_t device;       /* CUDA ordinal */
   uint32_t blocks;      /* of each launch; 0: an equal share of what the GPU holds at once */
-  uint32_t threads;     /* of a block, a multiple of 32; 0: 512 */
+  uint32_t threads;     /* of a block, a multiple of 32; 0: 512, or 1,024 where the library finds it faster */
   uint64_t timeout_ns;  /* of a wait inside a kernel */
   uint64_t process;     /* a number of this process, different in every other */
   int32_t *group_fault; /* on the device: set to the ept_code of a fault; or NULL */

@@ -13,6 +13,9 @@ namespace ept::moe::cuda {
 // Of a source, in shared memory. It only rises.
 enum Standing : uint32_t { kAway = 0, kHeaderIn = 1, kReady = 2 };
 
+// Looks at shared memory between two at the lane's fault, which is in memory.
+constexpr uint32_t kLooks = 16;
+
 // Before the block's first barrier; all threads. A rank that takes no part is ready, with nothing.
 EPT_DEVICE void look_up(const LaneTable &t, uint32_t phase, uint64_t generation, const Sources &s) {
   const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
@@ -40,6 +43,7 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
   const uint32_t step = scouts(t.world);
   if (warp_id() >= step) return;
   const uint64_t deadline = device::deadline_in(t.timeout_ns);
+  uint32_t looks = 0;
   for (;;) {
     bool moved = false;
     uint32_t missing = t.world;  // the first one that has not come
@@ -69,6 +73,11 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
     }
     if (all) return;
     if (moved) continue;
+    // What is not in shared memory is a way that takes longer than what this waits for.
+    if (missing == t.world && ++looks % kLooks) {
+      Hardware::spin();
+      continue;
+    }
     // A scout whose own sources are all here waits for another scout's, which reports the one that is late.
     uint32_t go_on = 1;
     if (lane_id() == 0) {
@@ -90,7 +99,7 @@ template <class Help, class AllIn, class Units, class Work>
 EPT_DEVICE bool work_as_they_come(const LaneTable &t, const uint32_t *standing, uint32_t *next, Help help, AllIn all_in,
                                   Units units, Work work) {
   const uint32_t begin = warp_id() % t.world;
-  for (;;) {
+  for (uint32_t looks = 1;; looks++) {
     bool all = true, in = true;
     for (uint32_t i = 0; i < t.world; i++) {
       const uint32_t source = begin + i < t.world ? begin + i : begin + i - t.world;
@@ -117,6 +126,10 @@ EPT_DEVICE bool work_as_they_come(const LaneTable &t, const uint32_t *standing, 
     }
     if (in) all_in();
     if (all) return true;
+    if (looks % kLooks) {
+      Hardware::spin();
+      continue;
+    }
     if (from_lane(lane_id() == 0 ? fault_of(t) : 0, 0)) return false;
     EPT_REST();
   }

@@ -74,12 +74,11 @@ class CombineSender {
     begin();
     if (membership != present && threadIdx.x == 0)
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
-    if (!is_faulted(fault | (membership ^ present))) send();
+    const bool works =
+        !is_faulted(fault | (membership ^ present)) && settle(t, kCombineSend, EPT_PHASE_COMBINE, generation);
+    leave_half(t, kCombineSend, EPT_PHASE_COMBINE, generation);
+    if (works) send();
     note(t, kCombineSend, 3);
-    if (last_block(t, kCombineSend, s.word)) {
-      keep_members(t, EPT_PHASE_COMBINE);
-      end_half(t, kCombineSend, &t.state->sent[EPT_PHASE_COMBINE], generation);
-    }
     note(t, kCombineSend, 5);
   }
 
@@ -94,7 +93,6 @@ class CombineSender {
   }
   EPT_DEVICE void send() {
     note(t, kCombineSend, 1);
-    if (!settle(t, kCombineSend, EPT_PHASE_COMBINE, generation)) return;
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
       expect(t, EPT_PHASE_COMBINE, generation, r, t.map.recv(EPT_PHASE_COMBINE, slot()) + a.routing.combine_at[r]);
     parts = parts_of((s.begin[world] + gridDim.x - 1) / gridDim.x, warps(), groups, 6);
@@ -141,13 +139,17 @@ class CombineSender {
       h.payload_bytes = uint32_t(object.returned);
       h.payload_format = object.returned_format;
       put_header(s.message[r], h);
-      packed_one(r);
+      if (r == t.rank)
+        post_own(t, EPT_PHASE_COMBINE, generation);
+      else
+        packed_one(r);
     }
     __syncwarp();
   }
 
   // A piece of the message to `rank` is packed by the caller's warp. Each block tells the others once, for all of its.
   EPT_DEVICE void packed_one(uint32_t rank) {
+    if (rank == t.rank) return;
     __threadfence_block();
     const uint32_t before = atomicSub(&s.pending[rank], 1u);
     __threadfence_block();
@@ -252,6 +254,7 @@ class CombineReceiver {
         s(shared),
         object(args.object),
         generation(args.lane.state->received[EPT_PHASE_COMBINE]),
+        membership(args.lane.state->membership[EPT_PHASE_COMBINE]),
         world(args.lane.world),
         fan(uint32_t(args.object.shape.fan())),
         row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, 0)),
@@ -296,7 +299,8 @@ class CombineReceiver {
     if (lane_id() == 0) {
       const uint32_t rows = a.routing.rows_to[source];
       const ept_moe_header h = get_header(at(source));
-      wrong = check_header(t, object, EPT_PHASE_COMBINE, generation, source, h, row_bytes, object.max_tokens);
+      wrong =
+          check_header(t, object, EPT_PHASE_COMBINE, generation, membership, source, h, row_bytes, object.max_tokens);
       if (!wrong && h.rows != rows) wrong = 12;
       if (!wrong) hear(t, source, h);
       if (wrong)
@@ -363,6 +367,7 @@ class CombineReceiver {
   const CombineShared &s;
   const ObjectTable &object;
   const uint64_t generation;
+  const uint32_t membership;
   const uint32_t world, fan;
   const uint64_t row_bytes;
   const uint32_t groups, parts;

@@ -9,7 +9,8 @@
 // run needs no order, so all warps count them, a row a lane, by atomics in shared memory. The run itself one warp goes
 // through, 32 (row, k) at a time: those of one expert find each other by a match, and the first of them moves the
 // expert's cursor on. No place leaves its expert's group: the cursor of a source never passes the count that its header
-// gave, and the block that owns a source's last rows sees that it ends there.
+// gave, nor the end of a group that doesn't grow (MASKED), and the block that owns a source's last rows sees that it
+// ends there.
 #pragma once
 
 #include "moe/cuda/arrivals.cuh"
@@ -23,13 +24,14 @@ constexpr int32_t kRows = 0, kByRank = 1, kContiguous = 2, kMasked = 3;  // ept_
 
 // Reads the header and the counts of a source that has come. The whole warp. False: the lane is faulted.
 EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &object, uint32_t half, uint64_t generation,
-                                     uint32_t source, uint32_t scale_bytes, int32_t payload_format,
+                                     uint32_t membership, uint32_t source, uint32_t scale_bytes, int32_t payload_format,
                                      int32_t scale_format, const RecvShared &s) {
   const char *at = s.sources.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
                    object.shape.dispatch_region(source).offset;
   uint32_t sum = 0;
   __syncwarp();
-  constexpr uint32_t kTogether = 8;  // loads under way
+  const uint32_t word = header_word(at);  // under way with the counts
+  constexpr uint32_t kTogether = 8;       // loads under way
   for (uint32_t base = 0; base < object.local; base += kTogether * kWarp) {
     uint32_t n[kTogether];
     EPT_UNROLL
@@ -45,11 +47,12 @@ EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &obje
     }
   }
   sum = warp_sum(sum >> 5) * 32 + warp_sum(sum & 31);
+  const ept_moe_header h = header_of(word);
   uint32_t wrong = 0;
   if (lane_id() == 0) {
-    const ept_moe_header h = get_header(at);
     const uint64_t row = ept_row_bytes(object.payload, scale_bytes, object.top_k);
-    wrong = check_header(t, object, EPT_PHASE_DISPATCH, generation, source, h, row, object.shape.chunk_tokens);
+    wrong =
+        check_header(t, object, EPT_PHASE_DISPATCH, generation, membership, source, h, row, object.shape.chunk_tokens);
     if (!wrong && h.rows &&
         (h.scale_bytes != scale_bytes || h.payload_format != uint32_t(payload_format) ||
          (scale_bytes && h.scale_format != uint32_t(scale_format))))
@@ -76,6 +79,7 @@ class DispatchReceiver {
         s(shared),
         object(args.object),
         generation(args.lane.state->received[EPT_PHASE_DISPATCH]),
+        membership(args.lane.state->membership[EPT_PHASE_DISPATCH]),
         world(args.lane.world),
         top_k(args.object.top_k),
         local(args.object.local),
@@ -89,6 +93,7 @@ class DispatchReceiver {
     const uint32_t fault = fault_of(t);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
       s.rows[r] = s.begin[r] = 0;
+      s.runs[r] = {0, 0, 1};
       s.next[r] = s.to_count[r] = s.counted[r] = 0;
     }
     look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
@@ -115,7 +120,7 @@ class DispatchReceiver {
     note(t, kDispatchRecv, 2);
     const bool whole = work_as_they_come(
         t, s.sources.standing, s.next, [&](uint32_t source) { help(source); }, [&] { add_up(); },
-        [&](uint32_t source) { return mine(source) * parts(source); },
+        [&](uint32_t source) { return units(source); },
         [&](uint32_t source, uint32_t unit) {
           copy(source, unit);
           note_source(t, EPT_PHASE_DISPATCH, source, true);
@@ -147,8 +152,14 @@ class DispatchReceiver {
 
   EPT_DEVICE bool header(uint32_t source) {
     if (blockIdx.x == 0) note_source(t, EPT_PHASE_DISPATCH, source, false);
-    return read_dispatch_header(t, object, kDispatchRecv, generation, source, a.scale_bytes, a.payload_format,
-                                a.scale_format, s);
+    if (!read_dispatch_header(t, object, kDispatchRecv, generation, membership, source, a.scale_bytes, a.payload_format,
+                              a.scale_format, s))
+      return false;
+    __syncwarp();
+    share(source);
+    __syncwarp();
+    foresee(source);
+    return true;
   }
 
   EPT_DEVICE bool may_begin(uint32_t source) const {
@@ -178,7 +189,8 @@ class DispatchReceiver {
       if (a.layout == kRows) needed += before;
     }
     __syncwarp();
-    if (per_expert) needed = groups(source);
+    if (a.layout == kContiguous) needed = groups(source);
+    if (a.layout == kMasked) needed = 0;  // place by place, in index()
     if (needed > leading) {
       if (lane_id() == 0)
         raise_fault(t, uint32_t(-EPT_E_CAPACITY), kDispatchRecv, int32_t(source), kRoom, generation, needed, leading);
@@ -188,29 +200,37 @@ class DispatchReceiver {
   }
 
  private:
-  // A source's rows are dealt to the blocks by runs. Some are longer by one, of each source at other blocks.
-  struct Run {
-    uint32_t first, end;
-  };
-  EPT_DEVICE Run run_of(uint32_t source) const {
+  // A source's rows are dealt to the blocks by runs. Some are longer by one, of each source at other blocks. A row is
+  // copied in so many pieces, as if all sources had as many rows as this one. Divisions are slow: one warp makes them,
+  // once.
+  EPT_DEVICE void share(uint32_t source) const {
+    if (lane_id() != 0) return;
     const uint32_t turn = source * (gridDim.x / world + 1) % gridDim.x;
-    const uint32_t number = (blockIdx.x + gridDim.x - turn) % gridDim.x;
-    const uint32_t each = s.rows[source] / gridDim.x, more = s.rows[source] % gridDim.x;
+    const uint32_t number = blockIdx.x >= turn ? blockIdx.x - turn : blockIdx.x + gridDim.x - turn;
+    const uint32_t each = s.rows[source] / gridDim.x, more = s.rows[source] - each * gridDim.x;
     const uint32_t first = number * each + (number < more ? number : more);
-    return {first, first + each + (number < more ? 1 : 0)};
+    s.runs[source] = {first, first + each + (number < more ? 1 : 0),
+                      parts_of((s.rows[source] * world + gridDim.x - 1) / gridDim.x, warps(), vectors, 4)};
   }
-  EPT_DEVICE uint32_t mine(uint32_t source) const {
-    const Run run = run_of(source);
-    return run.end - run.first;
+  EPT_DEVICE BlockRun run_of(uint32_t source) const { return s.runs[source]; }
+  EPT_DEVICE uint32_t units(uint32_t source) const {
+    const BlockRun run = run_of(source);
+    return (run.end - run.first) * run.parts;
   }
-  // A row in so many pieces, as if all sources had as many rows as this one.
-  EPT_DEVICE uint32_t parts(uint32_t source) const {
-    return parts_of((s.rows[source] * world + gridDim.x - 1) / gridDim.x, warps(), vectors, 4);
-  }
-  // Rows before this block's run are counted in groups of two rows a lane.
-  static constexpr uint32_t kCounted = 2 * kWarp;
+  // Rows before this block's run are counted in groups of a row a lane, so that several warps have some.
+  static constexpr uint32_t kCounted = kWarp;
   EPT_DEVICE uint32_t groups_before(uint32_t source) const { return (run_of(source).first + kCounted - 1) / kCounted; }
 
+  // What index() will read first comes while rows before it are counted.
+  EPT_DEVICE void foresee(uint32_t source) const {
+    if (!per_expert) return;
+    const BlockRun run = run_of(source);
+    const uint32_t j = run.first + lane_id();
+    if (j >= run.end) return;
+    const char *row = rows_of(source) + uint64_t(j) * row_bytes;
+    prefetch(row + ept_row_experts(object.payload, a.scale_bytes));
+    prefetch(row + ept_row_weights(object.payload, a.scale_bytes, top_k));
+  }
   // Counts what is left to count of a source whose header is in. Any warp.
   EPT_DEVICE void help(uint32_t source) const {
     if (!per_expert) return;
@@ -226,26 +246,18 @@ class DispatchReceiver {
       if (lane_id() == 0) atomicAdd(&s.counted[source], 1u);
     }
   }
-  // Rows j and j + kWarp, below `until`.
+  // Row j, if it is below `until`.
   EPT_DEVICE void count_rows(uint32_t source, uint32_t j, uint32_t until) const {
     constexpr uint32_t kTogether = 8;
-    const uint64_t experts_at = ept_row_experts(object.payload, a.scale_bytes);
-    const char *first = rows_of(source) + uint64_t(j) * row_bytes + experts_at;
+    const auto *experts = reinterpret_cast<const int32_t *>(rows_of(source) + uint64_t(j) * row_bytes +
+                                                            ept_row_experts(object.payload, a.scale_bytes));
     for (uint32_t base = 0; base < top_k; base += kTogether) {
-      int32_t expert[2][kTogether];
+      int32_t expert[kTogether];
       EPT_UNROLL
-      for (uint32_t n = 0; n < 2; n++) {
-        const auto *experts = reinterpret_cast<const int32_t *>(first + uint64_t(n * kWarp) * row_bytes) + base;
-        EPT_UNROLL
-        for (uint32_t i = 0; i < kTogether; i++)
-          expert[n][i] = base + i < top_k && j + n * kWarp < until ? experts[i] : -1;
-      }
+      for (uint32_t i = 0; i < kTogether; i++) expert[i] = base + i < top_k && j < until ? experts[base + i] : -1;
       EPT_UNROLL
-      for (uint32_t n = 0; n < 2; n++) {
-        EPT_UNROLL
-        for (uint32_t i = 0; i < kTogether; i++)  // what is no expert of ours, the block whose row it is will tell
-          if (uint32_t(expert[n][i]) < local) atomicAdd(&s.cursor[source * local + uint32_t(expert[n][i])], 1u);
-      }
+      for (uint32_t i = 0; i < kTogether; i++)  // what is no expert of ours, the block whose row it is will tell
+        if (uint32_t(expert[i]) < local) atomicAdd(&s.cursor[source * local + uint32_t(expert[i])], 1u);
     }
   }
   EPT_DEVICE const char *rows_of(uint32_t source) const {
@@ -253,38 +265,34 @@ class DispatchReceiver {
            object.shape.dispatch_region(source).offset + ept_dispatch_header_bytes(local);
   }
 
-  // Cursors of this block's run by expert, from counts of sources and of the rows before it; returns what the layout
-  // must hold. Where all headers are in (or, MASKED, those of the sources before it).
+  // CONTIGUOUS, where all headers are in: where the source's rows of each expert begin; returns the rows of all groups.
   EPT_DEVICE uint64_t groups(uint32_t source) const {
-    uint32_t base = 0, most = 0;
+    uint32_t base = 0;
     for (uint32_t first = 0; first < local; first += kWarp) {
       const uint32_t e = first + lane_id();
       uint32_t before = 0, all = 0;
-      const uint32_t until = a.layout == kContiguous ? world : source + 1;
-      for (uint32_t r = 0; r < until && e < local; r++) {
+      for (uint32_t r = 0; r < world && e < local; r++) {
         const uint32_t n = s.counts[r * local + e];
         if (r < source) before += n;
         all += n;
       }
-      const uint32_t padded = aligned(all);
-      uint32_t at = e * leading;
-      if (a.layout == kContiguous) {
-        const uint32_t upto = warp_prefix(padded);
-        at = base + upto - padded;
-        base += from_lane(upto, kWarp - 1);
-      }
-      if (e < local) {
-        s.cursor[source * local + e] += at + before;
-        s.limit[source * local + e] = at + before + s.counts[source * local + e];
-      }
-      most = all > most ? all : most;
-    }
-    for (uint32_t step = 1; step < kWarp; step *= 2) {
-      const uint32_t other = __shfl_xor_sync(kAll, most, int(step));
-      most = other > most ? other : most;
+      const uint32_t padded = aligned(all), upto = warp_prefix(padded);
+      if (e < local) s.groups[source * local + e] = base + upto - padded + before;
+      base += from_lane(upto, kWarp - 1);
     }
     __syncwarp();
-    return a.layout == kContiguous ? base : most;
+    return base;
+  }
+  // Where the source's rows of an expert begin, and how many of that expert stand before them in its group (MASKED; in
+  // CONTIGUOUS groups() has seen that there is room).
+  struct Group {
+    uint32_t begin, before;
+  };
+  EPT_DEVICE Group group_of(uint32_t source, uint32_t expert) const {
+    if (a.layout == kContiguous) return {s.groups[source * local + expert], 0};
+    uint32_t before = 0;
+    for (uint32_t r = 0; r < source; r++) before += s.counts[r * local + expert];
+    return {expert * leading + before, before};
   }
 
   // Rows of an expert, with what pads them in the layout `contiguous`.
@@ -294,14 +302,15 @@ class DispatchReceiver {
 
   // Places of this block's run.
   EPT_DEVICE bool index(uint32_t source) const {
-    const Run run = run_of(source);
+    const BlockRun run = run_of(source);
     const char *rows = rows_of(source);
     const uint64_t experts_at = ept_row_experts(object.payload, a.scale_bytes);
     const uint64_t weights_at = ept_row_weights(object.payload, a.scale_bytes, top_k);
     const bool weighed = !(s.flags[source] & EPT_MOE_NO_WEIGHTS);
     uint32_t *cursor = s.cursor + source * local;
     const uint64_t kept = uint64_t(s.begin[source]) * top_k;
-    uint32_t wrong = 0;
+    const bool bounded = a.layout == kMasked;
+    uint32_t wrong = 0, needed = 0;
     // One after another is only who comes first in a group: loads of kTogether rounds are under way together.
     constexpr uint32_t kTogether = 4;
     for (uint32_t base = run.first * top_k; base < run.end * top_k; base += kTogether * kWarp) {
@@ -326,28 +335,45 @@ class DispatchReceiver {
         if (expert[n] >= 0 && !(same & below())) cursor[expert[n]] = before + uint32_t(__popc(same));
         __syncwarp();
         if (i >= run.end * top_k) continue;
-        const int32_t place = expert[n] >= 0 ? int32_t(before + uint32_t(__popc(same & below()))) : -1;
-        if (place >= 0 && uint32_t(place) >= s.limit[source * local + uint32_t(expert[n])]) wrong = 1;
+        int32_t place = -1;
+        if (expert[n] >= 0) {
+          const uint32_t own = before + uint32_t(__popc(same & below()));
+          const uint32_t count = s.counts[source * local + uint32_t(expert[n])];
+          const Group group = group_of(source, uint32_t(expert[n]));
+          place = int32_t(group.begin + own);
+          if (own >= count) wrong = 1;
+          if (bounded && group.before + own >= leading) needed = group.before + count;
+        }
         a.routing.place[kept + i] = place;
+        if (i / top_k - run.first < s.kept) s.places[(source * s.kept - run.first) * top_k + i] = place;
         a.routing.row_weights[kept + i] = place < 0 ? 0.0f : weight[n];
       }
     }
     // At the source's end each cursor is at its limit: else a place would have no row.
     for (uint32_t e = lane_id(); e < local && run.end == s.rows[source]; e += kWarp)
-      if (cursor[e] != s.limit[source * local + e]) wrong = 1;
+      if (cursor[e] != s.counts[source * local + e]) wrong = 1;
+    const uint32_t full = __ballot_sync(kAll, int(needed));
+    if (full) {
+      needed = from_lane(needed, uint32_t(__ffs(int(full)) - 1));
+      if (lane_id() == 0)
+        raise_fault(t, uint32_t(-EPT_E_CAPACITY), kDispatchRecv, int32_t(source), kRoom, generation, needed, leading);
+      return false;
+    }
     const uint32_t any = __ballot_sync(kAll, int(wrong));
     if (any && lane_id() == 0)
       raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, s.rows[source], any);
     return !any;
   }
   EPT_DEVICE void copy(uint32_t source, uint32_t unit) const {
-    const uint32_t cut = parts(source), part = unit % cut;
-    const uint32_t j = run_of(source).first + unit / cut;
+    const BlockRun run = run_of(source);
+    const uint32_t cut = run.parts, nth = unit / cut, part = unit - nth * cut, j = run.first + nth;
     const char *row = rows_of(source) + uint64_t(j) * row_bytes;
     const uint64_t number = uint64_t(s.begin[source]) + j;
     int32_t place = -1;
     if (per_expert) {
-      if (lane_id() < top_k) place = a.routing.place[number * top_k + lane_id()];
+      const int32_t *places =
+          nth < s.kept ? s.places + (source * s.kept + nth) * top_k : &a.routing.place[number * top_k];
+      if (lane_id() < top_k) place = places[lane_id()];
     } else if (lane_id() == 0) {
       place = int32_t(a.layout == kByRank ? source * a.leading + j : number);
     }
@@ -516,7 +542,7 @@ class DispatchReceiver {
   const RecvShared &s;
   const ObjectTable &object;
   const uint64_t generation;
-  const uint32_t world, top_k, local;
+  const uint32_t membership, world, top_k, local;
   const uint32_t leading;  // rows of all outputs fit 32 bits: the host has seen to it
   const bool per_expert;
   const uint32_t row_bytes, vectors;
@@ -526,10 +552,14 @@ class DispatchReceiver {
 class Waiter {
  public:
   EPT_DEVICE Waiter(const DispatchWait &args, const RecvShared &shared)
-      : a(args), t(args.lane), s(shared), generation(args.lane.state->received[EPT_PHASE_DISPATCH]) {}
+      : a(args),
+        t(args.lane),
+        s(shared),
+        generation(args.lane.state->received[EPT_PHASE_DISPATCH]),
+        membership(args.lane.state->membership[EPT_PHASE_DISPATCH]) {}
   EPT_DEVICE bool header(uint32_t source) {
-    return read_dispatch_header(t, a.object, kDispatchRecv, generation, source, a.scale_bytes, a.payload_format,
-                                a.scale_format, s);
+    return read_dispatch_header(t, a.object, kDispatchRecv, generation, membership, source, a.scale_bytes,
+                                a.payload_format, a.scale_format, s);
   }
   EPT_DEVICE bool may_begin(uint32_t) const { return true; }
   EPT_DEVICE bool begin(uint32_t) const { return true; }
@@ -561,6 +591,7 @@ class Waiter {
   const LaneTable &t;
   const RecvShared &s;
   const uint64_t generation;
+  const uint32_t membership;
 };
 
 }  // namespace ept::moe::cuda
@@ -570,7 +601,7 @@ EPT_KERNEL moe_dispatch_recv(EPT_ARGUMENT(ept::moe::cuda::DispatchRecv) args) {
   if (!args.lane.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local);
+  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local, args.object.top_k);
   DispatchReceiver(args, shared).run();
 }
 
@@ -579,7 +610,7 @@ EPT_KERNEL moe_dispatch_wait(EPT_ARGUMENT(ept::moe::cuda::DispatchWait) args) {
   if (!args.lane.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local);
+  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local, args.object.top_k);
   Waiter(args, shared).run();
 }
 

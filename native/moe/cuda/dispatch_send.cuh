@@ -33,7 +33,8 @@ class DispatchSender {
         fan(uint32_t(args.object.shape.fan())),
         row_bytes(uint32_t(ept_row_bytes(args.object.payload, args.scale_bytes, args.object.top_k))),
         vectors(uint32_t(args.object.payload / 16)),
-        parts(parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), vectors, 2)) {
+        parts(parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), vectors, 2)),
+        units(parts + ((args.tokens + gridDim.x - 1) / gridDim.x * (parts + 1) <= warps() ? 1 : 0)) {
     const uint32_t each = a.tokens / gridDim.x, more = a.tokens % gridDim.x;
     first = blockIdx.x * each + (blockIdx.x < more ? blockIdx.x : more);
     end = first + each + (blockIdx.x < more ? 1 : 0);
@@ -44,18 +45,15 @@ class DispatchSender {
     const uint32_t fault = fault_of(t);
     start();
     begin();
-    if (!is_faulted(fault)) send();
-    if (last_block(t, kDispatchSend, s.word)) {
-      keep_members(t, EPT_PHASE_DISPATCH);
-      end_half(t, kDispatchSend, &t.state->sent[EPT_PHASE_DISPATCH], generation);
-    }
+    const bool works = !is_faulted(fault) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    leave_half(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    if (works) send();
     note(t, kDispatchSend, 5);
   }
 
  private:
   EPT_DEVICE void send() {
     note(t, kDispatchSend, 1);
-    if (!settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation)) return;
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
       expect(t, EPT_PHASE_DISPATCH, generation, r,
              t.map.recv(EPT_PHASE_DISPATCH, slot()) + a.object.shape.dispatch_region(r).offset);
@@ -114,6 +112,8 @@ class DispatchSender {
       const int64_t at = token * a.ids_strides[0] * (a.ids_64 ? 8 : 4);
       prefetch(static_cast<const char *>(a.ids) + at);
     }
+    if (a.weights && token < a.tokens)
+      prefetch(reinterpret_cast<const char *>(a.weights + token * a.weights_strides[0]));
     const uint32_t u = warp_id();
     if (u >= (end - first) * parts) return;
     const Span16 span = span_of(vectors, u % parts, parts);
@@ -227,20 +227,26 @@ class DispatchSender {
       const bool mine = token >= first && token < end;
       uint32_t n = 0;
       int32_t *to = a.routing.parts + uint64_t(token) * fan * 2;
+      int32_t *kept = mine && token - first < kKept ? s.parts + (token - first) * fan * 2 : nullptr;
       for (uint32_t from = 0; from < world; from += 64) {
         const uint64_t mask = ranks(token, from);
         for (uint32_t r = from; r < world && r < from + 64; r++) {
           const bool goes = mask >> (r - from) & 1;
           const uint32_t those = __ballot_sync(kAll, int(goes));
           if (!mine || !goes) continue;
+          const auto number = int32_t(s.tile_rows[tile * world + r] + uint32_t(__popc(those & below())));
           to[2 * n] = int32_t(r);
-          to[2 * n + 1] = int32_t(s.tile_rows[tile * world + r] + uint32_t(__popc(those & below())));
-          add_pieces(r, parts);
+          to[2 * n + 1] = number;
+          if (kept) kept[2 * n] = int32_t(r), kept[2 * n + 1] = number;
+          add_pieces(r, units);
           n++;
         }
       }
       if (!mine) continue;
-      for (; n < fan; n++) to[2 * n] = -1;
+      for (; n < fan; n++) {
+        to[2 * n] = -1;
+        if (kept) kept[2 * n] = -1;
+      }
     }
   }
   EPT_DEVICE void add_pieces(uint32_t rank, uint32_t pieces) {
@@ -272,51 +278,69 @@ class DispatchSender {
       for (uint32_t e = lane_id(); e < (bytes - EPT_MOE_HEADER_BYTES) / 4; e += kWarp)
         counts[e] = e < local ? s.counts[s.first[r] + e] : 0;
       __syncwarp();
-      if (lane_id() == 0) packed_one(r);
+      if (lane_id() == 0) r == t.rank ? post_own(t, EPT_PHASE_DISPATCH, generation) : packed_one(r);
       __syncwarp();
     }
   }
 
   // A piece of the message to `rank` is packed by the caller's warp. Each block tells the others once, for all of its.
   EPT_DEVICE void packed_one(uint32_t rank) {
+    if (rank == t.rank) return;
     __threadfence_block();  // the other warps of the block that packed for this rank have done so
     const uint32_t before = atomicSub(&s.pending[rank], 1u);
     __threadfence_block();
-    if (before != 1 || !packed(t, rank, s.pieces[rank], s.rows_to[rank] * parts + 1)) return;
+    if (before != 1 || !packed(t, rank, s.pieces[rank], s.rows_to[rank] * units + 1)) return;
     const uint64_t header = header_bytes(rank);
     post(t, kDispatchSend, EPT_PHASE_DISPATCH, generation, rank, s.rows_at[rank] - header, received(),
          header + uint64_t(s.rows_to[rank]) * row_bytes);
   }
 
   EPT_DEVICE void rows() {
-    for (uint32_t u = warp_id(); u < (end - first) * parts; u += warps())
-      row(first + u / parts, u % parts, u == warp_id());
+    const uint32_t pieces = (end - first) * parts;
+    for (uint32_t u = warp_id(); u < pieces; u += warps()) row(first + u / parts, u % parts, u == warp_id());
+    for (uint32_t token = first + warps() - 1 - warp_id(); units > parts && token < end; token += warps()) about(token);
   }
 
   EPT_DEVICE void row(uint32_t token, uint32_t part, bool started) {
     int32_t rank = -1;
     uint32_t n = 0;
     char *to = nullptr;
-    const auto plan = [&] {
-      int32_t number = 0;
-      if (lane_id() < fan) {
-        const int32_t *from = a.routing.parts + (uint64_t(token) * fan + lane_id()) * 2;
-        rank = from[0];
-        number = from[1];
-      }
-      n = uint32_t(__popc(__ballot_sync(kAll, int(rank >= 0))));  // they stand at the front
-      if (rank >= 0) to = s.rows_at[rank] + uint64_t(uint32_t(number)) * row_bytes;
-      if (part == 0) rest(token, rank, to, n);
+    const auto look = [&] {
+      n = plan(token, rank, to);
+      if (part == 0 && units == parts) rest(token, rank, to, n);
     };
     if (!a.quantise)
-      copy(token, part, started, plan, to, n);
+      copy(token, part, started, look, to, n);
     else if (element_size(a.x_format) == 2)
-      quantise<2>(token, part, started, plan, to, n);
+      quantise<2>(token, part, started, look, to, n);
     else
-      quantise<4>(token, part, started, plan, to, n);
+      quantise<4>(token, part, started, look, to, n);
     __syncwarp();
     if (rank >= 0) packed_one(uint32_t(rank));
     __syncwarp();
+  }
+
+  // What a row has beside its payload, by a warp that has none of that.
+  EPT_DEVICE void about(uint32_t token) {
+    int32_t rank = -1;
+    char *to = nullptr;
+    const uint32_t n = plan(token, rank, to);
+    rest(token, rank, to, n);
+    __syncwarp();
+    if (rank >= 0) packed_one(uint32_t(rank));
+    __syncwarp();
+  }
+  // Of a lane the rank that has the token, and where; returns how many have one, the first lanes.
+  EPT_DEVICE uint32_t plan(uint32_t token, int32_t &rank, char *&to) const {
+    int32_t number = 0;
+    if (lane_id() < fan) {
+      const int32_t *from = token - first < kKept ? s.parts + ((token - first) * fan + lane_id()) * 2
+                                                  : a.routing.parts + (uint64_t(token) * fan + lane_id()) * 2;
+      rank = from[0];
+      number = from[1];
+    }
+    if (rank >= 0) to = s.rows_at[rank] + uint64_t(uint32_t(number)) * row_bytes;
+    return uint32_t(__popc(__ballot_sync(kAll, int(rank >= 0))));
   }
 
   template <class Plan>
@@ -442,7 +466,8 @@ class DispatchSender {
   const uint64_t generation;
   const uint32_t world, top_k, fan;
   const uint32_t row_bytes, vectors;
-  const uint32_t parts;  // a row is packed in so many pieces
+  const uint32_t parts;  // a row's payload is packed in so many pieces
+  const uint32_t units;  // and it in so many: one more, for what else is in it, where a warp would have none
   uint32_t first, end;   // this block's tokens
 };
 
@@ -453,6 +478,7 @@ EPT_KERNEL moe_dispatch_send(EPT_ARGUMENT(ept::moe::cuda::DispatchSend) args) {
   if (!args.lane.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const SendShared shared = send_shared(carve, blockDim.x, args.lane.world, args.object.experts, args.tokens);
+  const SendShared shared = send_shared(carve, blockDim.x, args.lane.world, args.object.experts, args.tokens,
+                                        uint32_t(args.object.shape.fan()));
   DispatchSender(args, shared).run();
 }

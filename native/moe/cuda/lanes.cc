@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "moe/cuda/shared.h"
 #include "moe/fail.h"
 
 namespace ept::moe::cuda {
@@ -20,6 +21,10 @@ struct Blob {
 constexpr uint32_t kMagic = 0x47545045;  // "EPTG"
 
 constexpr uint32_t kThreads = 512;
+// Where a combine's blocks have a multiprocessor each and two tokens or more: they wait for memory, and all threads
+// that a multiprocessor takes wait for more of it at a time. With a token a block, what all threads do before it costs
+// more.
+constexpr uint32_t kWide = 1024, kWideTokens = 2;
 // As many ranks may be threads of one process; it is also the most that CUDA has.
 constexpr uint32_t kConnections = 32;
 // A send's scan and tables in shared memory: what every GPU of sm_80 and later gives a block.
@@ -147,6 +152,7 @@ void Lanes::choose_blocks() {
   blocks_ = config_.blocks ? config_.blocks : room / sharers;
   constexpr uint32_t kEnough = 132;  // more bring nothing: a GPU's memory is busy with as many
   if (!config_.blocks) blocks_ = std::min(blocks_, kEnough);
+  wide_ = !config_.threads && uint64_t(blocks_) * sharers <= gpu_->room(kWide);
   if (blocks_ == 0 || uint64_t(blocks_) * sharers > room)
     fail(EPT_E_CONFIG, -1,
          "%u ranks of this GPU with %u lanes and %u blocks of %u threads each need room for %llu blocks; it has room "
@@ -175,6 +181,10 @@ void Lanes::lay(char *begin) {
     in_[l] = carve.take<char *>(world_);
   }
   own_bytes_ = carve.bytes();
+}
+
+uint32_t Lanes::combine_threads(uint64_t tokens) const {
+  return wide_ && tokens >= uint64_t(blocks_) * kWideTokens ? kWide : threads_;
 }
 
 void Lanes::start() {
@@ -431,9 +441,10 @@ void Lanes::refuse(const Object &object) {
          object.config.num_experts, world);
   // Beside the rings (shared.h), which are as large for every object.
   const uint64_t tiles = (uint64_t(object.shape.max_tokens) + kWarp - 1) / kWarp;
-  const uint64_t shared = 4 * tiles * world + 8ull * object.config.num_experts + 48ull * world + 64;
-  const uint64_t received =
-      8ull * world * object.local() + 80ull * world + 4ull * world * object.local() + 8ull * object.local() + 64;
+  const uint64_t shared =
+      4 * tiles * world + 8ull * object.config.num_experts + 48ull * world + 8ull * kKept * object.shape.fan() + 64;
+  const uint64_t received = 8ull * world * object.local() + 92ull * world + 4ull * world * object.local() +
+                            8ull * object.local() + 4ull * world * kept_rows(world) * object.config.top_k + 64;
   if (shared > kMostShared || received > kMostShared)
     fail(EPT_E_UNSUPPORTED, -1,
          "%u tokens, %u experts and %u ranks take %llu bytes of a block's shared memory; the GPU executor has %llu",

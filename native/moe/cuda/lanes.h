@@ -73,6 +73,8 @@ class Lanes final : public Follower {
   uint32_t world() const { return world_; }
   uint32_t blocks() const { return blocks_; }
   uint32_t threads() const { return threads_; }
+  // Of a combine of so many tokens here.
+  uint32_t combine_threads(uint64_t tokens) const;
   bool over_engine() const { return net_ != nullptr; }
   // That rank's memory is in this GPU's address space; else what goes there goes through the engine.
   bool maps(uint32_t rank) const { return rank == rank_ || peers_[rank].base; }
@@ -117,6 +119,7 @@ class Lanes final : public Follower {
   const uint64_t lane_bytes_;
   uint32_t blocks_ = 0, ranks_here_ = 1;
   const uint32_t threads_;
+  bool wide_ = false;  // blocks of kWide threads would all be on the GPU at once, too
   std::vector<Peer> peers_;
   char *memory_ = nullptr;
   char *own_ = nullptr;  // tables, and what kernels write that no peer sees

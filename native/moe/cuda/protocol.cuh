@@ -14,6 +14,8 @@
 //  - Generation g of a phase raises the signal of slot g mod 2 to g / 2 + 1, and to what the source is ahead of that
 //    since a reset (signals of an engine only count up). A source's rows are read only after that was seen with
 //    acquire, by ordinary loads, after a barrier of who saw it.
+//  - What a rank sends to itself is counted by nobody: the kernel that reads it begins when this one has ended. Its
+//    signal is raised with its header.
 //  - A message is `done` in pieces: each block, by whichever of its threads finishes its last piece for a rank, adds
 //  them
 //    with acquire and release (device.cuh, 3); who completes the count zeroes it and raises the signal.
@@ -60,15 +62,6 @@ struct Taking {
 EPT_DEVICE Taking taking(const LaneTable &t, uint32_t set) {
   return {t.state->membership[set] ? t.out + set * t.world : nullptr};
 }
-// A send is over: what it took is what its phase has. The last block.
-EPT_DEVICE void keep_members(const LaneTable &t, uint32_t phase) {
-  const uint32_t taken = t.state->membership[kNext];
-  if (t.state->membership[phase] == taken) return;
-  for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) t.out[phase * t.world + r] = t.out[kNext * t.world + r];
-  __syncthreads();
-  if (threadIdx.x == 0) t.state->membership[phase] = taken;
-}
-
 // The end of a half: all threads of the block call. True in the last block, for all its threads, before `raise`.
 EPT_DEVICE bool last_block(const LaneTable &t, uint32_t half, uint32_t *word) {
   __syncthreads();
@@ -83,16 +76,37 @@ EPT_DEVICE void end_half(const LaneTable &t, uint32_t half, uint64_t *counter, u
   *counter = generation + 1;
 }
 
+// A send's end, told at its beginning, since its blocks need nothing of one another when they end: each counts itself
+// out as soon as all its threads have read what the last one changes (generation and settle(), which asks what is
+// open), by a warp that mostly has nothing else to do then. All threads call, after a barrier.
+EPT_DEVICE void leave_half(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
+  if (warp_id() != (warps() - 1) / 2) return;
+  const uint32_t before = lane_id() == 0 ? device::count_in(&t.state->blocks[half], 1) : 0;
+  if (from_lane(before, 0) != gridDim.x - 1) return;
+  // What it takes (kNext) is what its phase has.
+  const uint32_t taken = t.state->membership[kNext];
+  const bool moves = t.state->membership[phase] != taken;
+  for (uint32_t r = lane_id(); r < t.world && moves; r += kWarp)
+    t.out[phase * t.world + r] = t.out[kNext * t.world + r];
+  __syncwarp();
+  if (lane_id() != 0) return;
+  t.state->membership[phase] = taken;
+  t.state->blocks[half] = 0;
+  t.state->sent[phase] = generation + 1;
+}
+
 // ---- out ----
 
 // A message is packed at the peer itself where its memory is mapped here (a path's window), or in our own memory, where
 // it is read here or put from here.
 
+EPT_DEVICE void post_own(const LaneTable &t, uint32_t phase, uint64_t generation) {
+  Hardware::add_release_system(t.words[t.rank] + signal_index(phase, uint32_t(generation & 1)), 1);
+}
 // The whole message is packed, and seen by the caller, a single thread.
 EPT_DEVICE void post(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, uint32_t peer, char *from,
                      uint64_t received, uint64_t bytes) {
   const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
-  if (peer == t.rank) return Hardware::add_release_system(t.words[peer] + signal, 1);
   const ept_path &path = t.paths[peer];
   const bool direct = device::window(path, received) != nullptr;
   const device::Put put = device::put(device::Thread(), path, direct ? nullptr : from, received, direct ? 0 : bytes,
@@ -172,9 +186,10 @@ EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint32_t phase, uint
 
 // 0, or the number of the first field that is not of this step. One thread, after the signal was seen.
 EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
-                                 uint32_t source, const ept_moe_header &h, uint64_t row_bytes, uint64_t most_rows) {
+                                 uint32_t membership, uint32_t source, const ept_moe_header &h, uint64_t row_bytes,
+                                 uint64_t most_rows) {
   if (h.magic != EPT_MOE_MAGIC || h.version != EPT_WIRE_VERSION) return 1;
-  if (h.membership != t.state->membership[phase]) return 2;
+  if (h.membership != membership) return 2;
   if (h.phase != phase || h.source != source || h.lane != t.lane || h.chunk != 0) return 3;
   if (h.generation != generation) return 4;
   if (h.object != object.number) return 5;
@@ -187,6 +202,18 @@ EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, 
 EPT_DEVICE ept_moe_header get_header(const char *from) {
   HeaderWords to{};
   for (uint32_t i = 0; i < EPT_MOE_HEADER_BYTES / 4; i++) to.words[i] = reinterpret_cast<const uint32_t *>(from)[i];
+  return to.header;
+}
+
+// The same by a warp, a word a lane; all lanes have it.
+EPT_DEVICE uint32_t header_word(const char *from) {
+  static_assert(EPT_MOE_HEADER_BYTES == 4 * kWarp);
+  return reinterpret_cast<const uint32_t *>(from)[lane_id()];
+}
+EPT_DEVICE ept_moe_header header_of(uint32_t word) {
+  HeaderWords to{};
+  EPT_UNROLL
+  for (uint32_t i = 0; i < kWarp; i++) to.words[i] = from_lane(word, i);
   return to.header;
 }
 

@@ -30,6 +30,10 @@ EPT_HD inline Sources sources(Carve &carve, uint32_t world) {
   return s;
 }
 
+// Of a block's tokens, so many are kept in shared memory, where all that is written of them is read again: what has few
+// would wait for memory there.
+constexpr uint32_t kKept = 16;
+
 struct SendShared {
   Piece *ring;           // [kAhead, threads]
   uint64_t *combine_at;  // [world]
@@ -41,11 +45,11 @@ struct SendShared {
   uint32_t *rows_to;     // [world]
   uint32_t *pieces;      // [world] pieces of this block's part of the message to that rank
   uint32_t *pending;     // [world] of which not yet packed
-  uint32_t *word;        // of last_block
+  int32_t *parts;        // [kKept, fan, 2] RoutingArrays', of the block's first tokens
   uint32_t *bad;         // [2] 1, and the id, where one was out of range
 };
-EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t experts,
-                                     uint32_t tokens) {
+EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t experts, uint32_t tokens,
+                                     uint32_t fan) {
   SendShared s{};
   s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
   s.combine_at = carve.take<uint64_t>(world);
@@ -57,10 +61,17 @@ EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t wo
   s.rows_to = carve.take<uint32_t>(world);
   s.pieces = carve.take<uint32_t>(world);
   s.pending = carve.take<uint32_t>(world);
-  s.word = carve.take<uint32_t>(1);
+  s.parts = carve.take<int32_t>(uint64_t(kKept) * fan * 2);
   s.bad = carve.take<uint32_t>(2);
   return s;
 }
+
+// What a block takes of a source's rows, and in how many pieces each.
+struct BlockRun {
+  uint32_t first, end, parts;
+};
+// Of each source's run, the first rows' places are kept here, where sources are few.
+EPT_HD constexpr uint32_t kept_rows(uint32_t world) { return world <= 16 ? 6 : 0; }
 
 struct RecvShared {
   Piece *ring;  // [kAhead, threads]
@@ -72,8 +83,11 @@ struct RecvShared {
   uint32_t *to_count;    // [world] group of rows before this block's that nobody has taken to count
   uint32_t *counted;     // [world] such groups that are counted
   uint32_t *counts;      // [world, local]
-  uint32_t *cursor;      // [world, local] rows of the source before this block's, then places
-  uint32_t *limit;       // [world, local] which no place of the source reaches
+  uint32_t *cursor;      // [world, local] rows of the source before this block's, then before the next of them
+  uint32_t *groups;      // [world, local] CONTIGUOUS: where the source's rows of that expert begin
+  BlockRun *runs;        // [world]
+  int32_t *places;       // [world, kept, top_k]
+  uint32_t kept;         // kept_rows
   uint32_t *sums;        // [local] rows of each expert
   uint32_t *starts;      // [local + 1] of each expert's group
   uint32_t *flags;       // [world] of the header
@@ -81,7 +95,7 @@ struct RecvShared {
   uint32_t *next_blank;  // rows that no row fills are gone through by groups: the next that nobody has taken
   uint32_t *word;
 };
-EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t local) {
+EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t local, uint32_t top_k) {
   RecvShared s{};
   s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
   s.sources = sources(carve, world);
@@ -93,7 +107,10 @@ EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t wo
   s.counted = carve.take<uint32_t>(world);
   s.counts = carve.take<uint32_t>(uint64_t(world) * local);
   s.cursor = carve.take<uint32_t>(uint64_t(world) * local);
-  s.limit = carve.take<uint32_t>(uint64_t(world) * local);
+  s.groups = carve.take<uint32_t>(uint64_t(world) * local);
+  s.runs = reinterpret_cast<BlockRun *>(carve.take<uint32_t>(3ull * world));
+  s.kept = kept_rows(world);
+  s.places = carve.take<int32_t>(uint64_t(world) * s.kept * top_k);
   s.sums = carve.take<uint32_t>(local);
   s.starts = carve.take<uint32_t>(local + 1);
   s.flags = carve.take<uint32_t>(world);

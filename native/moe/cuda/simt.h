@@ -7,7 +7,7 @@
 #include "eptransport/device.cuh"
 
 #ifdef __CUDACC__
-// At most 1024 threads a block, so at most 64 registers a thread; two blocks of 512 fit a multiprocessor.
+// At most 1,024 threads a block, so at most 64 registers a thread; two blocks of 512 fit a multiprocessor.
 #define EPT_KERNEL extern "C" __global__ void __launch_bounds__(1024, 1)
 #define EPT_ARGUMENT(Type) const __grid_constant__ Type
 #define EPT_SHARED(name) extern __shared__ __align__(16) char name[]

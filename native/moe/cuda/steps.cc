@@ -72,8 +72,9 @@ RoutingArrays arrays(const GpuObject &moe, void *memory, uint64_t tokens) {
   return routing_arrays(carve, moe.object.shape, tokens);
 }
 
-void launch(const GpuObject &moe, Kernel kernel, uint32_t blocks, uint64_t shared, void *stream, void *argument) {
-  moe.lanes->gpu().launch(kernel, blocks, moe.lanes->threads(), shared, stream, argument);
+void launch(const GpuObject &moe, Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
+            void *argument) {
+  moe.lanes->gpu().launch(kernel, blocks, threads, shared, stream, argument);
 }
 
 template <class Make>
@@ -136,15 +137,17 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
   a.quantise = quantise;
   a.ue8m0 = config.scale_format == EPT_SCALES_UE8M0;
   const uint64_t shared = shared_bytes([&](Carve &carve) {
-    send_shared(carve, moe.lanes->threads(), config.world, config.num_experts, uint32_t(tokens));
+    send_shared(carve, moe.lanes->threads(), config.world, config.num_experts, uint32_t(tokens),
+                uint32_t(object.shape.fan()));
   });
-  launch(moe, kKernelDispatchSend, moe.lanes->blocks(), shared, stream, &a);
+  launch(moe, kKernelDispatchSend, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
   moe.carried[args.lane] = carried;
 }
 
 uint64_t shared_of_receive(const GpuObject &moe) {
-  return shared_bytes(
-      [&](Carve &carve) { recv_shared(carve, moe.lanes->threads(), moe.object.config.world, moe.object.local()); });
+  return shared_bytes([&](Carve &carve) {
+    recv_shared(carve, moe.lanes->threads(), moe.object.config.world, moe.object.local(), moe.object.config.top_k);
+  });
 }
 
 void dispatch_wait(GpuObject &moe, uint32_t lane, uint64_t *arrival, void *stream) {
@@ -155,7 +158,7 @@ void dispatch_wait(GpuObject &moe, uint32_t lane, uint64_t *arrival, void *strea
   a.scale_format = moe.carried[lane].scale_format;
   a.payload_format = moe.object.config.dispatch_dtype;
   a.arrival = arrival;
-  launch(moe, kKernelDispatchWait, 1, shared_of_receive(moe), stream, &a);
+  launch(moe, kKernelDispatchWait, 1, moe.lanes->threads(), shared_of_receive(moe), stream, &a);
 }
 
 void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o, void *routing, uint64_t tokens,
@@ -210,7 +213,7 @@ void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o,
   a.counts = static_cast<int32_t *>(o.counts.data);
   a.offsets = static_cast<int32_t *>(o.offsets.data);
   a.num_rows = num_rows;
-  launch(moe, kKernelDispatchRecv, moe.lanes->blocks(), shared_of_receive(moe), stream, &a);
+  launch(moe, kKernelDispatchRecv, moe.lanes->blocks(), moe.lanes->threads(), shared_of_receive(moe), stream, &a);
 }
 
 void combine_send(GpuObject &moe, const ept_combine_args &args, void *routing, uint64_t tokens, void *stream) {
@@ -237,9 +240,9 @@ void combine_send(GpuObject &moe, const ept_combine_args &args, void *routing, u
   a.out = strided(args.expert_out, two ? 2 : 1);
   a.leading = uint64_t(args.expert_out.shape[two ? 1 : 0]);
   a.weights_applied = args.weights_applied;
-  const uint64_t shared =
-      shared_bytes([&](Carve &carve) { combine_shared(carve, moe.lanes->threads(), object.config.world); });
-  launch(moe, kKernelCombineSend, moe.lanes->blocks(), shared, stream, &a);
+  const uint32_t threads = moe.lanes->combine_threads(tokens);
+  const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, threads, object.config.world); });
+  launch(moe, kKernelCombineSend, moe.lanes->blocks(), threads, shared, stream, &a);
 }
 
 void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, void *routing, void *stream) {
@@ -253,9 +256,9 @@ void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, void *rout
   a.y_stride = y.strides[0] * int64_t(element_bytes(y.dtype));
   a.tokens = uint32_t(y.shape[0]);
   a.format = y.dtype;
-  const uint64_t shared =
-      shared_bytes([&](Carve &carve) { combine_shared(carve, moe.lanes->threads(), moe.object.config.world); });
-  launch(moe, kKernelCombineRecv, moe.lanes->blocks(), shared, stream, &a);
+  const uint32_t threads = moe.lanes->combine_threads(a.tokens);
+  const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, threads, moe.object.config.world); });
+  launch(moe, kKernelCombineRecv, moe.lanes->blocks(), threads, shared, stream, &a);
 }
 
 }  // namespace
@@ -427,7 +430,7 @@ int32_t ept_gpu_moe_combine_recv(ept_gpu_moe *moe, uint32_t lane, const ept_tens
 int32_t ept_gpu_moe_drain(ept_gpu_moe *moe, uint32_t lane, uint32_t phase, void *stream, ept_error *error) {
   return guarded("drain", error, [&] {
     Drain a{moe->object->lanes->table(lane_of(*moe->object, lane)), phase};
-    launch(*moe->object, kKernelDrain, 1, 0, stream, &a);
+    launch(*moe->object, kKernelDrain, 1, moe->object->lanes->threads(), 0, stream, &a);
   });
 }
 

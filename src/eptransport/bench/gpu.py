@@ -98,7 +98,7 @@ class GpuMoeResult:
     """That have ranks; rank r is on GPU r % gpus."""
     multiprocessors: int
     blocks: int
-    """Of each rank's launches, of 512 threads; a multiprocessor takes two."""
+    """Of each rank's launches: of 512 threads, of which a multiprocessor takes two, or in a combine of 1,024."""
     copy_gb_per_s: float
     """Read and written."""
     link_gb_per_s: float

@@ -179,7 +179,7 @@ def gpu_table(result: GpuMoeResult) -> RenderableType:
             if result.gpus > 1
             else ""
         ),
-        f"{result.blocks} blocks of 512 threads a rank, on {result.multiprocessors} multiprocessors of "
+        f"{result.blocks} blocks a rank, on {result.multiprocessors} multiprocessors of "
         f"{counted(result.gpus, 'GPU')}"
         + ("" if job.threads or shape.ranks == result.gpus else "; without MPS, processes have a GPU in turn"),
         f"checked before: {result.checked}",
