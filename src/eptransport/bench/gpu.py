@@ -225,7 +225,11 @@ def measure(job: GpuMoeJob, rank: Rank, group: Group) -> GpuRank:
     step = _Step(job, group, rank)
     with torch.cuda.stream(step.stream):
         checked = step.check()
-        step.capture()
+        for turn in range(job.shape.ranks if job.threads else 1):
+            # Threads one after another: a capture is ended by what another thread may do at its own's beginning.
+            rank.barrier()
+            if not job.threads or turn == rank.rank:
+                step.capture()
     rank.barrier()
     copied = step.copy_speed(step.device) if rank.rank == 0 else 0.0
     linked = step.copy_speed(torch.device("cuda", 1)) / 2 if rank.rank == 0 and step.gpus > 1 else 0.0
