@@ -35,7 +35,6 @@ class Check:
     """The sentence that is checked."""
     body: Callable[[Subject], None]
     only_hostile: bool
-    only_keyed: bool
     limit_s: float | None = None
     """Of this check, where it isn't that of the run."""
 
@@ -52,8 +51,6 @@ class Check:
             raise Waived(f"WAIVED by {subject.plugin.name}: {probe.waived_why}")
         if self.only_hostile and not subject.hostile:
             raise Skip("needs a backend that shows reordering when asked to (an adversary)")
-        if self.only_keyed and probe.protection != "key":
-            raise Skip(f"protection is {probe.protection}: keys are not secret here, and not bound to a peer")
         try:
             self.body(subject)
         except Skip:
@@ -68,7 +65,7 @@ _checks: list[Check] = []
 
 
 def check(
-    clause: int, *, only_hostile: bool = False, only_keyed: bool = False
+    clause: int, *, only_hostile: bool = False
 ) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     """Registers a function as the next check of `clause`. Its name is the check's, its docstring the promise."""
 
@@ -76,7 +73,7 @@ def check(
         letter = "abcdefghijklmnopqrstuvwxyz"[sum(other.clause == clause for other in _checks)]
         promise = " ".join((body.__doc__ or "").split())
         name = body.__name__.replace("_", "-")
-        _checks.append(Check(clause, letter, name, promise, body, only_hostile, only_keyed))
+        _checks.append(Check(clause, letter, name, promise, body, only_hostile))
         return body
 
     return register

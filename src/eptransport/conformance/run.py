@@ -26,7 +26,7 @@ from eptransport.conformance.world import Spec, Subject, spec_of, subject, subje
 from eptransport.errors import BackendUnavailable, InvalidArgument
 from eptransport.settings import Settings
 
-__all__ = ["LIMIT_S", "Outcome", "Verdict", "find", "run", "run_subject", "subjects"]
+__all__ = ["LIMIT_S", "Outcome", "Verdict", "Worker", "find", "run", "run_subject", "subjects"]
 
 LIMIT_S = 180.0
 """Of one check. The longest takes 20 s on two busy cores."""
@@ -119,10 +119,10 @@ def run_subject(
     under: Subject, wanted: Sequence[Check], limit_s: float = LIMIT_S, try_waived: bool = False
 ) -> Iterator[Outcome]:
     """These checks on one subject, in this order."""
-    worker: _Worker | None = None
+    worker: Worker | None = None
     try:
         for check in wanted:
-            worker = worker or _Worker(under)
+            worker = worker or Worker(under)
             begun = time.monotonic()
             verdict, text = worker.ask(check, limit_s if check.limit_s is None else check.limit_s, try_waived)
             yield Outcome(
@@ -143,7 +143,7 @@ def run_subject(
             worker.end()
 
 
-class _Worker:
+class Worker:
     """A process that makes checks on one subject. Started afresh, so that nothing of the caller's is in it."""
 
     def __init__(self, under: Subject) -> None:
