@@ -25,6 +25,9 @@ FOLDER = Path(__file__).parent.parent / "build" / "libfabric"
 PROVIDERS = ("tcp", "shm", "tcp;ofi_rxm", "udp;ofi_rxd", "verbs", "efa", "efa-direct")
 """Asked for in each release; which of them can start depends on the release and on the machine."""
 
+GIVEN = {"unproven": os.environ["EPT_LIBFABRIC_UNPROVEN"]} if "EPT_LIBFABRIC_UNPROVEN" in os.environ else {}
+"""What whoever starts the tests says for all of them: that providers may be tried over which nothing is proven."""
+
 
 @dataclass(frozen=True)
 class Libfabric:
@@ -42,7 +45,7 @@ class Libfabric:
 
     def options(self, provider: str) -> dict[str, str]:
         """The same as settings of the backend."""
-        return {"library": self.library, "provider": provider}
+        return {"library": self.library, "provider": provider, **GIVEN}
 
     @property
     def providers(self) -> dict[str, str]:
@@ -110,10 +113,11 @@ def _providers(library: str) -> dict[str, str]:
         "import json, sys\n"
         "from eptransport.backends import registry\n"
         "plugin = registry(()).plugins['libfabric']\n"
-        "probes = {name: plugin.probe({'library': sys.argv[1], 'provider': name}) for name in sys.argv[2:]}\n"
+        "given = json.loads(sys.argv[1])\n"
+        "probes = {name: plugin.probe({**given, 'provider': name}) for name in sys.argv[2:]}\n"
         "print(json.dumps({name: '' if probe.usable else probe.why_not for name, probe in probes.items()}))\n"
     )
-    command = [sys.executable, "-c", code, library, *PROVIDERS]
+    command = [sys.executable, "-c", code, json.dumps({**GIVEN, "library": library}), *PROVIDERS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode != 0:
         return dict.fromkeys(PROVIDERS, f"the probe ended with {done.returncode}: {done.stderr[-500:]}")
