@@ -5,11 +5,13 @@
 //   providers.cc  what is known of each provider; which fi_info a rail opens
 //   endpoint.cc   a rail: endpoint, queues, address vector, contexts, buffers
 //   handshake.cc  what two ranks say before the first write
-//   peers.cc      what a peer goes through: opened, up, lost, closed, fenced
-//   worker.cc     post, poll, arm, quiesce
+//   peers.cc      what a peer goes through: opened, up, lost, closed
+//   worker.cc     post, poll, arm
+//   quiet.cc      fences, quiesce
+//   faults.cc     what fails: an operation, a rail, a queue
 //   memory.cc     memory, exports, keys
 //   registration.cc  one registration on one rail: host, dmabuf, GPU by address
-//   errors.cc     completions that went wrong
+//   errors.cc     what a completion that went wrong says
 //   strict.h      a stricter network, by a setting
 //   libfabric.cc  limits, and the table that wires all of it
 //
@@ -148,7 +150,6 @@ struct ept_instance {
   int32_t peer_open(uint32_t rank, uint32_t epoch, const void *address, size_t length);
   int32_t peer_state(uint32_t rank);
   int32_t peer_close(uint32_t rank);
-  int32_t peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie);
   void end_peer(libfabric::Peer *peer, int32_t code, int number, std::string text, bool announce);
   void on_message(libfabric::Rail *rail, libfabric::Operation *receive, size_t length, libfabric::Output *out);
   void on_time(uint64_t now_ns);
@@ -164,9 +165,14 @@ struct ept_instance {
   int32_t post(const ept_op *ops, size_t count, size_t *posted);
   int32_t poll(ept_event *events, size_t capacity);
   int32_t arm(int32_t *descriptor);
-  int32_t quiesce(uint32_t rank, int32_t scope, uint64_t cookie);
   bool watch_rails();
   void unwatch_rails();
+
+  // quiet.cc
+  int32_t peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie);
+  int32_t quiesce(uint32_t rank, int32_t scope, uint64_t cookie);
+
+  // faults.cc
   void rail_broke(libfabric::Rail *rail, int number, const std::string &why);
 
   // memory.cc
@@ -194,15 +200,17 @@ struct ept_instance {
   int32_t not_posted(libfabric::Rail *rail, libfabric::Operation *operation, const ept_op &op, const char *what,
                      int status);
   void read_queue(libfabric::Rail *rail, libfabric::Output *out);
-  void read_error(libfabric::Rail *rail, libfabric::Output *out);
-  void read_events(libfabric::Rail *rail);
-  void queue_died(libfabric::Rail *rail, int number, const std::string &why);
   void completed(libfabric::Rail *rail, libfabric::Operation *operation, libfabric::Output *out);
-  void failed(libfabric::Rail *rail, libfabric::Operation *operation, const libfabric::Fault &fault,
-              libfabric::Output *out);
   void immediate(libfabric::Rail *rail, uint64_t data, uint64_t length, libfabric::Output *out);
   ept_event *emit(libfabric::Output *out, int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail);
   void give_pending(libfabric::Output *out);
+  // quiet.cc
   void give_quiesced();
   void found_empty(libfabric::Rail *rail);
+  // faults.cc
+  void failed(libfabric::Rail *rail, libfabric::Operation *operation, const libfabric::Fault &fault,
+              libfabric::Output *out);
+  void read_error(libfabric::Rail *rail, libfabric::Output *out);
+  void read_events(libfabric::Rail *rail);
+  void queue_died(libfabric::Rail *rail, int number, const std::string &why);
 };

@@ -19,9 +19,6 @@ constexpr uint64_t kLongestPause = 500000000;
 // What reads from memory on behalf of a dead peer should end by itself within this; if not, it is told as failed. A
 // card gives up after a second or so, a connection at once; shm never does.
 constexpr uint64_t kOrphansNs = 500000000;
-// What had landed when its key was closed is in the queue by then (worker.cc, found_empty). The strict shim holds an
-// arrival back for 100 ms.
-constexpr uint64_t kFenceNs = 200000000;
 
 }  // namespace
 
@@ -401,25 +398,6 @@ void ept_instance::reap() {
         fi_av_remove(rails[rail]->av.get(), &peer->addresses[rail], 1, 0);
     leaving.erase(leaving.begin() + static_cast<ptrdiff_t>(i));
   }
-}
-
-int32_t ept_instance::peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie) {
-  if (rank >= params.world)
-    return fail(EPT_E_INVALID, "peer_fence", rank, 0, "libfabric: rank %u is outside the world of %u", rank,
-                params.world);
-  Peer *peer = peers[rank].get();
-  if (peer != nullptr && peer->epoch <= epoch)
-    end_peer(peer, EPT_E_PEER_LOST, 0, format("epoch %u of rank %u was fenced here", epoch, rank), false);
-  uint32_t &fence = fenced_epochs[rank];
-  fence = std::max(fence, epoch);
-  close_exports_of(rank, epoch);
-  if (!traits.revokes)
-    return fail(EPT_E_STUCK, "peer_fence", rank, 0,
-                "libfabric: over provider %s a payload that is half received goes on landing after its key was closed; "
-                "end the process that was rank %u, epoch %u",
-                traits.setting.c_str(), rank, epoch);
-  fences.push_back({cookie, rank, epoch, all_rails(), now() + kFenceNs});
-  return EPT_OK;
 }
 
 void ept_instance::add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie,

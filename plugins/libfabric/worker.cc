@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The hot half: post, poll, arm, quiesce.
+// The hot half: post, poll, arm.
 //
 // INVARIANTS
 //  - Every WRITE and SIGNAL is an RMA write with remote CQ data, payload or not: that is the one operation of which
 //    every provider checks the key and tells the target. Its 32 bits are the immediate.
 //  - An event is given straight from a completion queue only while nothing older waits in `pending`; so a peer's PEER
 //    event comes before what follows from it.
-//  - A failure of one operation ends its peer, unless the provider refused that operation and nothing of it landed
-//    (Fault::refused): what else may have become of it can't be known, and an ERROR of a peer that lives promises that
-//    there was no IMM.
 #include <sys/epoll.h>
 #include <sys/timerfd.h>
 
@@ -21,12 +18,9 @@ using namespace libfabric;
 
 namespace {
 
-constexpr size_t kReadAtOnce = 32;      // entries of a completion queue
-constexpr uint32_t kClockEvery = 64;    // polls between two looks at clock and event queues
-constexpr uint32_t kErrorsAtOnce = 32;  // bad entries read in one go
-constexpr uint64_t kTick = 5000000;     // on_time at least so often while the caller spins
-// Past a fence's time. The shim's storms of empty reads are four long, and another begins at one read in ten.
-constexpr uint8_t kFenceReads = 64;
+constexpr size_t kReadAtOnce = 32;    // entries of a completion queue
+constexpr uint32_t kClockEvery = 64;  // polls between two looks at clock and event queues
+constexpr uint64_t kTick = 5000000;   // on_time at least so often while the caller spins
 
 }  // namespace
 
@@ -292,96 +286,6 @@ void ept_instance::completed(Rail *rail, Operation *operation, Output *out) {
   }
 }
 
-void ept_instance::failed(Rail *rail, Operation *operation, const Fault &fault, Output *out) {
-  Peer *peer = operation->peer;
-  const bool control = operation->kind == Operation::Kind::kControl;
-  const std::string what = operation->kind == Operation::Kind::kWrite ? "a write of" : "a message of";
-  std::string text = format("%s %llu bytes to rank %u failed on %s: %s", what.c_str(),
-                            static_cast<unsigned long long>(operation->length), peer->rank,
-                            rail->info->domain_attr->name, fault.text.c_str());
-  if (control || peer->state == Peer::State::kEnded || operation->told) {
-    if (control && peer->state == Peer::State::kConnecting) peer->last_try = text;
-    return completed(rail, operation, out);
-  }
-  if (!fault.refused || !traits.revokes) {
-    const int32_t code = fault.code == EPT_E_ACCESS || fault.code == EPT_E_CLOSED ? EPT_E_PEER_LOST : fault.code;
-    end_peer(peer, code == EPT_E_IO ? EPT_E_PEER_LOST : code, fault.provider_errno,
-             format("rank %u is lost: %s", peer->rank, text.c_str()), true);
-    return completed(rail, operation, out);
-  }
-  ++rail->counters.errors;
-  add_pending(EPT_EVENT_ERROR, peer->rank, peer->epoch, rail->number, operation->cookie, fault.code, std::move(text));
-  pending.back().event.provider_errno = fault.provider_errno;
-  operation->told = true;
-  completed(rail, operation, out);
-}
-
-void ept_instance::read_error(Rail *rail, Output *out) {
-  for (uint32_t i = 0; i < kErrorsAtOnce; ++i) {
-    fi_cq_err_entry entry{};
-    ssize_t status = fi_cq_readerr(rail->cq.get(), &entry, 0);
-    if (status != 1) return;
-    Operation *operation = rail->of_context(entry.op_context);
-    const Fault fault =
-        explain(rail->cq.get(), entry, rail->traits.efa || strict != nullptr, library->strerror(entry.err));
-    if (operation == nullptr && entry.err == FI_EOVERRUN) return queue_died(rail, entry.err, fault.text);
-    if (operation == nullptr) {
-      // At the target of a write that was refused, or of nothing that can be named: no operation of ours is concerned.
-      log(EPT_LOG_WARNING, format("libfabric: rank %u: %s: an error that names no operation: %s", params.rank,
-                                  rail->info->domain_attr->name, fault.text.c_str()));
-      continue;
-    }
-    if (operation->kind == Operation::Kind::kReceive) {
-      rail->to_post.push_back(operation->index);
-      continue;
-    }
-    failed(rail, operation, fault, out);
-  }
-}
-
-// What a provider can't put into a completion queue, since it knows no operation for it.
-void ept_instance::read_events(Rail *rail) {
-  if (!rail->eq) return;
-  uint8_t entry[256];
-  uint32_t event = 0;
-  ssize_t status = fi_eq_read(rail->eq.get(), &event, entry, sizeof entry, 0);
-  if (status != -FI_EAVAIL) return;
-  fi_eq_err_entry error{};
-  if (fi_eq_readerr(rail->eq.get(), &error, 0) < 0) return;
-  char buffer[256] = {};
-  const char *words = fi_eq_strerror(rail->eq.get(), error.prov_errno, error.err_data, buffer, sizeof buffer);
-  rail_broke(rail, error.prov_errno != 0 ? error.prov_errno : error.err,
-             format("its event queue says: %s (%d; provider: %s, %d)", library->strerror(error.err), error.err,
-                    words != nullptr ? words : "no words", error.prov_errno));
-}
-
-// Nobody can say which operations an error of a whole rail concerns: all peers with one under way on it are lost.
-void ept_instance::rail_broke(Rail *rail, int number, const std::string &why) {
-  log(EPT_LOG_ERROR, format("libfabric: rank %u: rail %u (%s): %s", params.rank, rail->number,
-                            rail->info->domain_attr->name, why.c_str()));
-  for (Operation &operation : rail->operations) {
-    const bool counts = operation.kind == Operation::Kind::kWrite || operation.kind == Operation::Kind::kSend;
-    if (!counts || operation.peer->state == Peer::State::kEnded) continue;
-    end_peer(operation.peer, EPT_E_PEER_LOST, number,
-             format("rank %u is lost: rail %u (%s) failed with operations to it under way: %s", operation.peer->rank,
-                    rail->number, rail->info->domain_attr->name, why.c_str()),
-             true);
-  }
-}
-
-// What was in the queue is lost, and nobody can say what it was: an arrival may never have been counted, whoever it was
-// from. So every peer is lost that this rail is for, once and at once, and nothing is read from it any more.
-void ept_instance::queue_died(Rail *rail, int number, const std::string &why) {
-  rail->broken = format("rail %u (%s): its completion queue can't be read any more: %s", rail->number,
-                        rail->info->domain_attr->name, why.c_str());
-  log(EPT_LOG_ERROR, format("libfabric: rank %u: %s", params.rank, rail->broken.c_str()));
-  if (rail->wait_fd >= 0) epoll_ctl(epoll.get(), EPOLL_CTL_DEL, rail->wait_fd, nullptr);  // it may be readable for ever
-  for (auto &peer : peers)
-    if (peer != nullptr && rail->number < peer->rails)
-      end_peer(peer.get(), EPT_E_PEER_LOST, number, format("rank %u is lost: %s", peer->rank, rail->broken.c_str()),
-               true);
-}
-
 ept_event *ept_instance::emit(Output *out, int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail) {
   if (pending.empty() && !out->full()) return out->add(kind, peer, epoch, rail);
   add_pending(kind, peer, epoch, rail, 0, EPT_OK, "");
@@ -403,29 +307,6 @@ void ept_instance::give_pending(Output *out) {
       event->data = shown.back().data();
     }
     pending.pop_front();
-  }
-}
-
-// When is an epoch fenced? Its keys were closed by peer_fence, so no write of it lands after that, and each one that
-// had landed has an arrival; but a read that gives nothing doesn't say that no arrival is on its way from the card
-// through the library to the queue, and the engine gives the chans that they name to others as soon as it hears FENCED.
-// No provider bounds that way. On a card it takes microseconds, the strict shim makes it a tenth of a second and
-// spurious empty reads. So a rail is fenced when kFenceNs have passed and its queue was then found empty kFenceReads
-// times; or at once, when it is never read again.
-void ept_instance::found_empty(Rail *rail) {
-  for (size_t i = 0; i < fences.size();) {
-    Fence &fence = fences[i];
-    const uint32_t bit = 1u << rail->number;
-    const bool waits = (fence.rails & bit) != 0;
-    if (waits && fence.due_ns == 0) ++fence.empty_reads[rail->number];
-    if (waits && (fence.empty_reads[rail->number] == kFenceReads || !rail->broken.empty())) {
-      fence.rails &= ~bit;
-      add_pending(EPT_EVENT_FENCED, fence.rank, fence.epoch, rail->number, fence.cookie, EPT_OK, "");
-    }
-    if (fence.rails == 0)
-      fences.erase(fences.begin() + static_cast<ptrdiff_t>(i));
-    else
-      ++i;
   }
 }
 
@@ -484,45 +365,4 @@ int32_t ept_instance::arm(int32_t *descriptor) {
   }
   *descriptor = epoll.get();
   return EPT_OK;
-}
-
-// ---- quiesce --------------------------------------------------------------------------------------------------------
-
-int32_t ept_instance::quiesce(uint32_t rank, int32_t scope, uint64_t cookie) {
-  if (scope != EPT_SCOPE_LOCAL && scope != EPT_SCOPE_REMOTE)
-    return fail(EPT_E_INVALID, "quiesce", rank, 0, "libfabric: scope %d is neither local nor remote", scope);
-  quiesces.push_back({cookie, rank, scope, next_serial});
-  give_quiesced();
-  return EPT_OK;
-}
-
-void ept_instance::give_quiesced() {
-  for (size_t i = 0; i < quiesces.size();) {
-    const Quiesce &entry = quiesces[i];
-    bool busy = false;
-    const Operation *stuck = nullptr;
-    for (const auto &rail : rails) {
-      for (const Operation &operation : rail->operations) {
-        if (operation.kind != Operation::Kind::kWrite && operation.kind != Operation::Kind::kSend) continue;
-        if (operation.serial >= entry.serial) continue;
-        if (entry.rank != UINT32_MAX && operation.peer->rank != entry.rank) continue;
-        if (operation.told)
-          stuck = &operation;  // told, and the provider holds it still
-        else
-          busy = true;
-      }
-    }
-    if (busy) {
-      ++i;
-      continue;
-    }
-    if (stuck == nullptr)
-      add_pending(EPT_EVENT_QUIESCED, entry.rank, 0, 0, entry.cookie, EPT_OK, "");
-    else
-      add_pending(EPT_EVENT_QUIESCED, entry.rank, stuck->peer->epoch, 0, entry.cookie, EPT_E_STUCK,
-                  format("the endpoint of rank %u, which still holds operations to rank %u, epoch %u: its provider has "
-                         "not given them back",
-                         params.rank, stuck->peer->rank, stuck->peer->epoch));
-    quiesces.erase(quiesces.begin() + static_cast<ptrdiff_t>(i));
-  }
 }
