@@ -25,7 +25,8 @@ test-long: $(VENV)/test.installed
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests --timeout 4000
 
 # The backend verbs on soft-RoCE: a kernel of Debian in qemu, 150 MB to download, minutes to run. tests/lab/README.md.
-test-lab: $(VENV)/test.installed
+test-lab: $(VENV)/test.installed build/native/build.ninja
+	meson compile -C build/native verbs_lab ept_verbs
 	tests/lab/rdma-lab setup
 	EPT_TEST_LAB=1 $(BIN)/python -m pytest -rs tests/lab
 

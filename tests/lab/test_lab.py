@@ -31,12 +31,13 @@ def why_not() -> str | None:
     return None
 
 
-def in_lab(*command: str) -> None:
+def in_lab(*command: str, nics: int = 2, env: dict[str, str] | None = None) -> None:
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
     done = subprocess.run(
-        [str(LAB), "--timeout", str(LIMIT_S), "--", sys.executable, *command],
+        [str(LAB), "--timeout", str(LIMIT_S), "--nics", str(nics), "--", *command],
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         timeout=LIMIT_S + 60,
@@ -53,4 +54,14 @@ def in_lab(*command: str) -> None:
 @pytest.mark.parametrize("options", [("devices=rxe0",), ("devices=rxe0,rxe1", "shuffle=7")], ids=["one", "shuffled"])
 def test_the_contract(options: tuple[str, ...]) -> None:
     chosen = [word for option in options for word in ("--option", option)]
-    in_lab("-m", "eptransport", "conformance", "verbs", "--timeout", "900", *chosen)
+    in_lab(sys.executable, "-m", "eptransport", "conformance", "verbs", "--timeout", "900", *chosen)
+
+
+@pytest.mark.timeout(LIMIT_S + 120)
+@pytest.mark.parametrize("stage", ["two", "four", "shuffled", "loss", "nic", "link"])
+def test_dispatch_and_combine(stage: str) -> None:
+    build = Path(__file__).parents[2] / "build" / "native"
+    program = build / "tests" / "native" / "verbs_lab"
+    if why_not() is None and not program.exists():
+        pytest.skip("meson compile -C build/native verbs_lab was not run")
+    in_lab(str(program), stage, nics=4, env={"EPT_TEST_PLUGINS": str(build / "plugins")})

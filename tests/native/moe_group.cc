@@ -30,13 +30,15 @@ Group::Group(uint32_t world, const Options &options) : engines(world), arenas(wo
   static std::atomic<int> job{0};
   const std::string name = "moe_test " + std::to_string(getpid()) + " " + std::to_string(job++);
   const ept_plugin *plugin = options.opened ? options.opened : open_plugin(options.plugin);
-  std::vector<ept_value> values;
-  for (const auto &[key, text] : options.values) values.push_back({key.c_str(), text.c_str()});
   Error error;
   std::vector<std::vector<char>> blobs(world, std::vector<char>(4200));
   std::vector<const void *> pointers(world);
   std::vector<size_t> lengths(world, 4200);
   for (uint32_t rank = 0; rank < world; rank++) {
+    std::vector<ept_value> values;
+    for (const auto &[key, text] : options.values) values.push_back({key.c_str(), text.c_str()});
+    if (!options.of_rank.empty())
+      for (const auto &[key, text] : options.of_rank[rank]) values.push_back({key.c_str(), text.c_str()});
     ept_engine_config config{};
     config.size = sizeof config;
     config.rank = rank;

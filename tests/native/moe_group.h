@@ -37,6 +37,7 @@ struct Options {
   std::string plugin = "loopback";     // a built one
   const ept_plugin *opened = nullptr;  // instead
   std::vector<std::pair<std::string, std::string>> values;
+  std::vector<std::vector<std::pair<std::string, std::string>>> of_rank;  // beside these; empty: none
   int32_t progress = EPT_PROGRESS_AUTO;
   uint64_t timeout_ns = 60 * kSecond;
 };
