@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["Finish", "decode", "encode", "find_tiny_deepseek", "generate", "load_tiny_deepseek", "serve_tiny_deepseek"]
 
 
-def serve_tiny_deepseek(group: Group, prompts: Sequence[str], new_tokens: int) -> list[str]:
-    """This rank's prompts (none, one or several) and their continuations, experts spread over the group.
+def serve_tiny_deepseek(
+    group: Group, prompts: Sequence[str], new_tokens: int, device: torch.device | str = "cpu"
+) -> list[str]:
+    """This rank's prompts (none, one or several) and their continuations, experts spread over the group, on a CPU or a
+    CUDA device.
 
     Collective: all ranks call it, each with its own prompts and its own number of new tokens.
     """
-    parallel = expert_parallel(load_tiny_deepseek(), group, max_tokens=1024)
+    parallel = expert_parallel(load_tiny_deepseek(device), group, max_tokens=1024)
     finish = Finish(group._store, group.rank, group.world_size)
     try:
         texts = generate(parallel, [encode(prompt) for prompt in prompts], new_tokens, finish)
@@ -35,13 +38,13 @@ def serve_tiny_deepseek(group: Group, prompts: Sequence[str], new_tokens: int) -
     return [decode(text) for text in texts]
 
 
-def load_tiny_deepseek() -> Any:
+def load_tiny_deepseek(device: torch.device | str = "cpu") -> Any:
     """The DeepSeek-V3 of 1.2 million parameters that `examples/tiny_deepseek/train.py` trained, in fp32, whole."""
     from transformers import DeepseekV3ForCausalLM
 
     model = DeepseekV3ForCausalLM.from_pretrained(find_tiny_deepseek(), dtype=torch.float32)
     model.set_experts_implementation("grouped_mm")
-    return model.train(False)
+    return model.train(False).to(device)
 
 
 def find_tiny_deepseek() -> pathlib.Path:
@@ -103,9 +106,14 @@ def generate(
     if finish is not None:
         finish.announce(step)
         while not finish.everyone(step):
-            module(input_ids=torch.empty(0, 1, dtype=torch.int64))
+            module(input_ids=torch.empty(0, 1, dtype=torch.int64, device=_device_of(module)))
             step += 1
     return texts
+
+
+def _device_of(module: Any) -> torch.device:
+    device: torch.device = next(module.parameters()).device
+    return device
 
 
 class _Batch:
@@ -118,8 +126,9 @@ class _Batch:
             raise ConfigError("a prompt is empty; give it at least one token")
         longest = max(len(prompt) for prompt in prompts)
         self.module = module
-        self.tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
-        self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        device = _device_of(module)
+        self.tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         self.cache = DynamicCache(config=module.config)
         names = inspect.signature(module.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in 5.24

@@ -57,7 +57,7 @@ def expert_parallel(
     Each module keeps its rank's experts (`AllToAll.local_experts`) and frees the others. `max_tokens` is the largest
     number of tokens that one forward has on one rank. `top_k` and `dtype` (of the hidden states) are read from the
     model if not given. The other options are those of `AllToAll`: `dispatch_dtype`, `combine_dtype`, `buffer_bytes`,
-    ... Layers of the same shape share one AllToAll.
+    ... Layers of the same shape share one AllToAll. A model on a CUDA device exchanges there.
 
     Collective: every rank calls it with the same model and options; blocks while buffers are set up. The model then
     serves under `no_grad` or `inference_mode` only, and every rank makes the same number of forwards or `idle` calls.
@@ -65,6 +65,8 @@ def expert_parallel(
     """
     _refuse_options(all_to_all_options)
     found = _find_experts(model, top_k, dtype)
+    if (where := next(model.parameters()).device).type == "cuda":
+        all_to_all_options.setdefault("device", where)
     exchanges = {
         shape: _all_to_all(group, shape, max_tokens, all_to_all_options)
         for shape in dict.fromkeys(experts.shape for experts in found)

@@ -306,7 +306,6 @@ def _moe_on_gpu(
     json_file: Path | None,
     picture: Path | None,
 ) -> None:
-    import torch
 
     from eptransport.bench import report
     from eptransport.bench.gpu import GpuMoeJob, check, run
@@ -325,11 +324,20 @@ def _moe_on_gpu(
         seed=seed,
     )
     check(job)
-    if not torch.cuda.is_available():
-        raise UnsupportedError(f"--device cuda: torch {torch.__version__} sees no CUDA device here", operation="bench")
+    check_cuda("bench")
     check_outputs(None, json_file)
     result = _with_progress("dispatch and combine", job.units, lambda progress: run(job, progress))
     _show(result, report.gpu_table(result), json_file)
+
+
+def check_cuda(operation: str) -> None:
+    """UnsupportedError where torch has no CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"--device cuda: torch {torch.__version__} sees no CUDA device here", operation=operation
+        )
 
 
 def need_torch(what: str, extra: str = "bench") -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from eptransport.cli.bench import check_outputs
+from eptransport.cli.bench import Device, check_cuda, check_outputs
 from eptransport.errors import EptError, InternalError, PeerLost, Timeout, UnsupportedError
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ def demo(
     prompt: Annotated[str, typer.Option(help="What rank 0 continues; the other ranks have prompts of their own.")] = "",
     ranks: Annotated[int, typer.Option(min=1, max=len(PROMPTS), help="Processes on this machine.")] = 4,
     backend: Annotated[str, typer.Option(help="auto, a backend's name, or a plugin's path.")] = "tcp",
+    device: Annotated[
+        Device,
+        typer.Option(help="Of the model; cuda: a GPU a rank, or shared, and no layer is timed."),
+    ] = Device.cpu,
     new_tokens: Annotated[
         int, typer.Option(min=1, help="Bytes that rank 0 generates; each further rank 16 less.")
     ] = 160,
@@ -51,6 +55,8 @@ def demo(
             f"the demo needs {', '.join(missing)}: pip install 'eptransport[demo]'", operation="demo"
         )
     check_outputs(picture)
+    if device is Device.cuda:
+        check_cuda("demo")
     from eptransport import Settings, choose
     from eptransport.bench import report
     from eptransport.bench.moe import combine_ranks
@@ -59,7 +65,13 @@ def demo(
     choose(Settings(backend=backend), ranks, one_process=False)
     prompts = (prompt or PROMPTS[0], *PROMPTS[1:ranks])
     plan = Plan(
-        prompts=prompts, backend=backend, new_tokens=new_tokens, tokens=tokens, iterations=iterations, rounds=rounds
+        prompts=prompts,
+        backend=backend,
+        new_tokens=new_tokens,
+        tokens=tokens,
+        iterations=iterations,
+        rounds=rounds,
+        device=device.value,
     )
     console = Console(highlight=False)
     console.print(f"starting {ranks} ranks over {backend}, each with a share of the experts ...")
@@ -70,10 +82,14 @@ def demo(
         console.print(Panel(text, title=f"rank {rank}", title_align="left"))
     whole = "the same text as" if shown[0].same_as_alone else "NOT the text of"
     console.print(f"rank 0: {whole} one process with all experts; {_routed(shown)}\n", soft_wrap=True)
-    result = combine_ranks(plan.layer, [one.layer for one in shown])
-    console.print(report.moe_table(result))
-    report.moe_picture(picture, result)
-    console.print(f"picture: {picture}")
+    timed = [one.layer for one in shown if one.layer is not None]
+    if timed:
+        result = combine_ranks(plan.layer, timed)
+        console.print(report.moe_table(result))
+        report.moe_picture(picture, result)
+        console.print(f"picture: {picture}")
+    else:
+        console.print("a layer of GPU ranks is timed by: eptransport bench moe --device cuda")
     if not shown[0].same_as_alone:
         raise InternalError("the ranks together generated another text than one process alone", operation="demo")
 

@@ -24,6 +24,8 @@ class Plan:
     tokens: int
     iterations: int
     rounds: int
+    device: str = "cpu"
+    """Of the model, cpu or cuda; the layer that is timed is on the CPU, and left out for cuda."""
 
     def new_tokens_of(self, rank: int) -> int:
         """Not alike, so that ranks finish at different times: a finished rank goes on with zero tokens."""
@@ -54,7 +56,7 @@ class Shown:
     """Rank 0: one process with all experts gives the same text."""
     experts: range
     """Of each layer of the model, held by this rank."""
-    layer: RankResult
+    layer: RankResult | None
 
 
 def show(plan: Plan) -> Shown | EptError:
@@ -81,15 +83,21 @@ def _show(plan: Plan) -> Shown:
         torch.set_num_threads(max(1, cores() // group.world_size))
         prompt, new_tokens = plan.prompts[group.rank], plan.new_tokens_of(group.rank)
         _say(group.rank, "serving the model ...")
-        text = serve_tiny_deepseek(group, [prompt], new_tokens)[0]
+        device = torch.device("cpu")
+        if plan.device == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+        text = serve_tiny_deepseek(group, [prompt], new_tokens, device)[0]
         same = True
         if group.rank == 0:
-            alone = generate(load_tiny_deepseek(), [encode(prompt)], new_tokens)[0]
+            alone = generate(load_tiny_deepseek(device), [encode(prompt)], new_tokens)[0]
             same = decode(alone) == text
-        _say(group.rank, "timing a DeepSeek-V3 layer ...")
-        # The group's own store: the launcher's may hold keys of an attempt before.
-        store: Any = group._store
-        layer = measure(plan.layer, StoreRank(store, group.rank, group.world_size, group), group)
+        layer = None
+        if plan.device == "cpu":
+            _say(group.rank, "timing a DeepSeek-V3 layer ...")
+            # The group's own store: the launcher's may hold keys of an attempt before.
+            store: Any = group._store
+            layer = measure(plan.layer, StoreRank(store, group.rank, group.world_size, group), group)
     config = json.loads((find_tiny_deepseek() / "config.json").read_text())
     held = Shape(group.world_size, 1, 1, config["n_routed_experts"], 1).experts_of(group.rank)
     return Shown(prompt, text[len(prompt) :], same, held, layer)
