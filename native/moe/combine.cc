@@ -98,11 +98,21 @@ class LateWeights {
     const uint32_t world = lane_.arena.world, rank = lane_.arena.rank;
     const Shape &shape = moe_.object->shape;
     const Region target = lane_.received(exchange.phase, exchange.slot, shape.dispatch_region(rank));
+    const auto bytes = [&](uint32_t r) {
+      return r == rank ? 0 : align_up(EPT_MOE_HEADER_BYTES + source_.rows(r) * row_bytes_, kAlign);
+    };
+    uint64_t all = 0;
+    for (uint32_t r = 0; r < world; r++) all += bytes(r);
+    // Packed, so that a message is one chunk, as a rank on a GPU reads it; what doesn't fit is streamed by even shares.
+    const bool packed = all <= shape.dispatch_send();
+    uint64_t at = 0;
     for (uint32_t r = 0, index = 0; r < world; r++) {
-      // Even shares always: rows are small, and what doesn't fit is streamed.
-      const Region staging =
-          r == rank ? target
-                    : lane_.staged(exchange.phase, exchange.slot, share(shape.dispatch_send(), world - 1, index++));
+      Region staging = target;
+      if (r != rank) {
+        staging = packed ? Region{at, bytes(r)} : share(shape.dispatch_send(), world - 1, index++);
+        staging = lane_.staged(exchange.phase, exchange.slot, staging);
+      }
+      at += bytes(r);
       lane_.plan(exchange, r, source_.rows(r), staging, target);
     }
   }

@@ -110,6 +110,8 @@ uint64_t Arena::step() {
   const std::lock_guard<std::mutex> lock(collective_);
   for (auto &lane : lanes)
     for (const std::atomic<uint64_t> &next : lane->next) most = std::max<uint64_t>(most, next);
+  const std::lock_guard<std::mutex> listed(followers_mutex_);
+  for (Follower *follower : followers_) most = std::max(most, follower->step());
   return most;
 }
 

@@ -67,6 +67,8 @@ class Follower {
   // The membership has moved, or a rank has begun a reset: waits for ranks that will not come end. Any thread; doesn't
   // throw, and waits for nothing.
   virtual void follow() = 0;
+  // The highest generation that has begun.
+  virtual uint64_t step() = 0;
   // Reset, with the arena's lanes held. Nothing of this rank's is under way any more: brings what was posted, and the
   // generations, into the arena's lanes. What it returns is kept until the reset is over.
   virtual std::shared_ptr<void> before_reset(const Deadline &deadline) = 0;

@@ -99,6 +99,7 @@ class _Sent:
 @dataclass(frozen=True)
 class _Summed:
     routing: GpuRouting
+    row_weights: bool
 
 
 class GpuSteps:
@@ -240,9 +241,10 @@ class GpuSteps:
         state = self._lane(lane)
         routing = _on_gpu(routing_of(got))
         check_combine(self._shapes, routing, expert_out, topk_weights, row_weights)
-        if topk_weights is not None or row_weights is not None:
-            raise UnsupportedError(
-                "topk_weights and row_weights of combine are not supported on a GPU yet: give topk_weights to dispatch"
+        if topk_weights is not None and state.sent is not None:
+            raise InvalidArgument(
+                f"combine with topk_weights on lane {lane}, which has a dispatch still to be received: both are "
+                "messages of one phase; receive it before"
             )
         two = routing.layout in ("by_rank", "masked")
         rows = int(expert_out.shape[1 if two else 0])
@@ -254,16 +256,31 @@ class GpuSteps:
         arguments.lane, arguments.layout = lane, LAYOUTS[routing.layout]
         arguments.weights_applied = weights_applied
         fill(arguments.expert_out, expert_out)
+        fill(arguments.row_weights, row_weights)
         stream = self._stream(state)
         if self._members.state.epoch != routing.membership:
             self._call(lib.ept_gpu_moe_refuse_old, lane, routing.membership, stream)
         if state.summed is not None:
             self._call(lib.ept_gpu_moe_drain, lane, COMBINE, stream)
             state.summed = None
-        self._call(lib.ept_gpu_moe_combine_send, arguments, _address(routing), routing.num_tokens, stream)
-        state.summed = _Summed(routing)
+        late = None if topk_weights is None else self._send_weights(lane, routing, topk_weights, stream)
+        pointer = ffi.NULL if late is None else ffi.cast("float *", late.data_ptr())
+        self._call(lib.ept_gpu_moe_combine_send, arguments, _address(routing), routing.num_tokens, pointer, stream)
+        state.summed = _Summed(routing, row_weights is not None)
 
-    def combine_recv(self, lane: int, out: torch.Tensor | None) -> torch.Tensor:
+    def _send_weights(self, lane: int, routing: GpuRouting, weights: torch.Tensor, stream: Any) -> torch.Tensor:
+        """The weights of the rows that are here, by which this combine goes."""
+        import torch
+
+        size = int(lib.ept_gpu_late_bytes(self._native.pointer))
+        late = torch.empty(size // 4, dtype=torch.float32, device=self._shapes.device)
+        native = ffi.new("ept_tensor *")
+        fill(native, weights[: routing.num_tokens])
+        pointer = ffi.cast("float *", late.data_ptr())
+        self._call(lib.ept_gpu_moe_late_weights, lane, native, _address(routing), pointer, stream)
+        return late
+
+    def combine_recv(self, lane: int, out: torch.Tensor | None) -> Any:
         import torch
 
         state = self._lane(lane)
@@ -276,13 +293,18 @@ class GpuSteps:
         else:
             check_y(shapes, routing.tokens, out)
             y = out
-        native = ffi.new("ept_tensor *")
+        weights = None
+        if state.summed.row_weights:
+            weights = torch.empty(routing.tokens, shapes.top_k, dtype=torch.float32, device=shapes.device)
+        native, beside = ffi.new("ept_tensor *"), ffi.new("ept_tensor *")
         fill(native, y[: routing.num_tokens])
-        self._call(lib.ept_gpu_moe_combine_recv, lane, native, _address(routing), self._stream(state))
+        fill(beside, None if weights is None else weights[: routing.num_tokens])
+        self._call(lib.ept_gpu_moe_combine_recv, lane, native, beside, _address(routing), self._stream(state))
         state.summed = None
-        if routing.num_tokens < routing.tokens:
-            y[routing.num_tokens :].zero_()
-        return y
+        for tensor in (y, weights):
+            if tensor is not None and routing.num_tokens < routing.tokens:
+                tensor[routing.num_tokens :].zero_()
+        return y if weights is None else (y, weights)
 
     # -- state --
 

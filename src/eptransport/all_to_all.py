@@ -31,7 +31,7 @@ from eptransport._moe_native import create_moe
 from eptransport._outputs import check_out, make_outputs
 from eptransport._shapes import LAYOUTS, SCALE_LAYOUTS, Shapes
 from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
-from eptransport.errors import Code, InvalidArgument, LaneFault, PeerLost, Timeout, UnsupportedError
+from eptransport.errors import Code, InvalidArgument, LaneFault, PeerLost, Timeout
 from eptransport.plan import Plan
 
 if TYPE_CHECKING:
@@ -431,13 +431,15 @@ class AllToAll(Closing):
         self.group.fault.zero_()
 
     def stats(self) -> Stats:
-        """What it has done so far. Not collective, doesn't block."""
-        if self._gpu is not None:
-            raise UnsupportedError("stats() counts what the CPU does; an AllToAll on a GPU keeps no counts yet")
+        """What it has done so far. Not collective, doesn't block. On a GPU it counts kernels that have ended, those of
+        captured graphs too."""
         stats = sized("ept_moe_stats")
         self._native.guard.enter()
         try:
-            lib.ept_moe_stats_get(self._native.pointer, stats)
+            if self._gpu is not None:
+                call(lib.ept_gpu_moe_stats_get, self._native.pointer, stats)
+            else:
+                lib.ept_moe_stats_get(self._native.pointer, stats)
         finally:
             self._native.guard.leave()
         pairs = {name: tuple(getattr(stats, name)) for name in ("generations", "messages", "bytes", "rows")}

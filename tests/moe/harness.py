@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import moe_model as model
@@ -425,6 +425,15 @@ class Scenario:
     # -- what a rank must see
 
     def check(self, rank: int, got: ept.Dispatched) -> None:
+        if DEVICE == "cpu":
+            self._check(rank, got)
+            return
+        values = {each.name: getattr(got, each.name) for each in fields(got)}
+        here = {name: v.cpu() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+        with torch.device("cpu"):
+            self._check(rank, replace(got, **here))
+
+    def _check(self, rank: int, got: ept.Dispatched) -> None:
         what = f"rank {rank}, {self.layouts[rank]}"
         rows = self.arrived[rank].rows
         leading = tuple(got.x.shape[:-1])

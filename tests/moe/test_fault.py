@@ -199,7 +199,7 @@ def test_a_rank_that_disappears_is_named(make_groups: Make, lost: int) -> None:
 
     begun = time.monotonic()
     on_ranks(groups, until_it_ends)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 55, "the deadline is 60 s"
     for rank in {0, 1, 2} - {lost}:
         assert rank in said, f"rank {rank} never noticed"
         assert isinstance(said[rank], (ept.PeerLost, ept.Timeout)), repr(said[rank])

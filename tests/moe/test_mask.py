@@ -268,7 +268,9 @@ def test_a_mask_while_another_all_to_all_is_set_up(make_groups: Make) -> None:
         inside.wait(60)
         for _ in range(2):
             try:
-                return ept.AllToAll(groups[rank], num_experts=8, top_k=3, hidden=64, max_tokens=32, lanes=2)
+                return ept.AllToAll(
+                    groups[rank], num_experts=8, top_k=3, hidden=64, max_tokens=32, lanes=2, device=harness.DEVICE
+                )
             except ept.PeerLost as error:
                 lost.append(error)
         raise AssertionError(lost)

@@ -22,6 +22,7 @@ void steps(const char *what, const ept_moe_config &config, const std::string &on
   World world(config, seed, on, options);
   for (uint32_t r = 0; r < config.world; r++)
     if (world.on_gpu(r)) CHECK(world.lanes[r].lanes->over_engine());
+  world.counts_all = true;
   for (int i = 0; i < count; i++) {
     Step step = world.draw();
     const std::vector<Got> expected = world.on_cpu(step);

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <random>
 #include <string>
@@ -53,11 +54,14 @@ struct RankStep {
   int32_t layout = 0, out_dtype = 0, y_dtype = 0;
   bool weights_applied = false, abandons = false;
   uint64_t slack = 0;
-  Bytes out;  // expert_out
+  Bytes out;                // expert_out
+  std::vector<float> late;  // weights that come with combine
 };
 struct Step {
   uint32_t lane = 0;
   bool weighed = true;
+  bool late = false;         // weights come with combine
+  bool row_weights = false;  // rows carry some
   std::vector<RankStep> ranks;
 };
 
@@ -66,6 +70,7 @@ struct Got {
   uint64_t n = 0, slots = 0;
   ept_arrival arrival{};
   Bytes x, scales, y;
+  std::vector<float> beside, sums;  // row weights, of the rows and of the tokens
   std::vector<int32_t> counts, offsets, ids, source;
   std::vector<float> weights;
   int32_t num_rows = -7;
@@ -87,6 +92,7 @@ struct World {
   std::vector<uint32_t> local;
   std::vector<std::vector<uint8_t>> open;  // [rank][lane] a dispatch that was never received
   std::vector<uint8_t> up;                 // [rank] takes part
+  bool counts_all = false;                 // no step is made on one side alone
   Random random;
 
   // All ranks on one GPU, and in each other's address space.
@@ -150,6 +156,8 @@ struct World {
     Step step;
     step.lane = uint32_t(below(random, config.lanes));
     step.weighed = below(random, 4) != 0;
+    step.late = below(random, 3) == 0;
+    step.row_weights = below(random, 4) == 0;
     const int32_t floats[] = {EPT_DTYPE_F32, EPT_DTYPE_F16, EPT_DTYPE_BF16};
     for (uint32_t r = 0; r < config.world; r++) {
       RankStep s;
@@ -163,9 +171,10 @@ struct World {
       for (uint64_t i = 0; i < uint64_t(s.tokens) * config.top_k; i++) {
         s.ids.push_back(below(random, 8) ? int64_t(below(random, skew)) : -1);
         s.weights.push_back(float(below(random, 1000)) / 700.0f);
+        s.late.push_back(float(below(random, 1000)) / 900.0f);
       }
-      s.layout = int32_t(below(random, 4));
-      const uint64_t formats = config.hidden % 8 ? 1 : 3;  // rows start at multiples of 16 bytes
+      s.layout = int32_t(below(random, step.row_weights ? 2 : 4));  // rows and by_rank alone carry weights
+      const uint64_t formats = config.hidden % 8 ? 1 : 3;           // rows start at multiples of 16 bytes
       s.out_dtype = floats[below(random, formats)];
       s.y_dtype = floats[below(random, formats)];
       s.weights_applied = is_per_expert(s.layout) && below(random, 3) == 0;
@@ -219,6 +228,9 @@ struct World {
     to.topk_weights = tensor(got.weights.data(), EPT_DTYPE_F32, is_per_expert(s.layout) ? shape({}) : shape({k}));
     to.source = tensor(got.source.data(), EPT_DTYPE_I32, shape({2}));
     got.y.make(s.tokens * config.hidden * moe_model::size_of(s.y_dtype), char(0xee));
+    got.beside.clear();
+    for (uint64_t i = 0; i < got.slots * config.top_k; i++) got.beside.push_back(float(i % 97 + rank) / 7.0f);
+    got.sums.assign(s.tokens * config.top_k, -7);
     for (ept_tensor *t : {&to.x, &to.scales, &to.counts, &to.offsets, &to.topk_ids, &to.topk_weights, &to.source})
       t->device = device;
   }
@@ -243,12 +255,30 @@ struct World {
     args.expert_out.data = s.out.data();
     args.expert_out.dtype = s.out_dtype;
     args.expert_out.device = device;
+    if (step.row_weights) {
+      args.row_weights = got.tensors.topk_ids;
+      args.row_weights.data = const_cast<float *>(got.beside.data());
+      args.row_weights.dtype = EPT_DTYPE_F32;
+      args.row_weights.device = device;
+    }
     return args;
   }
   ept_tensor sums(const RankStep &s, Got &got, int32_t device) const {
     ept_tensor y = tensor(got.y.data(), s.y_dtype, {s.tokens, int64_t(config.hidden)});
     y.device = device;
     return y;
+  }
+
+  ept_tensor late_weights(RankStep &s, int32_t device) const {
+    ept_tensor late = tensor(s.late.data(), EPT_DTYPE_F32, {s.tokens, int64_t(config.top_k)});
+    late.device = device;
+    return late;
+  }
+  ept_tensor summed_weights(const Step &step, const RankStep &s, Got &got, int32_t device) const {
+    if (!step.row_weights) return {};
+    ept_tensor sums = tensor(got.sums.data(), EPT_DTYPE_F32, {s.tokens, int64_t(config.top_k)});
+    sums.device = device;
+    return sums;
   }
 
   std::vector<Got> on_cpu(Step &step) {
@@ -282,9 +312,11 @@ struct World {
     }
     ept_combine_args back = combine_args(step, s, got, -1);
     back.routing = routing;
+    if (step.late) back.topk_weights = late_weights(s, -1);
     OK(ept_moe_combine_send(object, &back, &error), error);
     const ept_tensor y = sums(s, got, -1);
-    OK(ept_moe_combine_recv(object, step.lane, &y, nullptr, &error), error);
+    const ept_tensor beside = summed_weights(step, s, got, -1);
+    OK(ept_moe_combine_recv(object, step.lane, &y, step.row_weights ? &beside : nullptr, &error), error);
     ept_routing_release(routing);
   }
 
@@ -340,9 +372,21 @@ struct World {
     RankStep &s = step.ranks[r];
     const ept_combine_args args = combine_args(step, s, got, 0);
     const ept_tensor y = sums(s, got, 0);
-    OK(ept_gpu_moe_combine_send(objects[r], &args, routing.data(), s.tokens, stream(r, step.lane), &error), error);
-    OK(ept_gpu_moe_combine_recv(objects[r], step.lane, &y, routing.data(), stream(r, step.lane), &error), error);
+    void *on = stream(r, step.lane);
+    float *late = nullptr;
+    if (step.late) {
+      lates.emplace_back();
+      lates.back().make(ept_gpu_late_bytes(objects[r]), char(0xee));
+      late = reinterpret_cast<float *>(lates.back().data());
+      const ept_tensor weights = late_weights(s, 0);
+      OK(ept_gpu_moe_late_weights(objects[r], step.lane, &weights, routing.data(), late, on, &error), error);
+    }
+    OK(ept_gpu_moe_combine_send(objects[r], &args, routing.data(), s.tokens, late, on, &error), error);
+    const ept_tensor beside = summed_weights(step, s, got, 0);
+    OK(ept_gpu_moe_combine_recv(objects[r], step.lane, &y, &beside, routing.data(), on, &error), error);
   }
+
+  std::deque<Bytes> lates;
 
   bool on_gpu(uint32_t rank) const { return objects[rank] != nullptr; }
 
@@ -353,6 +397,7 @@ struct World {
     const uint32_t before = gpu->allocations;
     Error error;
     Step mine = step;
+    lates.clear();
     std::vector<std::thread> threads;
     for (uint32_t r = 0; r < config.world; r++)
       if (up[r] && !on_gpu(r)) threads.emplace_back([&, r] { step_on_cpu(net_objects[r], mine, r, all[r], nullptr); });
@@ -371,6 +416,8 @@ struct World {
       if (on_gpu(r)) sum(mine, r, routings[r], all[r]);
     gpu->machine.run();
     for (std::thread &thread : threads) thread.join();
+    for (uint32_t r : order())
+      if (on_gpu(r)) same_stats(cpu_objects[r], objects[r]);
     CHECK_EQ(gpu->allocations, before);  // nothing is allocated in a step
     for (uint32_t r = 0; r < config.world; r++) {
       if (!up[r]) continue;
@@ -383,6 +430,22 @@ struct World {
         all[r].num_rows = int32_t(step.ranks[r].layout == EPT_LAYOUT_CONTIGUOUS ? a.contiguous_rows : a.rows);
       }
       same(step.ranks[r], expected[r], all[r], &arrivals[r * 4]);
+    }
+  }
+
+  // Where every step was made on both sides.
+  void same_stats(ept_moe *cpu_object, ept_gpu_moe *object) const {
+    if (!counts_all) return;
+    ept_moe_stats expected{}, got{};
+    expected.size = got.size = sizeof expected;
+    Error error;
+    OK(ept_moe_stats_get(cpu_object, &expected), error);
+    OK(ept_gpu_moe_stats_get(object, &got, &error), error);
+    for (uint32_t p = 0; p < EPT_PHASES; p++) {
+      CHECK_EQ(got.generations[p], expected.generations[p]);
+      CHECK_EQ(got.messages[p], expected.messages[p]);
+      CHECK_EQ(got.bytes[p], expected.bytes[p]);
+      CHECK_EQ(got.rows[p], expected.rows[p]);
     }
   }
 
@@ -420,6 +483,7 @@ struct World {
                                    : row * uint64_t(scales.strides[0]) + b * uint64_t(scales.strides[1]);
         CHECK_EQ(memcmp(got.scales.data() + at * step, expected.scales.data() + at * step, step), 0);
       }
+    if (summed) CHECK(got.sums == expected.sums);
     if (summed) CHECK_EQ(memcmp(got.y.data(), expected.y.data(), got.y.size), 0);
   }
 

@@ -86,12 +86,22 @@ int32_t ept_gpu_moe_dispatch_wait(ept_gpu_moe *moe, uint32_t lane, uint64_t *arr
 /* num_rows: on the device: rows that came, or of the contiguous layout with padding. */
 int32_t ept_gpu_moe_dispatch_recv(ept_gpu_moe *moe, uint32_t lane, const ept_dispatch_outputs *outputs, void *routing,
                                   uint64_t tokens, int32_t *num_rows, void *stream, ept_error *error);
-/* `args` as ept_moe_combine_send's; routing of a dispatch of `tokens`; topk_weights and row_weights absent. */
-int32_t ept_gpu_moe_combine_send(ept_gpu_moe *moe, const ept_combine_args *args, void *routing, uint64_t tokens,
+/* Weights that are known only now, [tokens, top_k] of the dispatch that `routing` is of, for the combine_send that
+ * follows: they go to the ranks that have the rows, and `late` (ept_gpu_late_bytes of device memory) gets those of the
+ * rows that are here. All ranks call it or none does, with no dispatch of the lane still to be received. */
+uint64_t ept_gpu_late_bytes(const ept_gpu_moe *moe);
+int32_t ept_gpu_moe_late_weights(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *weights, void *routing, float *late,
                                  void *stream, ept_error *error);
-int32_t ept_gpu_moe_combine_recv(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *y, void *routing, void *stream,
-                                 ept_error *error);
+/* `args` as ept_moe_combine_send's, without topk_weights; routing of a dispatch of `tokens`. late: of late_weights, or
+ * NULL: by the weights of the dispatch. */
+int32_t ept_gpu_moe_combine_send(ept_gpu_moe *moe, const ept_combine_args *args, void *routing, uint64_t tokens,
+                                 float *late, void *stream, ept_error *error);
+/* row_weights: as ept_moe_combine_recv's, or NULL. */
+int32_t ept_gpu_moe_combine_recv(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *y, const ept_tensor *row_weights,
+                                 void *routing, void *stream, ept_error *error);
 int32_t ept_gpu_moe_drain(ept_gpu_moe *moe, uint32_t lane, uint32_t phase, void *stream, ept_error *error);
+/* What kernels that have ended did, captured ones too. Copies from the device. */
+int32_t ept_gpu_moe_stats_get(ept_gpu_moe *moe, ept_moe_stats *stats, ept_error *error);
 /* FAULT with the first cause where a kernel that has ended, or is under way, has met one. Asks no GPU. */
 int32_t ept_gpu_moe_check(ept_gpu_moe *moe, uint32_t lane, ept_error *error);
 

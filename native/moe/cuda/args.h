@@ -104,6 +104,8 @@ struct LaneTable {
   uint64_t *times;  // NULL: nobody asks
 };
 
+enum Tally : uint32_t { kGenerations = 0, kMessages = 1, kBytes = 2, kRowsSent = 3, kTallies = 4 };
+
 struct ObjectTable {
   uint32_t number, experts, local, top_k, hidden, max_tokens;
   uint32_t alignment;
@@ -111,6 +113,7 @@ struct ObjectTable {
   uint64_t payload, returned;  // bytes of a row's payload, out and back
   const uint32_t *where;       // [experts] rank << 16 | local expert
   const uint32_t *first;       // [world + 1] where a rank's counts start in a table of all experts
+  uint64_t *sent;              // [lanes, EPT_PHASES, kTallies] what has been sent, for stats
   Shape shape;
 };
 
@@ -225,6 +228,7 @@ struct CombineSend {
   int32_t format;  // of expert_out
   Strided out;     // expert_out
   uint64_t leading;
+  Strided row_weights;  // beside the rows; data NULL: none
   uint8_t weights_applied, reserved[7];
 };
 
@@ -236,6 +240,23 @@ struct CombineRecv {
   int64_t y_stride;  // bytes
   uint32_t tokens;
   int32_t format;
+  Strided row_weights;  // [tokens, top_k] sums of what came beside the rows; data NULL: not wanted
+};
+
+// Weights that are known only at combine, in a message of their own, in the phase of dispatch.
+struct LateSend {
+  LaneTable lane;
+  ObjectTable object;
+  RoutingArrays routing;
+  uint32_t tokens;
+  const float *weights;
+  int64_t strides[2];  // elements
+};
+struct LateRecv {
+  LaneTable lane;
+  ObjectTable object;
+  RoutingArrays routing;
+  float *late;  // [rows, top_k] as RoutingArrays.row_weights
 };
 
 }  // namespace ept::moe::cuda

@@ -65,7 +65,7 @@ class CombineSender {
         generation(args.lane.state->sent[EPT_PHASE_COMBINE]),
         world(args.lane.world),
         top_k(args.object.top_k),
-        row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, 0)),
+        row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, args.row_weights.data != nullptr)),
         groups(args.object.hidden / kGroup) {}
 
   EPT_DEVICE void run() {
@@ -105,6 +105,10 @@ class CombineSender {
     }
     __syncthreads();
     headers();
+    if (blockIdx.x == 0 && warp_id() == warps() - 1)
+      tally(
+          t, object, EPT_PHASE_COMBINE, [&](uint32_t r) { return rows_of(r); },
+          [&](uint32_t r) { return EPT_MOE_HEADER_BYTES + rows_of(r) * row_bytes; });
     note(t, kCombineSend, 2);
     // Pieces are dealt to the blocks in turn, over all ranks together; a block's warps take them as they have time,
     // since a row is the sum of one row or of many.
@@ -138,6 +142,7 @@ class CombineSender {
       h.row_bytes = uint32_t(row_bytes);
       h.payload_bytes = uint32_t(object.returned);
       h.payload_format = object.returned_format;
+      if (a.row_weights.data) h.flags |= EPT_MOE_ROW_WEIGHTS;
       put_header(s.message[r], h);
       if (r == t.rank)
         post_own(t, EPT_PHASE_COMBINE, generation);
@@ -161,15 +166,26 @@ class CombineSender {
   EPT_DEVICE void row(uint32_t rank, uint32_t j, uint32_t part) {
     char *to = s.message[rank] + EPT_MOE_HEADER_BYTES + j * row_bytes;
     const uint64_t number = uint64_t(s.begin[rank]) + j;
-    if (a.layout == kRows || a.layout == kByRank)
-      convert(to, a.out.at(a.layout == kRows ? number : rank * a.leading + j), part);
-    else if (element_size(a.format) == 2)
+    if (a.layout == kRows || a.layout == kByRank) {
+      const uint64_t place = a.layout == kRows ? number : rank * a.leading + j;
+      convert(to, a.out.at(place), part);
+      if (a.row_weights.data && part == 0) put_beside(to, place);
+    } else if (element_size(a.format) == 2)
       sum<2>(to, number, part);
     else
       sum<4>(to, number, part);
     __syncwarp();
     if (lane_id() == 0) packed_one(rank);
     __syncwarp();
+  }
+
+  // A row's weights, and what pads them. top_k is at most a warp's lanes.
+  EPT_DEVICE void put_beside(char *to, uint64_t place) const {
+    const uint64_t payload = ept_combine_row_bytes(object.returned, top_k, 0);
+    const uint32_t k = lane_id();
+    if (k * 4 >= row_bytes - payload) return;
+    const char *from = a.row_weights.at(place) + k * a.row_weights.column;
+    reinterpret_cast<float *>(to + payload)[k] = k < top_k ? *reinterpret_cast<const float *>(from) : 0.0f;
   }
 
   EPT_DEVICE void convert(char *to, const char *from, uint32_t part) const {
@@ -291,6 +307,8 @@ class CombineReceiver {
     const uint64_t words = uint64_t(object.hidden) * element_size(a.format) / 2;
     for (uint64_t i = first; i < words * a.tokens; i += step)
       reinterpret_cast<uint16_t *>(a.y + int64_t(i / words) * a.y_stride)[i % words] = 0;
+    for (uint64_t i = first; i < uint64_t(a.tokens) * object.top_k && a.row_weights.data; i += step)
+      *reinterpret_cast<float *>(a.row_weights.at(i / object.top_k) + i % object.top_k * a.row_weights.column) = 0;
   }
 
   EPT_DEVICE bool header(uint32_t source) {
@@ -299,8 +317,11 @@ class CombineReceiver {
     if (lane_id() == 0) {
       const uint32_t rows = a.routing.rows_to[source];
       const ept_moe_header h = get_header(at(source));
+      const uint32_t kind = h.flags & EPT_MOE_ROW_WEIGHTS;
+      const uint64_t bytes = ept_combine_row_bytes(object.returned, object.top_k, kind != 0);
       wrong =
-          check_header(t, object, EPT_PHASE_COMBINE, generation, membership, source, h, row_bytes, object.max_tokens);
+          check_header(t, object, EPT_PHASE_COMBINE, generation, membership, source, h, bytes, object.max_tokens, kind);
+      s.beside[source] = uint32_t(bytes - row_bytes);
       if (!wrong && h.rows != rows) wrong = 12;
       if (!wrong) hear(t, source, h);
       if (wrong)
@@ -320,6 +341,7 @@ class CombineReceiver {
   // False: the lane is faulted.
   EPT_DEVICE bool token(uint32_t number, uint32_t part) const {
     const char *from = nullptr;
+    uint32_t beside = 0;
     bool rank_is_late = false;
     if (lane_id() < fan) {
       const int32_t *its = a.routing.parts + (uint64_t(number) * fan + lane_id()) * 2;
@@ -332,7 +354,8 @@ class CombineReceiver {
           }
           EPT_REST();
         }
-        from = at(uint32_t(rank)) + EPT_MOE_HEADER_BYTES + uint64_t(uint32_t(row)) * row_bytes;
+        beside = peek(&s.beside[rank]);
+        from = at(uint32_t(rank)) + EPT_MOE_HEADER_BYTES + uint64_t(uint32_t(row)) * (row_bytes + beside);
       }
     }
     __syncwarp();
@@ -342,7 +365,18 @@ class CombineReceiver {
       sum<2>(number, part, from, n);
     else
       sum<4>(number, part, from, n);
+    if (a.row_weights.data && part == 0) sum_beside(number, from, beside, n);
     return true;
+  }
+  EPT_DEVICE void sum_beside(uint32_t number, const char *from, uint32_t beside, uint32_t n) const {
+    float acc = 0;
+    for (uint32_t p = 0; p < n; p++) {
+      const char *row = from_lane(from, p);
+      if (from_lane(beside, p) && lane_id() < object.top_k)
+        acc = acc + reinterpret_cast<const float *>(row + row_bytes)[lane_id()];
+    }
+    if (lane_id() >= object.top_k) return;
+    *reinterpret_cast<float *>(a.row_weights.at(number) + lane_id() * a.row_weights.column) = acc;
   }
   template <uint32_t kSize>
   EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) const {

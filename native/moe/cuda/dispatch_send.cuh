@@ -214,6 +214,10 @@ class DispatchSender {
       staged += from_lane(messages, kWarp - 1);
       combine += from_lane(all, kWarp - 1);
     }
+    if (blockIdx.x == 0)
+      tally(
+          t, a.object, EPT_PHASE_DISPATCH, [&](uint32_t r) { return s.rows_to[r]; },
+          [&](uint32_t r) { return header_bytes(r) + uint64_t(s.rows_to[r]) * row_bytes; });
   }
 
   // The parts of this block's tokens.

@@ -19,6 +19,8 @@ enum Kernel : uint32_t {
   kKernelCombineRecv,
   kKernelDrain,
   kKernelTakeMembers,
+  kKernelLateSend,
+  kKernelLateRecv,
   kKernels
 };
 // As moe.cu names them, in that order.

@@ -329,6 +329,16 @@ void Lanes::follow() {
 
 // ---- reset ----
 
+uint64_t Lanes::step() {
+  uint64_t most = 0;
+  for (const Kept &kept : kept_) {
+    LaneState state;
+    gpu_->copy_out(&state, kept.state, sizeof state);
+    for (uint64_t sent : state.sent) most = std::max(most, sent);
+  }
+  return most;
+}
+
 std::shared_ptr<void> Lanes::before_reset(const Deadline &deadline) {
   whole_ = false;
   if (!net_) return nullptr;
@@ -543,10 +553,28 @@ GpuObject::GpuObject(std::shared_ptr<Lanes> of, const ept_moe_config &config, ui
   table.returned = object.returned();
   table.where = memory_;
   table.first = memory_ + config.num_experts;
+  sent_.resize(uint64_t(config.lanes) * EPT_PHASES * kTallies);
+  table.sent = static_cast<uint64_t *>(lanes->gpu().allocate(sent_.size() * sizeof(uint64_t)));
   table.shape = object.shape;
 }
 
+void GpuObject::stats(ept_moe_stats *stats) {
+  const std::lock_guard<std::mutex> lock(reading_);
+  lanes->gpu().copy_out(sent_.data(), table.sent, sent_.size() * sizeof(uint64_t));
+  for (uint32_t p = 0; p < EPT_PHASES; p++) {
+    uint64_t sums[kTallies] = {};
+    for (uint32_t i = 0; i < object.config.lanes * kTallies; i++)
+      sums[i % kTallies] += sent_[(uint64_t(i / kTallies) * EPT_PHASES + p) * kTallies + i % kTallies];
+    stats->generations[p] = sums[kGenerations];
+    stats->messages[p] = sums[kMessages];
+    stats->bytes[p] = sums[kBytes];
+    stats->rows[p] = sums[kRowsSent];
+  }
+  stats->grants = stats->acks = stats->ack_waits = 0;  // nothing is streamed, and headers tell
+}
+
 GpuObject::~GpuObject() {
+  if (table.sent) lanes->gpu().release(table.sent);
   if (memory_) lanes->gpu().release(memory_);
 }
 

@@ -57,6 +57,7 @@ class Lanes final : public Follower {
   std::shared_ptr<const Members> members() const { return arena_->members(); }
 
   void follow() override;
+  uint64_t step() override;
   std::shared_ptr<void> before_reset(const Deadline &deadline) override;
   void after_reset(uint64_t number, uint32_t index, const Deadline &deadline) override;
   // Throws INVALID, with the values, for an object that needs more than these have; UNSUPPORTED, what no lanes could
@@ -163,8 +164,12 @@ class GpuObject {
     int32_t scale_format = 0;
   };
   std::vector<Carried> carried;
+  // As ept_moe_stats_get: of kernels that have ended.
+  void stats(ept_moe_stats *stats);
 
  private:
+  std::mutex reading_;
+  std::vector<uint64_t> sent_;
   uint32_t *memory_ = nullptr;
 };
 

@@ -4,3 +4,4 @@
 #include "moe/cuda/combine.cuh"
 #include "moe/cuda/dispatch_recv.cuh"
 #include "moe/cuda/dispatch_send.cuh"
+#include "moe/cuda/late_weights.cuh"

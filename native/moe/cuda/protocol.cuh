@@ -124,6 +124,29 @@ EPT_DEVICE bool packed(const LaneTable &t, uint32_t peer, uint32_t pieces, uint3
   return true;
 }
 
+// What a generation sends to other ranks, for stats: by one warp of one block. A lane's kernels never run beside each
+// other, so nobody else adds to the lane's tallies.
+template <class Rows, class Bytes>
+EPT_DEVICE void tally(const LaneTable &t, const ObjectTable &object, uint32_t phase, Rows rows, Bytes bytes) {
+  const Taking members = taking(t, kNext);
+  uint64_t sums[kTallies] = {};
+  for (uint32_t r = lane_id(); r < t.world; r += kWarp) {
+    if (r == t.rank || !members.has(r)) continue;
+    sums[kMessages]++;
+    sums[kBytes] += bytes(r);
+    sums[kRowsSent] += rows(r);
+  }
+  __syncwarp();
+  EPT_UNROLL
+  for (uint32_t i = kMessages; i < kTallies; i++)
+    for (uint32_t step = 1; step < kWarp; step *= 2) sums[i] += __shfl_xor_sync(kAll, sums[i], int(step));
+  if (lane_id() != 0) return;
+  uint64_t *to = object.sent + (uint64_t(t.lane) * EPT_PHASES + phase) * kTallies;
+  sums[kGenerations] = 1;
+  EPT_UNROLL
+  for (uint32_t i = 0; i < kTallies; i++) to[i] += sums[i];
+}
+
 // A header as it is moved: by words.
 union HeaderWords {
   ept_moe_header header;
@@ -184,16 +207,17 @@ EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint32_t phase, uint
   return false;
 }
 
-// 0, or the number of the first field that is not of this step. One thread, after the signal was seen.
+// 0, or the number of the first field that is not of this step. `kind`: of the flags that say which message it is. One
+// thread, after the signal was seen.
 EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
                                  uint32_t membership, uint32_t source, const ept_moe_header &h, uint64_t row_bytes,
-                                 uint64_t most_rows) {
+                                 uint64_t most_rows, uint32_t kind = 0) {
   if (h.magic != EPT_MOE_MAGIC || h.version != EPT_WIRE_VERSION) return 1;
   if (h.membership != membership) return 2;
   if (h.phase != phase || h.source != source || h.lane != t.lane || h.chunk != 0) return 3;
   if (h.generation != generation) return 4;
   if (h.object != object.number) return 5;
-  if (h.flags & (EPT_MOE_LATE_WEIGHTS | EPT_MOE_ROW_WEIGHTS)) return 6;
+  if ((h.flags & (EPT_MOE_LATE_WEIGHTS | EPT_MOE_ROW_WEIGHTS)) != kind) return 6;
   if (h.top_k != object.top_k || (h.rows && h.row_bytes != row_bytes)) return 7;
   if (h.rows != h.total_rows || h.rows > most_rows || !(h.flags & EPT_MOE_LAST)) return 8;
   return 0;
@@ -220,8 +244,8 @@ EPT_DEVICE ept_moe_header header_of(uint32_t word) {
 // ---- what a send must wait for, where there is a network ----
 
 // What the header of a message of that source says, checked or not, is true of the source.
-EPT_DEVICE void hear(const LaneTable &t, uint32_t source, const ept_moe_header &h) {
-  if (!t.acks || blockIdx.x != 0) return;  // one block tells for all
+EPT_DEVICE void hear(const LaneTable &t, uint32_t source, const ept_moe_header &h, bool tells = blockIdx.x == 0) {
+  if (!t.acks || !tells) return;  // one block tells for all
   for (uint32_t p = 0; p < EPT_PHASES; p++) {
     uint64_t *heard = &t.heard[source * EPT_PHASES + p];
     if (!device::reached(*heard, h.consumed[p])) *heard = h.consumed[p];

@@ -128,6 +128,7 @@ struct CombineShared {
   uint32_t *begin;     // [world + 1] of the rows that came
   uint32_t *pending;   // [world] of this block's pieces of the message to that rank
   uint32_t *pieces;    // [world]
+  uint32_t *beside;    // [world] bytes of row weights in a row of that source
   uint32_t *next;      // of this block's units, the first that no warp has taken
   uint32_t *word;
 };
@@ -140,6 +141,7 @@ EPT_HD inline CombineShared combine_shared(Carve &carve, uint32_t threads, uint3
   s.begin = carve.take<uint32_t>(world + 1);
   s.pending = carve.take<uint32_t>(world);
   s.pieces = carve.take<uint32_t>(world);
+  s.beside = carve.take<uint32_t>(world);
   s.next = carve.take<uint32_t>(1);
   s.word = carve.take<uint32_t>(1);
   return s;

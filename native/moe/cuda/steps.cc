@@ -216,13 +216,33 @@ void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o,
   launch(moe, kKernelDispatchRecv, moe.lanes->blocks(), moe.lanes->threads(), shared_of_receive(moe), stream, &a);
 }
 
-void combine_send(GpuObject &moe, const ept_combine_args &args, void *routing, uint64_t tokens, void *stream) {
+void late_weights(GpuObject &moe, uint32_t lane, const ept_tensor &weights, void *routing, float *late, void *stream) {
+  const uint32_t world = moe.object.config.world;
+  want_here(moe, "topk_weights", weights, {EPT_DTYPE_F32}, {kAny, int64_t(moe.object.config.top_k)});
+  LateSend out{};
+  out.lane = moe.lanes->table(lane_of(moe, lane));
+  out.object = moe.table;
+  out.routing = arrays(moe, routing, uint64_t(weights.shape[0]));
+  out.tokens = uint32_t(weights.shape[0]);
+  out.weights = static_cast<const float *>(weights.data);
+  for (int i = 0; i < 2; i++) out.strides[i] = weights.strides[i];
+  const uint64_t shared = shared_bytes([&](Carve &carve) {
+    carve.take<char *>(world);
+    carve.take<uint32_t>(2);
+  });
+  launch(moe, kKernelLateSend, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &out);
+  LateRecv in{};
+  in.lane = out.lane;
+  in.object = moe.table;
+  in.routing = out.routing;
+  in.late = late;
+  launch(moe, kKernelLateRecv, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &in);
+}
+
+void combine_send(GpuObject &moe, const ept_combine_args &args, void *routing, uint64_t tokens, float *late,
+                  void *stream) {
   const Object &object = moe.object;
-  const int64_t hidden = object.config.hidden;
-  if (present(args.topk_weights) || present(args.row_weights))
-    fail(EPT_E_UNSUPPORTED, -1,
-         "topk_weights and row_weights of combine are not supported on a GPU yet: give "
-         "topk_weights to dispatch");
+  const int64_t hidden = object.config.hidden, top_k = object.config.top_k;
   const bool masked = args.layout == EPT_LAYOUT_MASKED, two = masked || args.layout == EPT_LAYOUT_BY_RANK;
   const int64_t outer = masked ? object.local() : object.shape.world;
   const std::initializer_list<int32_t> floats = {EPT_DTYPE_F32, EPT_DTYPE_F16, EPT_DTYPE_BF16};
@@ -240,12 +260,24 @@ void combine_send(GpuObject &moe, const ept_combine_args &args, void *routing, u
   a.out = strided(args.expert_out, two ? 2 : 1);
   a.leading = uint64_t(args.expert_out.shape[two ? 1 : 0]);
   a.weights_applied = args.weights_applied;
+  if (late) a.routing.row_weights = late;
+  if (present(args.row_weights)) {
+    if (per_expert(args.layout))
+      fail(EPT_E_INVALID, -1, "row_weights were given; only the layouts rows and by_rank have them");
+    const int64_t n = args.expert_out.shape[two ? 1 : 0];
+    if (two)
+      want_here(moe, "row_weights", args.row_weights, {EPT_DTYPE_F32}, {outer, n, top_k});
+    else
+      want_here(moe, "row_weights", args.row_weights, {EPT_DTYPE_F32}, {n, top_k});
+    a.row_weights = strided(args.row_weights, two ? 2 : 1);
+  }
   const uint32_t threads = moe.lanes->combine_threads(tokens);
   const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, threads, object.config.world); });
   launch(moe, kKernelCombineSend, moe.lanes->blocks(), threads, shared, stream, &a);
 }
 
-void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, void *routing, void *stream) {
+void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, const ept_tensor *row_weights, void *routing,
+                  void *stream) {
   want_here(moe, "y", y, {EPT_DTYPE_F32, EPT_DTYPE_F16, EPT_DTYPE_BF16}, {kAny, int64_t(moe.object.config.hidden)});
   want_rows("y", y);
   CombineRecv a{};
@@ -256,6 +288,10 @@ void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, void *rout
   a.y_stride = y.strides[0] * int64_t(element_bytes(y.dtype));
   a.tokens = uint32_t(y.shape[0]);
   a.format = y.dtype;
+  if (row_weights && present(*row_weights)) {
+    want_here(moe, "row_weights", *row_weights, {EPT_DTYPE_F32}, {y.shape[0], int64_t(moe.object.config.top_k)});
+    a.row_weights = strided(*row_weights, 1);
+  }
   const uint32_t threads = moe.lanes->combine_threads(a.tokens);
   const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, threads, moe.object.config.world); });
   launch(moe, kKernelCombineRecv, moe.lanes->blocks(), threads, shared, stream, &a);
@@ -417,14 +453,24 @@ int32_t ept_gpu_moe_dispatch_recv(ept_gpu_moe *moe, uint32_t lane, const ept_dis
                  [&] { dispatch_recv(*moe->object, lane, *outputs, routing, tokens, num_rows, stream); });
 }
 
-int32_t ept_gpu_moe_combine_send(ept_gpu_moe *moe, const ept_combine_args *args, void *routing, uint64_t tokens,
-                                 void *stream, ept_error *error) {
-  return guarded("combine_send", error, [&] { combine_send(*moe->object, *args, routing, tokens, stream); });
+uint64_t ept_gpu_late_bytes(const ept_gpu_moe *moe) {
+  const ept_moe_config &config = moe->object->object.config;
+  return 4ull * config.world * config.max_tokens * config.top_k;
 }
 
-int32_t ept_gpu_moe_combine_recv(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *y, void *routing, void *stream,
-                                 ept_error *error) {
-  return guarded("combine_recv", error, [&] { combine_recv(*moe->object, lane, *y, routing, stream); });
+int32_t ept_gpu_moe_late_weights(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *weights, void *routing, float *late,
+                                 void *stream, ept_error *error) {
+  return guarded("combine_send", error, [&] { late_weights(*moe->object, lane, *weights, routing, late, stream); });
+}
+
+int32_t ept_gpu_moe_combine_send(ept_gpu_moe *moe, const ept_combine_args *args, void *routing, uint64_t tokens,
+                                 float *late, void *stream, ept_error *error) {
+  return guarded("combine_send", error, [&] { combine_send(*moe->object, *args, routing, tokens, late, stream); });
+}
+
+int32_t ept_gpu_moe_combine_recv(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *y, const ept_tensor *row_weights,
+                                 void *routing, void *stream, ept_error *error) {
+  return guarded("combine_recv", error, [&] { combine_recv(*moe->object, lane, *y, row_weights, routing, stream); });
 }
 
 int32_t ept_gpu_moe_drain(ept_gpu_moe *moe, uint32_t lane, uint32_t phase, void *stream, ept_error *error) {
@@ -432,6 +478,10 @@ int32_t ept_gpu_moe_drain(ept_gpu_moe *moe, uint32_t lane, uint32_t phase, void 
     Drain a{moe->object->lanes->table(lane_of(*moe->object, lane)), phase};
     launch(*moe->object, kKernelDrain, 1, moe->object->lanes->threads(), 0, stream, &a);
   });
+}
+
+int32_t ept_gpu_moe_stats_get(ept_gpu_moe *moe, ept_moe_stats *stats, ept_error *error) {
+  return guarded("stats", error, [&] { moe->object->stats(stats); });
 }
 
 int32_t ept_gpu_moe_check(ept_gpu_moe *moe, uint32_t lane, ept_error *error) {

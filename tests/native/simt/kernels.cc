@@ -23,9 +23,10 @@ simt::Kernel made() {
 }  // namespace
 
 using namespace ept::moe::cuda;
-const simt::Kernel simt::kernels[7] = {
+const simt::Kernel simt::kernels[9] = {
     made<DispatchSend, moe_dispatch_send>(), made<DispatchWait, moe_dispatch_wait>(),
     made<DispatchRecv, moe_dispatch_recv>(), made<CombineSend, moe_combine_send>(),
     made<CombineRecv, moe_combine_recv>(),   made<Drain, moe_drain>(),
-    made<TakeMembers, moe_take_members>(),
+    made<TakeMembers, moe_take_members>(),   made<LateSend, moe_late_send>(),
+    made<LateRecv, moe_late_recv>(),
 };
