@@ -384,7 +384,12 @@ def test_native_code_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_setting_that_the_backend_has_no_use_for_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "eptransport"):
         close(ept.loopback_groups(1, ept.Settings(devices="mlx5_0")))
-    assert "loopback has no use for devices" in caplog.text
+        assert "loopback has no use for devices" in caplog.text
+        caplog.clear()
+        close(ept.loopback_groups(1, ept.Settings(intra="off")))  # GPU ranks over it have
+        close(ept.loopback_groups(1, ept.Settings(intra="shm")))
+    said = [record.message for record in caplog.records if "has no use for" in record.message]
+    assert said == ["rank 0: backend loopback has no use for intra"], said
 
 
 def test_ept_log_shows_lines_without_any_set_up() -> None:

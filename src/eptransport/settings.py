@@ -192,8 +192,9 @@ class Settings(BaseSettings):
         }
 
     def unused_by(self, plugin: Plugin) -> list[str]:
-        """General settings that were given and that this plugin has no use for."""
-        names = {setting.name for setting in plugin.settings}
+        """General settings that were given and that this plugin has no use for, nor anybody else: intra=off is heard by
+        ranks on GPUs over any backend."""
+        names = {setting.name for setting in plugin.settings} | ({"intra"} if self.intra == "off" else set())
         return [name for name in GENERAL if getattr(self, name) is not None and name not in names]
 
     def explain(self) -> tuple[Explained, ...]:
