@@ -52,6 +52,7 @@ Group::Group(uint32_t world, const Options &options) : engines(world), arenas(wo
     config.progress = options.progress;
     config.spin_ns = UINT64_MAX;
     config.timeout_ns = options.timeout_ns;
+    config.dead_ns = options.dead_ns;
     OK(ept_engine_create(&config, &engines[rank], &error), error);
     OK(ept_engine_address(engines[rank], blobs[rank].data(), &lengths[rank], &error), error);
     pointers[rank] = blobs[rank].data();

@@ -40,6 +40,7 @@ struct Options {
   std::vector<std::vector<std::pair<std::string, std::string>>> of_rank;  // beside these; empty: none
   int32_t progress = EPT_PROGRESS_AUTO;
   uint64_t timeout_ns = 60 * kSecond;
+  uint64_t dead_ns = 0;  // 0: the engine's own
 };
 
 Options adversary(uint64_t seed);
