@@ -178,7 +178,7 @@ int32_t libfabric_open(const ept_host *host, const ept_open_params *params, ept_
                   "libfabric: provider %s takes %u ranks at most, the world is %u", instance->traits.setting.c_str(),
                   instance->traits.max_peers, params->world);
     const Room room{std::max(1u, params->world - 1), params->credits, params->send_credits};
-    instance->credentials = make_credentials(host, *params);
+    instance->credentials = plugin::make_credentials("libfabric", host, *params);
     instance->max_message = instance->settings.max_message;
     Address &own = instance->own;
     for (Info &info : instance->choice.rails) {
