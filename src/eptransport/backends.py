@@ -40,6 +40,7 @@ PLANNED = ("libfabric", "verbs", "nvshmem", "ucx", "mlx5")
 NOT_BUILT = {
     "libfabric": ("built without libfabric headers", "install libfabric-dev (>= 1.17) and reinstall"),
     "verbs": ("built without libibverbs headers", "install libibverbs-dev (rdma-core-devel) and reinstall"),
+    "ucx": ("built without UCX headers", "pip install libucx-cu12, or install libucx-dev (>= 1.13), and reinstall"),
 }
 """Backends that a build leaves out where it finds no headers: what was missing, and the mend."""
 
@@ -266,13 +267,16 @@ def native_values(options: Mapping[str, str]) -> tuple[Any, list[Any]]:
 
 
 def _needless(name: str, settings: Settings) -> str:
-    """Why `auto` needn't even ask this backend. Asking libfabric loads whatever libfabric the system has, with all its
-    providers, into every process; and without an EFA card none of them could be taken. Likewise libibverbs."""
+    """Why `auto` needn't even ask this backend. Asking libfabric, libibverbs or UCX loads whatever the system has of
+    them, with all their transports, into every process; and without a card of theirs there is none that `auto` would
+    take."""
     from eptransport import efa
 
     if name == "verbs":
         devices = Path("/sys/class/infiniband")
         return "" if devices.is_dir() and any(devices.iterdir()) else "no RDMA device here (/sys/class/infiniband)"
+    if name == "ucx" and not any(option.startswith("ucx.") for option in settings.options):
+        return "UCX is taken when asked for: EPT_BACKEND=ucx, or any EPT_UCX_ setting"
     if name != "libfabric" or "libfabric.provider" in settings.options or efa.devices():
         return ""
     return "no EFA card here; EPT_BACKEND=libfabric asks for its other providers"
