@@ -3,48 +3,12 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from typing import Any
 
-import harness
 import launch
-import moe_model as model
 import pytest
+from every_layout import steps
 from libfabrics import Libfabric, cases
-
-import eptransport as ept
-
-TOKENS = 24
-
-
-def steps(rank: int, world: int, folder: str, held: list[Any], options: dict[str, str], sent: str) -> list[int]:
-    """Each layout once on every rank, and all four at a time, by whole calls and by halves. Writes of this rank by
-    rail."""
-    settings = {"backend": "libfabric", "options": options, "timeout_s": 120.0, "dead_s": 60.0}
-    # Cut over the rails, as far as messages of this size can be.
-    group = launch.open_group(rank, world, folder, stripe_bytes=4096, **settings)
-    held.append(group)
-    assert group.engine.plugin.name == "libfabric"
-    config = model.Config(world, 2 * world + 1, 3, 272, "bf16", sent)
-    moe = ept.AllToAll(
-        group,
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        hidden=config.hidden,
-        max_tokens=TOKENS,
-        lanes=2,
-        dtype=harness.TORCH[config.dtype],
-        dispatch_dtype=harness.TORCH[config.sent],
-    )
-    alike = [[layout] * world for layout in harness.LAYOUTS]
-    mixed = [[harness.LAYOUTS[(r + turn) % 4] for r in range(world)] for turn in range(4)]
-    for step, (layouts, halves) in enumerate(itertools.product(alike + mixed, (False, True))):
-        tokens = [(7 * r + 5 * step) % (TOKENS + 1) for r in range(world)]
-        scenario = harness.Scenario(config, harness.make_batches(config, tokens, step), layouts)
-        scenario.run(rank, moe, lane=step % 2, halves=halves)
-    moe.check()
-    return [rail.counters.tx_operations for rail in group.engine.rails()]
 
 
 @pytest.mark.parametrize(("world", "rails", "sent"), [(2, 2, "bf16"), (4, 1, "e4m3")])
@@ -53,5 +17,5 @@ def test_ranks_as_processes(case: tuple[Libfabric, str], tmp_path: Path, world: 
     release, provider = case
     options = {f"libfabric.{name}": value for name, value in release.options(provider).items()}
     options["libfabric.rails"] = str(rails)
-    written = launch.run(world, steps, tmp_path, options, sent, limit_s=600)  # soft-RoCE is emulated
+    written = launch.run(world, steps, tmp_path, "libfabric", options, sent, limit_s=600)  # soft-RoCE is emulated
     assert all(len(each) == rails and min(each) > 0 for each in written), written

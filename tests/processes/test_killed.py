@@ -58,9 +58,9 @@ def stop() -> None:
 
 
 def killed_in(
-    rank: int, world: int, folder: str, held: list[Any], phase: str, how: str, timeout_s: float
+    rank: int, world: int, folder: str, held: list[Any], phase: str, how: str, timeout_s: float, **network: Any
 ) -> Said | None:
-    group = launch.open_group(rank, world, folder, timeout_s=timeout_s, dead_s=DEAD_S)
+    group = launch.open_group(rank, world, folder, timeout_s=timeout_s, dead_s=DEAD_S, **network)
     held.append(group)
     moe = all_to_all(group)
     step = scenario()
