@@ -46,7 +46,7 @@ struct MessageHead {
   uint8_t rail;
   uint32_t from, from_epoch;
   uint32_t to, to_epoch;
-  uint32_t length;  // of what follows
+  uint32_t length;    // of what follows
   uint32_t serial;    // kSend, where operations are numbered
   uint8_t token[16];  // kSend, kBye
 };
