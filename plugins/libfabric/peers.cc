@@ -195,7 +195,10 @@ void ept_instance::on_message(Rail *rail, Operation *receive, size_t length, Out
     peer->acknowledged = peer->heard = static_cast<uint32_t>((uint64_t{1} << peer->rails) - 1);
     maybe_up(peer);
   }
-  if (type == MessageType::kBye) return end_peer(peer, EPT_E_CLOSED, 0, format("rank %u left", peer->rank), true);
+  if (type == MessageType::kBye) {
+    send_bye(peer);  // it waits for ours before it closes its endpoint, and we write to it no more
+    return end_peer(peer, EPT_E_CLOSED, 0, format("rank %u left", peer->rank), true);
+  }
   if (type != MessageType::kSend) return stranger("it is of no known kind");
   ++rail->counters.rx_sends;
   ept_event *event = emit(out, EPT_EVENT_RECV, peer->rank, peer->epoch, rail->number);

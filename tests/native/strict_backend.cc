@@ -474,6 +474,19 @@ void nothing_of_a_fenced_rank_comes_after_fenced() {
   CHECK(refused > 40);
 }
 
+// Who closes a link waits for the other's goodbye before it closes an endpoint of ofi_rxm; the other answers at once,
+// not when it closes too.
+void a_goodbye_is_answered() {
+  Trio trio(calm("manual=1"));
+  CHECK_OK(ept_backend_v1, ept_backend_v1.peer_close(trio.b.rank.instance, 0));
+  CHECK_EQ(trio.b.rank.instance->unparted.size(), 1);
+  trio.polls(kLong);
+  CHECK_EQ(trio.a.peers.size(), 1);
+  CHECK_EQ(trio.a.peers[0].code, EPT_E_CLOSED);
+  CHECK(trio.b.rank.instance->unparted.empty());
+  keeps_the_rules(trio.a.rank);
+}
+
 // Memory is the caller's again when no operation reads from it any more, and not before.
 void memory_stays_while_it_is_read() {
   Trio trio(calm("manual=1"));
@@ -521,6 +534,7 @@ int main(int count, char **arguments) {
   RUN(the_queue_holds_what_was_granted());
   RUN(an_overrun_ends_every_peer_of_its_queue());
   RUN(nothing_of_a_fenced_rank_comes_after_fenced());
+  RUN(a_goodbye_is_answered());
   RUN(memory_stays_while_it_is_read());
   RUN(the_limit_is_told());
   return 0;
