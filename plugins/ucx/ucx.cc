@@ -67,16 +67,28 @@ struct Config {
   }
 };
 
-// UCX's shared memory looks whether a peer is there, but says so only when asked; and an endpoint that is to outlive
-// its peer takes no transport that doesn't. By the environment, for ucp_config_modify of 1.13 knows no settings of
+// What UCX reads from its own environment, unless it is set already; and only for transports that may be used, since
+// UCX warns of a variable that nothing has read. By the environment, for ucp_config_modify of 1.13 knows no settings of
 // transports.
-void prepare_environment() {
-  setenv("UCX_POSIX_ERROR_HANDLING", "y", 0);
-  setenv("UCX_SYSV_ERROR_HANDLING", "y", 0);
+void prepare_environment(const std::string &transports) {
+  const char *chosen = getenv("UCX_TLS");
+  const std::string list =
+      "," + (!transports.empty() ? transports : std::string(chosen != nullptr ? chosen : "all")) + ",";
+  auto named = [&](const char *name) { return list.find(format(",%s,", name)) != std::string::npos; };
+  const bool all = named("all") || list[1] == '^', shared = all || named("sm") || named("shm") || named("mm");
+  // Shared memory looks whether a peer is there, but says so only when asked; and an endpoint that is to outlive its
+  // peer takes no transport that doesn't.
+  if (shared || named("posix")) setenv("UCX_POSIX_ERROR_HANDLING", "y", 0);
+  if (shared || named("sysv")) setenv("UCX_SYSV_ERROR_HANDLING", "y", 0);
+  if (!all && !named("tcp")) return;
+  // Such an endpoint has no zero-copy over tcp: a payload goes in pieces of this length, each copied in and out. With
+  // UCX's own 8 KiB to send and 64 KiB to receive 1 MiB takes 1.7 times as long (docs/decisions.md).
+  setenv("UCX_TCP_TX_SEG_SIZE", "512k", 0);
+  setenv("UCX_TCP_RX_SEG_SIZE", "512k", 0);
 }
 
 int32_t make_context(const Library &library, const Settings &settings, uint64_t dead_ns, ucp_context_h *context) {
-  prepare_environment();
+  prepare_environment(settings.transports);
   Config owner{&library};
   ucs_status_t status = library.ucp_config_read(nullptr, nullptr, &owner.config);
   if (status != UCS_OK)
