@@ -104,6 +104,7 @@ struct ept_worker {
 };
 
 struct ept_instance {
+  static constexpr const char *kNetwork = "libfabric";
   ~ept_instance();  // peers.cc
   const ept_host *host = nullptr;
   ept_open_params params{};

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "settings.h"
 
-#include <cstdlib>
-#include <cstring>
+#include "../values.h"
 
 namespace libfabric {
 
@@ -42,38 +41,20 @@ const ept_setting kSettings[] = {
 const size_t kSettingCount = sizeof kSettings / sizeof *kSettings;
 
 int32_t read_settings(const ept_value *values, size_t count, Settings *settings) {
-  auto text_of = [&](const char *name) {
-    for (size_t i = 0; i < count; ++i)
-      if (strcmp(values[i].name, name) == 0) return values[i].text;
-    for (const ept_setting &setting : kSettings)
-      if (strcmp(setting.name, name) == 0) return setting.value;
-    return "";
-  };
-  int32_t code = EPT_OK;
-  auto number_of = [&](const char *name) -> uint64_t {
-    const char *text = text_of(name);
-    char *end = nullptr;
-    long long value = strtoll(text, &end, 10);
-    for (const ept_setting &setting : kSettings) {
-      if (strcmp(setting.name, name) != 0) continue;
-      if (*text == 0 || *end != 0 || value < setting.min || value > setting.max)
-        code = fail(EPT_E_CONFIG, "open", -1, 0, "libfabric: %s is '%s'; it must be a number from %lld to %lld", name,
-                    text, static_cast<long long>(setting.min), static_cast<long long>(setting.max));
-    }
-    return static_cast<uint64_t>(value);
-  };
-  settings->library = text_of("library");
-  settings->provider = text_of("provider");
-  settings->interface = text_of("interface");
-  settings->rails = static_cast<uint32_t>(number_of("rails"));
-  settings->tx_depth = static_cast<uint32_t>(number_of("tx_depth"));
-  settings->cq_depth = static_cast<uint32_t>(number_of("cq_depth"));
-  settings->max_message = number_of("max_message");
-  settings->max_regions = static_cast<uint32_t>(number_of("max_regions"));
-  settings->gpu = text_of("gpu");
-  settings->strict = text_of("strict");
-  settings->unproven = strcmp(text_of("unproven"), "1") == 0;
-  std::string completion = text_of("completion");
+  plugin::Values given("libfabric", {kSettings, kSettingCount}, values, count);
+  settings->library = given.text("library");
+  settings->provider = given.text("provider");
+  settings->interface = given.text("interface");
+  settings->rails = given.small("rails");
+  settings->tx_depth = given.small("tx_depth");
+  settings->cq_depth = given.small("cq_depth");
+  settings->max_message = static_cast<uint64_t>(given.number("max_message"));
+  settings->max_regions = given.small("max_regions");
+  settings->gpu = given.text("gpu");
+  settings->strict = given.text("strict");
+  settings->unproven = given.flag("unproven");
+  int32_t code = given.code();
+  std::string completion = given.text("completion");
   if (completion == "auto")
     settings->completion = Completion::kAuto;
   else if (completion == "transmit")

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../checks.h"
 #include "instance.h"
 
 using namespace libfabric;
@@ -51,40 +52,7 @@ int32_t ept_instance::check(const ept_op &op, Peer **result) {
     return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: rank %u is not connected yet", op.peer);
   }
   *result = peer;
-  if (op.rail >= rails.size())
-    return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: rail %u, there are %zu", op.rail, rails.size());
-  if (op.flags != 0) return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: flags are %u, must be 0", op.flags);
-  if (op.kind == EPT_OP_SEND) {
-    if (op.length > kMaxSend || (op.length > 0 && op.source == nullptr))
-      return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: a SEND of %llu bytes from %p; max_send is %u",
-                  static_cast<unsigned long long>(op.length), op.source, kMaxSend);
-    return EPT_OK;
-  }
-  if (op.kind != EPT_OP_WRITE && op.kind != EPT_OP_SIGNAL)
-    return fail(op.kind == EPT_OP_READ ? EPT_E_UNSUPPORTED : EPT_E_INVALID, "post", op.peer, 0,
-                "libfabric: operations of kind %d are not done here", op.kind);
-  const ept_region *region = op.region;
-  if (region == nullptr || region->rank != op.peer)
-    return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: the region of an operation to rank %u is %s", op.peer,
-                region == nullptr ? "missing" : "that of another rank");
-  if (region->epoch != peer->epoch)
-    return fail(EPT_E_CLOSED, "post", op.peer, 0,
-                "libfabric: the region is of epoch %u of rank %u, which is in epoch %u now", region->epoch, op.peer,
-                peer->epoch);
-  if (op.kind == EPT_OP_WRITE && op.length > 0) {
-    const ept_mem *mem = op.source_mem;
-    const uint64_t from = reinterpret_cast<uint64_t>(op.source);
-    const uint64_t start = mem == nullptr ? 0 : reinterpret_cast<uint64_t>(mem->memory.address);
-    if (op.length > max_message)
-      return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: a WRITE of %llu bytes is past max_message, %llu",
-                  static_cast<unsigned long long>(op.length), static_cast<unsigned long long>(max_message));
-    if (mem == nullptr || mem->owner != this || from < start || from - start > mem->memory.length ||
-        op.length > mem->memory.length - (from - start))
-      return fail(EPT_E_INVALID, "post", op.peer, 0,
-                  "libfabric: the source of a WRITE of %llu bytes is not inside source_mem",
-                  static_cast<unsigned long long>(op.length));
-  }
-  return EPT_OK;
+  return plugin::check_operation<ept_mem, ept_region>(this, op, peer->epoch, {rails.size(), kMaxSend, max_message});
 }
 
 int32_t ept_instance::post_write(Peer *peer, const ept_op &op) {

@@ -168,6 +168,7 @@ struct ept_worker {
 };
 
 struct ept_instance {
+  static constexpr const char *kNetwork = "tcp";
   const ept_host *host = nullptr;
   ept_open_params params{};
   tcp::Settings settings;

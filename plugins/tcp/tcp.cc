@@ -2,9 +2,11 @@
 // The TCP backend: any machines that can open a connection to each other. docs/tcp.md has the picture of it; instance.h
 // says which file does what. This one holds the settings, the limits, memory and, at the end, the table.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
+#include "../checks.h"
+#include "../table.h"
+#include "../values.h"
 #include "instance.h"
 
 using namespace tcp;
@@ -39,40 +41,21 @@ const ept_setting kSettings[] = {
 constexpr size_t kSettingCount = sizeof kSettings / sizeof *kSettings;
 
 int32_t read_settings(const ept_value *values, size_t count, Settings *settings) {
-  auto text_of = [&](const char *name) {
-    for (size_t i = 0; i < count; ++i)
-      if (strcmp(values[i].name, name) == 0) return values[i].text;
-    for (const ept_setting &setting : kSettings)
-      if (strcmp(setting.name, name) == 0) return setting.value;
-    return "";
-  };
-  int32_t code = EPT_OK;
-  auto number_of = [&](const char *name) -> int64_t {
-    const char *text = text_of(name);
-    char *end = nullptr;
-    long long value = strtoll(text, &end, 10);
-    for (const ept_setting &setting : kSettings) {
-      if (strcmp(setting.name, name) != 0 || setting.type != EPT_SETTING_INT) continue;
-      if (*text == 0 || *end != 0 || value < setting.min || value > setting.max)
-        code = fail(EPT_E_CONFIG, "open", -1, 0, "tcp: %s is '%s'; it must be a number from %lld to %lld", name, text,
-                    static_cast<long long>(setting.min), static_cast<long long>(setting.max));
-    }
-    return value;
-  };
-  settings->streams = static_cast<uint32_t>(number_of("streams"));
-  settings->interface = text_of("interface");
-  settings->sndbuf = static_cast<int>(number_of("sndbuf"));
-  settings->rcvbuf = static_cast<int>(number_of("rcvbuf"));
-  settings->nodelay = strcmp(text_of("nodelay"), "0") != 0;
-  settings->congestion = text_of("congestion");
-  settings->depth = static_cast<uint32_t>(number_of("depth"));
-  settings->handshake_ns = static_cast<uint64_t>(number_of("handshake_ms")) * 1000000;
-  settings->half_open = static_cast<uint32_t>(number_of("half_open"));
-  settings->max_regions = static_cast<uint32_t>(number_of("max_regions"));
-  if (code != EPT_OK) return code;
+  plugin::Values given("tcp", kSettings, values, count);
+  settings->streams = given.small("streams");
+  settings->interface = given.text("interface");
+  settings->sndbuf = static_cast<int>(given.number("sndbuf"));
+  settings->rcvbuf = static_cast<int>(given.number("rcvbuf"));
+  settings->nodelay = given.flag("nodelay");
+  settings->congestion = given.text("congestion");
+  settings->depth = given.small("depth");
+  settings->handshake_ns = static_cast<uint64_t>(given.number("handshake_ms")) * 1000000;
+  settings->half_open = given.small("half_open");
+  settings->max_regions = given.small("max_regions");
+  if (given.code() != EPT_OK) return given.code();
   if ((settings->depth & (settings->depth - 1)) != 0)
     return fail(EPT_E_CONFIG, "open", -1, 0, "tcp: depth is %u; it must be a power of two", settings->depth);
-  return parse_port_range(text_of("port_range"), &settings->ports);
+  return parse_port_range(given.text("port_range"), &settings->ports);
 }
 
 void fill_caps(ept_caps *caps) {
@@ -126,17 +109,13 @@ int32_t tcp_probe(const ept_host *, const ept_value *values, size_t value_count,
 int32_t tcp_open(const ept_host *host, const ept_open_params *params, ept_instance **result) {
   *result = nullptr;
   return guarded("open", [&]() -> int32_t {
-    if (params->world == 0 || params->rank >= params->world)
-      return fail(EPT_E_INVALID, "open", params->rank, 0, "tcp: rank %u is outside the world of %u", params->rank,
-                  params->world);
-    if (params->secret == nullptr || params->secret_length == 0 || params->job == nullptr)
-      return fail(EPT_E_INVALID, "open", params->rank, 0,
-                  "tcp: a job's name and secret are needed to tell peers from strangers");
+    int32_t code = plugin::check_open("tcp", *params);
+    if (code != EPT_OK) return code;
     auto instance = std::make_unique<ept_instance>();
     instance->host = host;
     instance->params = *params;
     if (instance->params.dead_ns == 0) instance->params.dead_ns = 5000000000;
-    int32_t code = read_settings(params->values, params->value_count, &instance->settings);
+    code = read_settings(params->values, params->value_count, &instance->settings);
     if (code == EPT_OK) code = choose_interfaces(instance->settings.interface, &instance->interfaces);
     if (code != EPT_OK) return code;
     const Settings &settings = instance->settings;
@@ -200,18 +179,10 @@ int32_t tcp_rails(ept_instance *instance, ept_rail *rails, uint32_t capacity, ui
   });
 }
 
-int32_t copy_out(const char *operation, const void *bytes, size_t size, void *blob, size_t *length) {
-  if (*length < size)
-    return fail(EPT_E_INVALID, operation, -1, 0, "tcp: the blob needs %zu bytes, there is room for %zu", size, *length);
-  memcpy(blob, bytes, size);
-  *length = size;
-  return EPT_OK;
-}
-
 int32_t tcp_local_address(ept_instance *instance, void *blob, size_t *length) {
   return guarded("local_address", [&] {
     std::vector<uint8_t> bytes = encode(instance->own);
-    return copy_out("local_address", bytes.data(), bytes.size(), blob, length);
+    return plugin::give_blob("tcp", "local_address", bytes.data(), bytes.size(), blob, length);
   });
 }
 
@@ -242,26 +213,8 @@ int32_t tcp_reach(ept_instance *instance, const void *address, size_t length, ep
 
 // ---- peers ----------------------------------------------------------------------------------------------------------
 
-int32_t tcp_peer_open(ept_instance *instance, uint32_t rank, uint32_t epoch, const void *address, size_t length) {
-  return guarded("peer_open", [&] { return instance->peer_open(rank, epoch, address, length); });
-}
-int32_t tcp_peer_state(ept_instance *instance, uint32_t rank) {
-  return guarded("peer_state", [&] { return instance->peer_state(rank); });
-}
-int32_t tcp_peer_close(ept_instance *instance, uint32_t rank) {
-  return guarded("peer_close", [&] { return instance->peer_close(rank); });
-}
-int32_t tcp_peer_fence(ept_instance *instance, uint32_t rank, uint32_t epoch, uint64_t cookie) {
-  return guarded("peer_fence", [&] { return instance->peer_fence(rank, epoch, cookie); });
-}
+using Calls = plugin::Calls<ept_instance, ept_mem, ept_worker>;
 
-int32_t tcp_worker_open(ept_instance *instance, ept_worker **worker) {
-  if (instance->worker_is_open)
-    return fail(EPT_E_LIMIT, "worker_open", -1, 0, "tcp: an instance has one worker, and it is open");
-  instance->worker_is_open = true;
-  *worker = &instance->worker;
-  return EPT_OK;
-}
 // Nothing moves without a worker: what is under way ends here, and nobody will read from its sources again.
 void tcp_worker_close(ept_worker *worker) {
   ept_instance *instance = worker->instance;
@@ -334,7 +287,7 @@ int32_t tcp_region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t
     region.exporter_epoch = instance->params.epoch;
     region.length = length;
     memcpy(region.key, secret, sizeof region.key);
-    return copy_out("region_export", &region, sizeof region, blob, blob_length);
+    return plugin::give_blob("tcp", "region_export", &region, sizeof region, blob, blob_length);
   });
 }
 
@@ -376,20 +329,6 @@ void tcp_region_drop(ept_region *region) { delete region; }
 
 // ---- moving ---------------------------------------------------------------------------------------------------------
 
-int32_t tcp_post(ept_worker *worker, const ept_op *ops, size_t count, size_t *posted) {
-  *posted = 0;
-  return guarded("post", [&] { return worker->instance->post(ops, count, posted); });
-}
-int32_t tcp_poll(ept_worker *worker, ept_event *events, size_t capacity) {
-  return guarded("poll", [&] { return worker->instance->poll(events, capacity); });
-}
-int32_t tcp_arm(ept_worker *worker, int32_t *descriptor) {
-  return guarded("arm", [&] { return worker->instance->arm(descriptor); });
-}
-int32_t tcp_quiesce(ept_worker *worker, uint32_t rank, int32_t scope, uint64_t cookie) {
-  return guarded("quiesce", [&] { return worker->instance->quiesce(rank, scope, cookie); });
-}
-
 int32_t tcp_query(ept_instance *instance, const char *feature, int64_t *value) {
   if (strcmp(feature, "bulk") == 0)  // streams amid a long payload: sleep on arm's descriptor rather than spin
     *value = instance->bulk_streams.load(std::memory_order_relaxed);
@@ -406,18 +345,7 @@ int32_t tcp_counters(ept_worker *worker, uint32_t rail, ept_rail_counters *count
   const auto &all = worker->instance->counters;
   if (rail >= all.size())
     return fail(EPT_E_INVALID, "counters", -1, 0, "tcp: rail %u, there are %zu", rail, all.size());
-  // The caller's struct may be older and shorter than ours, or newer and longer.
-  const uint32_t size = counters->size;
-  memset(counters, 0, size);
-  memcpy(counters, &all[rail], std::min<size_t>(size, sizeof all[rail]));
-  counters->size = size;
-  return EPT_OK;
-}
-
-void tcp_last_error(ept_error *error) {
-  uint32_t size = error->size;
-  *error = last_error();
-  error->size = size;
+  return plugin::give_counters(all[rail], counters);
 }
 
 }  // namespace
@@ -437,11 +365,11 @@ extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_
     .local_address = tcp_local_address,
     .reach = tcp_reach,
     .join = nullptr,  // peers meet one by one
-    .peer_open = tcp_peer_open,
-    .peer_state = tcp_peer_state,
-    .peer_close = tcp_peer_close,
-    .peer_fence = tcp_peer_fence,
-    .worker_open = tcp_worker_open,
+    .peer_open = Calls::peer_open,
+    .peer_state = Calls::peer_state,
+    .peer_close = Calls::peer_close,
+    .peer_fence = Calls::peer_fence,
+    .worker_open = Calls::worker_open,
     .worker_close = tcp_worker_close,
     .mem_alloc = nullptr,  // any memory of the process will do
     .mem_free = nullptr,
@@ -454,11 +382,11 @@ extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_
     .region_map = nullptr,  // a peer's memory is never in this address space
     .signal_export = nullptr,
     .signal_import = nullptr,
-    .post = tcp_post,
-    .poll = tcp_poll,
-    .arm = tcp_arm,
+    .post = Calls::post,
+    .poll = Calls::poll,
+    .arm = Calls::arm,
     .visible = nullptr,  // an IMM event is only given when the bytes are there
-    .quiesce = tcp_quiesce,
+    .quiesce = Calls::quiesce,
     .device_open = nullptr,  // no kernel posts to a socket
     .device_peer = nullptr,
     .device_region = nullptr,
@@ -467,5 +395,5 @@ extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_
     .device_module = nullptr,
     .query = tcp_query,
     .counters = tcp_counters,
-    .last_error = tcp_last_error,
+    .last_error = Calls::last_error,
 };

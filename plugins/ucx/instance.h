@@ -4,7 +4,8 @@
 //   library.cc   libucp.so.0, opened at run time
 //   wire.h       what ranks send each other, and how an operation ends
 //   peers.cc     what a peer goes through: opened, up, ended, closed, fenced
-//   worker.cc    post, poll, arm, quiesce, and what arrives
+//   worker.cc    post, poll, arm, quiesce
+//   arrivals.cc  what arrives, and how operations end
 //   memory.cc    memory, exports, keys
 //   ucx.cc       limits, and the table that wires all of it
 //
@@ -126,6 +127,7 @@ struct ept_worker {
 };
 
 struct ept_instance {
+  static constexpr const char *kNetwork = "ucx";
   ~ept_instance();  // peers.cc
   const ept_host *host = nullptr;
   ept_open_params params{};
@@ -179,19 +181,21 @@ struct ept_instance {
   void abandon();
   void farewell(uint64_t most_ns);
 
-  // worker.cc
+  // arrivals.cc
   int32_t set_handlers();
-  int32_t post(const ept_op *ops, size_t count, size_t *posted);
-  int32_t poll(ept_event *events, size_t capacity);
-  int32_t arm(int32_t *descriptor);
-  int32_t quiesce(uint32_t rank, int32_t scope, uint64_t cookie);
-  void note(ucx::Peer *peer, ucx::Am am, std::vector<uint8_t> head, std::vector<uint8_t> data);
   void settle(ucx::Peer *peer);
   void on_send(ucx::Peer *peer, const plugin::MessageHead &head, const uint8_t *bytes);
   ucs_status_t on_write(const ucx::WriteHead &head, bool put, void *data, size_t length, bool rendezvous);
   void on_done(const uint8_t *bytes, size_t length, const uint8_t *more, size_t more_length);
   void finish(ucx::Peer *peer, uint32_t serial);
   void received(ucx::Receiving *receiving, ucs_status_t status);
+
+  // worker.cc
+  int32_t post(const ept_op *ops, size_t count, size_t *posted);
+  int32_t poll(ept_event *events, size_t capacity);
+  int32_t arm(int32_t *descriptor);
+  int32_t quiesce(uint32_t rank, int32_t scope, uint64_t cookie);
+  void note(ucx::Peer *peer, ucx::Am am, std::vector<uint8_t> head, std::vector<uint8_t> data);
   void left(ucx::Operation *operation, ucs_status_t status);
   void flushed(ucx::Operation *operation, ucs_status_t status);
 
@@ -206,6 +210,11 @@ struct ept_instance {
   void close_exports_of(uint32_t rank, uint32_t epoch);  // of that epoch and earlier ones
 
  private:
+  // arrivals.cc
+  void accept_done(ucx::Peer *peer, uint32_t done);
+  void refuse(ucx::Peer *peer, uint32_t serial, int32_t code);
+  void answer(bool idle);
+  void say_done(ucx::Peer *peer);
   // peers.cc
   int32_t make_endpoint(ucx::Peer *peer);
   void greet(ucx::Peer *peer, uint64_t now_ns);
@@ -219,9 +228,5 @@ struct ept_instance {
   int32_t post_write(ucx::Peer *peer, const ept_op &op);
   int32_t post_send(ucx::Peer *peer, const ept_op &op);
   ucs_status_t start_put(ucx::Operation *operation, const ept_op &op);
-  void accept_done(ucx::Peer *peer, uint32_t done);
-  void refuse(ucx::Peer *peer, uint32_t serial, int32_t code);
-  void answer(bool idle);
-  void say_done(ucx::Peer *peer);
   void give_quiesced();
 };

@@ -5,6 +5,7 @@
 // back. One by RDMA write is not looked at by anyone before it lands.
 #include <cstring>
 
+#include "../checks.h"
 #include "instance.h"
 
 using namespace ucx;
@@ -22,10 +23,8 @@ int32_t ept_instance::mem_register(const ept_memory *memory, ept_mem **result) {
     return fail(EPT_E_UNSUPPORTED, "mem_register", -1, 0, "ucx: memory of kind %d can't be registered with %s%s",
                 memory->kind, library->path.c_str(),
                 memory->kind == EPT_MEMORY_CUDA ? ", whose build has no cuda, or found no driver" : "");
-  const auto start = reinterpret_cast<uint64_t>(memory->address);
-  if (memory->address == nullptr || memory->length == 0 || start + memory->length < start)
-    return fail(EPT_E_INVALID, "mem_register", -1, 0, "ucx: %llu bytes at %p are no memory",
-                static_cast<unsigned long long>(memory->length), memory->address);
+  const int32_t sound = plugin::check_memory("ucx", *memory);
+  if (sound != EPT_OK) return sound;
   auto mem = std::make_unique<ept_mem>();
   mem->owner = this;
   mem->memory = *memory;
@@ -64,13 +63,8 @@ int32_t ept_instance::mem_deregister(ept_mem *mem) {
 int32_t ept_instance::region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob,
                                     size_t *blob_length, uint64_t *key) {
   const ept_memory &memory = mem->memory;
-  if ((memory.access & EPT_ACCESS_REMOTE_WRITE) == 0)
-    return fail(EPT_E_ACCESS, "region_export", rank, 0,
-                "ucx: this memory was registered without the right to be written");
-  if (rank >= params.world || offset > memory.length || length > memory.length - offset)
-    return fail(EPT_E_INVALID, "region_export", rank, 0, "ucx: %llu bytes at offset %llu of %llu for rank %u of %u",
-                static_cast<unsigned long long>(length), static_cast<unsigned long long>(offset),
-                static_cast<unsigned long long>(memory.length), rank, params.world);
+  const int32_t may = plugin::check_export("ucx", memory, rank, params.world, offset, length);
+  if (may != EPT_OK) return may;
   if (exports.size() >= settings.max_regions)
     return fail(EPT_E_LIMIT, "region_export", rank, 0,
                 "ucx: %u regions are exported, which is the limit (EPT_UCX_MAX_REGIONS); revoke some",
@@ -152,14 +146,8 @@ int32_t ept_instance::region_import(uint32_t rank, const void *blob, size_t leng
   *result = nullptr;
   RegionBlob head{};
   if (length >= sizeof head) memcpy(&head, blob, sizeof head);
-  if (head.magic != kRegionMagic)
-    return fail(EPT_E_INVALID, "region_import", rank, 0, "ucx: %zu bytes that are no region of this backend", length);
-  if (head.version != kVersion)
-    return fail(EPT_E_VERSION, "region_import", rank, 0,
-                "ucx: the region of rank %u is of version %u, this plugin reads %u", rank, head.version, kVersion);
-  if (head.exporter != rank)
-    return fail(EPT_E_INVALID, "region_import", rank, 0, "ucx: this is a region of rank %u, not of rank %u",
-                head.exporter, rank);
+  const int32_t sound = plugin::check_import("ucx", head, kRegionMagic, kVersion, rank, length);
+  if (sound != EPT_OK) return sound;
   if (length != sizeof head + head.rkey_length)
     return fail(EPT_E_INVALID, "region_import", rank, 0, "ucx: a region of %zu bytes with an rkey of %u", length,
                 head.rkey_length);

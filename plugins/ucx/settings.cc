@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "settings.h"
 
-#include <cstdlib>
-#include <cstring>
+#include "../values.h"
 
 namespace ucx {
 
@@ -33,38 +32,19 @@ namespace {
 // cache.
 constexpr uint64_t kMostMessage = 1 << 18;
 
-const char *text_of(const ept_value *values, size_t count, const char *name) {
-  for (size_t i = 0; i < count; ++i)
-    if (strcmp(values[i].name, name) == 0) return values[i].text;
-  for (const ept_setting &setting : kSettings)
-    if (strcmp(setting.name, name) == 0) return setting.value;
-  return "";
-}
-
 }  // namespace
 
 int32_t read_settings(const ept_value *values, size_t count, Settings *settings) {
-  int32_t code = EPT_OK;
-  auto text = [&](const char *name) { return text_of(values, count, name); };
-  // The engine has checked types and bounds; who calls this plugin without it is told.
-  auto number = [&](const char *name) -> uint64_t {
-    char *end = nullptr;
-    const char *word = text(name);
-    const long long value = strtoll(word, &end, 10);
-    for (const ept_setting &setting : kSettings)
-      if (strcmp(setting.name, name) == 0 && (*word == 0 || *end != 0 || value < setting.min || value > setting.max))
-        code = fail(EPT_E_CONFIG, "open", -1, 0, "ucx: %s is '%s'; it must be a number from %lld to %lld", name, word,
-                    static_cast<long long>(setting.min), static_cast<long long>(setting.max));
-    return static_cast<uint64_t>(value);
-  };
-  settings->library = text("library");
-  settings->transports = text("transports");
-  settings->interface = text("interface");
-  settings->rendezvous = number("rendezvous");
-  settings->tx_depth = static_cast<uint32_t>(number("tx_depth"));
-  settings->max_message = number("max_message");
-  settings->max_regions = static_cast<uint32_t>(number("max_regions"));
-  const std::string write = text("write");
+  plugin::Values given("ucx", {kSettings, kSettingCount}, values, count);
+  settings->library = given.text("library");
+  settings->transports = given.text("transports");
+  settings->interface = given.text("interface");
+  settings->rendezvous = static_cast<uint64_t>(given.number("rendezvous"));
+  settings->tx_depth = given.small("tx_depth");
+  settings->max_message = static_cast<uint64_t>(given.number("max_message"));
+  settings->max_regions = given.small("max_regions");
+  int32_t code = given.code();
+  const std::string write = given.text("write");
   if (write == "rendezvous")
     settings->write = Write::kRendezvous;
   else if (write == "put")

@@ -12,6 +12,8 @@
 #include <filesystem>
 #include <system_error>
 
+#include "../checks.h"
+#include "../table.h"
 #include "instance.h"
 
 using namespace ucx;
@@ -238,16 +240,12 @@ int32_t make_worker(ept_instance *instance) {
 int32_t ucx_open(const ept_host *host, const ept_open_params *params, ept_instance **result) {
   *result = nullptr;
   return guarded("open", [&]() -> int32_t {
-    if (params->world == 0 || params->rank >= params->world)
-      return fail(EPT_E_INVALID, "open", params->rank, 0, "ucx: rank %u is outside the world of %u", params->rank,
-                  params->world);
-    if (params->secret == nullptr || params->secret_length == 0 || params->job == nullptr)
-      return fail(EPT_E_INVALID, "open", params->rank, 0,
-                  "ucx: a job's name and secret are needed to tell peers from strangers");
+    int32_t code = plugin::check_open("ucx", *params);
+    if (code != EPT_OK) return code;
     auto instance = std::make_unique<ept_instance>();
     instance->host = host;
     instance->params = *params;
-    int32_t code = read_settings(params->values, params->value_count, &instance->settings);
+    code = read_settings(params->values, params->value_count, &instance->settings);
     if (code != EPT_OK) return code;
     Refusal refusal;
     instance->library = open_library(instance->settings.library, &refusal);
@@ -332,67 +330,11 @@ int32_t ucx_reach(ept_instance *, const void *address, size_t length, ept_reach 
   });
 }
 
-// ---- peers, workers, memory: instance.h says where ------------------------------------------------------------------
+// ---- the rest of the table: ../table.h, instance.h says where its methods are --------------------------------------
 
-int32_t ucx_peer_open(ept_instance *instance, uint32_t rank, uint32_t epoch, const void *address, size_t length) {
-  return guarded("peer_open", [&] { return instance->peer_open(rank, epoch, address, length); });
-}
-int32_t ucx_peer_state(ept_instance *instance, uint32_t rank) {
-  return guarded("peer_state", [&] { return instance->peer_state(rank); });
-}
-int32_t ucx_peer_close(ept_instance *instance, uint32_t rank) {
-  return guarded("peer_close", [&] { return instance->peer_close(rank); });
-}
-int32_t ucx_peer_fence(ept_instance *instance, uint32_t rank, uint32_t epoch, uint64_t cookie) {
-  return guarded("peer_fence", [&] { return instance->peer_fence(rank, epoch, cookie); });
-}
+using Calls = plugin::Calls<ept_instance, ept_mem, ept_worker>;
 
-int32_t ucx_worker_open(ept_instance *instance, ept_worker **worker) {
-  if (instance->worker_is_open)
-    return fail(EPT_E_LIMIT, "worker_open", -1, 0, "ucx: an instance has one worker, and it is open");
-  instance->worker_is_open = true;
-  *worker = &instance->worker;
-  return EPT_OK;
-}
-void ucx_worker_close(ept_worker *worker) {
-  worker->instance->worker_is_open = false;
-  worker->instance->abandon();
-}
-
-int32_t ucx_mem_register(ept_instance *instance, const ept_memory *memory, ept_mem **result) {
-  return guarded("mem_register", [&] { return instance->mem_register(memory, result); });
-}
-int32_t ucx_mem_deregister(ept_mem *mem) {
-  return guarded("mem_deregister", [&] { return mem->owner->mem_deregister(mem); });
-}
-int32_t ucx_region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob,
-                          size_t *blob_length, uint64_t *key) {
-  return guarded("region_export",
-                 [&] { return mem->owner->region_export(mem, rank, offset, length, blob, blob_length, key); });
-}
-int32_t ucx_region_revoke(ept_mem *mem, uint32_t rank, uint64_t key) {
-  return guarded("region_revoke", [&] { return mem->owner->region_revoke(mem, rank, key); });
-}
-int32_t ucx_region_import(ept_instance *instance, uint32_t rank, const void *blob, size_t length, ept_region **result) {
-  return guarded("region_import", [&] { return instance->region_import(rank, blob, length, result); });
-}
 void ucx_region_drop(ept_region *region) { region->owner->region_drop(region); }
-
-// ---- moving ---------------------------------------------------------------------------------------------------------
-
-int32_t ucx_post(ept_worker *worker, const ept_op *ops, size_t count, size_t *posted) {
-  *posted = 0;
-  return guarded("post", [&] { return worker->instance->post(ops, count, posted); });
-}
-int32_t ucx_poll(ept_worker *worker, ept_event *events, size_t capacity) {
-  return guarded("poll", [&] { return worker->instance->poll(events, capacity); });
-}
-int32_t ucx_arm(ept_worker *worker, int32_t *descriptor) {
-  return guarded("arm", [&] { return worker->instance->arm(descriptor); });
-}
-int32_t ucx_quiesce(ept_worker *worker, uint32_t rank, int32_t scope, uint64_t cookie) {
-  return guarded("quiesce", [&] { return worker->instance->quiesce(rank, scope, cookie); });
-}
 
 int32_t ucx_query(ept_instance *instance, const char *feature, int64_t *value) {
   if (strcmp(feature, "strangers") != 0)
@@ -403,19 +345,7 @@ int32_t ucx_query(ept_instance *instance, const char *feature, int64_t *value) {
 
 int32_t ucx_counters(ept_worker *worker, uint32_t rail, ept_rail_counters *counters) {
   if (rail != 0) return fail(EPT_E_INVALID, "counters", -1, 0, "ucx: rail %u, there is one", rail);
-  // The caller's struct may be older and shorter than ours, or newer and longer.
-  const ept_rail_counters &own = worker->instance->counters;
-  const uint32_t size = counters->size;
-  memset(counters, 0, size);
-  memcpy(counters, &own, std::min<size_t>(size, sizeof own));
-  counters->size = size;
-  return EPT_OK;
-}
-
-void ucx_last_error(ept_error *error) {
-  const uint32_t size = error->size;
-  *error = last_error();
-  error->size = size;
+  return plugin::give_counters(worker->instance->counters, counters);
 }
 
 }  // namespace
@@ -435,28 +365,28 @@ extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_
     .local_address = ucx_local_address,
     .reach = ucx_reach,
     .join = nullptr,  // peers meet one by one
-    .peer_open = ucx_peer_open,
-    .peer_state = ucx_peer_state,
-    .peer_close = ucx_peer_close,
-    .peer_fence = ucx_peer_fence,
-    .worker_open = ucx_worker_open,
-    .worker_close = ucx_worker_close,
+    .peer_open = Calls::peer_open,
+    .peer_state = Calls::peer_state,
+    .peer_close = Calls::peer_close,
+    .peer_fence = Calls::peer_fence,
+    .worker_open = Calls::worker_open,
+    .worker_close = Calls::worker_close,
     .mem_alloc = nullptr,  // any memory will do
     .mem_free = nullptr,
-    .mem_register = ucx_mem_register,
-    .mem_deregister = ucx_mem_deregister,
-    .region_export = ucx_region_export,
-    .region_revoke = ucx_region_revoke,
-    .region_import = ucx_region_import,
+    .mem_register = Calls::mem_register,
+    .mem_deregister = Calls::mem_deregister,
+    .region_export = Calls::region_export,
+    .region_revoke = Calls::region_revoke,
+    .region_import = Calls::region_import,
     .region_drop = ucx_region_drop,
     .region_map = nullptr,  // a peer's memory is never in this address space
     .signal_export = nullptr,
     .signal_import = nullptr,
-    .post = ucx_post,
-    .poll = ucx_poll,
-    .arm = ucx_arm,
+    .post = Calls::post,
+    .poll = Calls::poll,
+    .arm = Calls::arm,
     .visible = nullptr,  // an event comes after the bytes
-    .quiesce = ucx_quiesce,
+    .quiesce = Calls::quiesce,
     .device_open = nullptr,  // kernels reach these networks by the proxy
     .device_peer = nullptr,
     .device_region = nullptr,
@@ -465,5 +395,5 @@ extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_
     .device_module = nullptr,
     .query = ucx_query,
     .counters = ucx_counters,
-    .last_error = ucx_last_error,
+    .last_error = Calls::last_error,
 };

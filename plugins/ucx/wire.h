@@ -32,6 +32,9 @@ constexpr uint16_t kVersion = 1;
 constexpr uint32_t kMaxSend = 4096;
 using Key = std::array<uint8_t, 16>;
 
+// Serials go round.
+inline bool before(uint32_t a, uint32_t b) { return static_cast<int32_t>(a - b) < 0; }
+
 enum class Am : unsigned { kMessage = 1, kWrite = 2, kArrived = 3, kDone = 4 };
 
 // A kWrite has the first 48 bytes: with 8 bytes of payload still inside one element of UCX's shared-memory queue.

@@ -18,21 +18,19 @@
 //      of operations that it has consumed on all before it. So that number is final.
 //   2. CONSUMED IS WHOLE. It goes up with a receive that completed well, which comes after every byte, and with nothing
 //      else. What came in half has told nobody.
-//   3. REPLAY FROM THERE, ONCE. A side connects a queue pair only to one of the SAME generation, which it first hears
-//   of
-//      together with `consumed`; its own is retired by then. Its operations below that number are done, whatever became
-//      of their completions; those from it on were not consumed and never will be by an old queue pair (1). They are
-//      posted again, by any channel of that peer that is up. So each is consumed exactly once. An operation that is
+//   3. REPLAY FROM THERE, ONCE. A side connects a queue pair only to one of the SAME generation, of which it first
+//      hears together with `consumed`; its own is retired by then. Its operations below that number are done, whatever
+//      became of their completions; those from it on were not consumed and never will be by an old queue pair (1). They
+//      are posted again, by any channel of that peer that is up. So each is consumed exactly once. An operation that is
 //      replayed has raised no signal, so its target can't have been reused by one who counts; where the exporter took
 //      the key back meanwhile, the replay meets a dead key and changes nothing.
 //   4. LATE PACKETS MEET NOBODY. Each generation has a queue pair of its own, so another number; should the NIC give
 //      the same number again, the first PSN is drawn at random.
 //   5. SOURCES STAY. An operation may be posted again until it is known to be consumed, so its source is held from post
 //      to LOCAL_DONE or ERROR, and ERROR comes only when its queue pair is destroyed or it was refused.
-//   6. REFUSED IS NOT CONSUMED. A completion that says that the target refused the access (or that the request was
-//   wrong)
-//      names the first operation that failed: all before it are done, and it took no receive. It is not replayed but
-//      told as an ERROR, and those behind it go on as in 3.
+//   6. REFUSED IS NOT CONSUMED. A completion which says that the target refused the access (or that the request was
+//      wrong) names the first operation that failed: all before it are done, and it took no receive. It is not replayed
+//      but told as an ERROR, and those behind it go on as in 3.
 //
 // What a side says is checked: `consumed` between what is known to be done and what was posted. Else the peer is ended.
 // A side that breaks again before the other has connected just says a still newer generation: `consumed` is a count on

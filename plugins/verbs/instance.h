@@ -109,6 +109,7 @@ struct ept_worker {
 };
 
 struct ept_instance {
+  static constexpr const char *kNetwork = "verbs";
   ~ept_instance();
   const ept_host *host = nullptr;
   ept_open_params params{};

@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "../checks.h"
 #include "instance.h"
 
 using namespace verbs;
@@ -60,10 +61,8 @@ int32_t ept_instance::mem_register(const ept_memory *memory, ept_mem **result) {
                 memory->kind == EPT_MEMORY_DMABUF ? "; a dmabuf needs rdma-core 34 or later (ibv_reg_dmabuf_mr)" : "");
   if (memory->kind == EPT_MEMORY_DMABUF && memory->fd < 0)
     return fail(EPT_E_INVALID, "mem_register", -1, 0, "verbs: memory of kind DMABUF without a file descriptor");
-  const auto start = reinterpret_cast<uint64_t>(memory->address);
-  if (memory->address == nullptr || memory->length == 0 || start + memory->length < start)
-    return fail(EPT_E_INVALID, "mem_register", -1, 0, "verbs: %llu bytes at %p are no memory",
-                static_cast<unsigned long long>(memory->length), memory->address);
+  const int32_t sound = plugin::check_memory("verbs", *memory);
+  if (sound != EPT_OK) return sound;
   auto mem = std::make_unique<ept_mem>();
   mem->owner = this;
   mem->memory = *memory;
@@ -94,13 +93,8 @@ int32_t ept_instance::mem_deregister(ept_mem *mem) {
 int32_t ept_instance::region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob,
                                     size_t *blob_length, uint64_t *key) {
   const ept_memory &memory = mem->memory;
-  if ((memory.access & EPT_ACCESS_REMOTE_WRITE) == 0)
-    return fail(EPT_E_ACCESS, "region_export", rank, 0,
-                "verbs: this memory was registered without the right to be written");
-  if (rank >= params.world || offset > memory.length || length > memory.length - offset)
-    return fail(EPT_E_INVALID, "region_export", rank, 0, "verbs: %llu bytes at offset %llu of %llu for rank %u of %u",
-                static_cast<unsigned long long>(length), static_cast<unsigned long long>(offset),
-                static_cast<unsigned long long>(memory.length), rank, params.world);
+  const int32_t may = plugin::check_export("verbs", memory, rank, params.world, offset, length);
+  if (may != EPT_OK) return may;
   const size_t size = sizeof(RegionBlob) + nics.size() * sizeof(uint32_t);
   if (*blob_length < size)
     return fail(EPT_E_INVALID, "region_export", rank, 0, "verbs: the blob needs %zu bytes, there is room for %zu", size,
@@ -157,14 +151,8 @@ int32_t ept_instance::region_import(uint32_t rank, const void *blob, size_t leng
   *result = nullptr;
   RegionBlob head{};
   if (length >= sizeof head) memcpy(&head, blob, sizeof head);
-  if (head.magic != kRegionMagic)
-    return fail(EPT_E_INVALID, "region_import", rank, 0, "verbs: %zu bytes that are no region of this backend", length);
-  if (head.version != kVersion)
-    return fail(EPT_E_VERSION, "region_import", rank, 0,
-                "verbs: the region of rank %u is of version %u, this plugin reads %u", rank, head.version, kVersion);
-  if (head.exporter != rank)
-    return fail(EPT_E_INVALID, "region_import", rank, 0, "verbs: this is a region of rank %u, not of rank %u",
-                head.exporter, rank);
+  const int32_t sound = plugin::check_import("verbs", head, kRegionMagic, kVersion, rank, length);
+  if (sound != EPT_OK) return sound;
   if (head.nics == 0 || head.nics > kMostNics || length != sizeof head + head.nics * sizeof(uint32_t))
     return fail(EPT_E_INVALID, "region_import", rank, 0, "verbs: a region of %u NICs in %zu bytes", head.nics, length);
   auto region = std::make_unique<ept_region>();

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "settings.h"
 
-#include <cstdlib>
-#include <cstring>
+#include "../values.h"
 
 namespace verbs {
 
@@ -51,46 +50,27 @@ const ept_setting kSettings[] = {
 const size_t kSettingCount = sizeof kSettings / sizeof *kSettings;
 
 int32_t read_settings(const ept_value *values, size_t count, Settings *settings) {
-  auto text_of = [&](const char *name) {
-    for (size_t i = 0; i < count; ++i)
-      if (strcmp(values[i].name, name) == 0) return values[i].text;
-    for (const ept_setting &setting : kSettings)
-      if (strcmp(setting.name, name) == 0) return setting.value;
-    return "";
-  };
-  int32_t code = EPT_OK;
-  auto number_of = [&](const char *name) -> int64_t {
-    const char *text = text_of(name);
-    char *end = nullptr;
-    const long long value = strtoll(text, &end, 10);
-    for (const ept_setting &setting : kSettings) {
-      if (strcmp(setting.name, name) != 0) continue;
-      if (*text == 0 || *end != 0 || value < setting.min || value > setting.max)
-        code = fail(EPT_E_CONFIG, "open", -1, 0, "verbs: %s is '%s'; it must be a number from %lld to %lld", name, text,
-                    static_cast<long long>(setting.min), static_cast<long long>(setting.max));
-    }
-    return value;
-  };
-  auto small = [&](const char *name) { return static_cast<uint32_t>(number_of(name)); };
-  settings->library = text_of("library");
-  settings->devices = text_of("devices");
-  settings->interface = text_of("interface");
-  settings->nics = small("nics");
-  settings->qps = small("qps");
-  settings->gid_index = static_cast<int32_t>(number_of("gid_index"));
-  settings->mtu = small("mtu");
-  settings->depth = small("depth");
-  settings->receives = small("receives");
-  settings->inline_bytes = small("inline");
-  settings->max_message = static_cast<uint64_t>(number_of("max_message"));
-  settings->max_regions = small("max_regions");
-  settings->timeout = small("timeout");
-  settings->retries = small("retries");
-  settings->rnr_retries = small("rnr_retries");
-  settings->traffic_class = small("traffic_class");
-  settings->service_level = small("service_level");
-  settings->relaxed_ordering = strcmp(text_of("relaxed_ordering"), "1") == 0;
-  settings->shuffle = small("shuffle");
+  plugin::Values given("verbs", {kSettings, kSettingCount}, values, count);
+  settings->library = given.text("library");
+  settings->devices = given.text("devices");
+  settings->interface = given.text("interface");
+  settings->nics = given.small("nics");
+  settings->qps = given.small("qps");
+  settings->gid_index = static_cast<int32_t>(given.number("gid_index"));
+  settings->mtu = given.small("mtu");
+  settings->depth = given.small("depth");
+  settings->receives = given.small("receives");
+  settings->inline_bytes = given.small("inline");
+  settings->max_message = static_cast<uint64_t>(given.number("max_message"));
+  settings->max_regions = given.small("max_regions");
+  settings->timeout = given.small("timeout");
+  settings->retries = given.small("retries");
+  settings->rnr_retries = given.small("rnr_retries");
+  settings->traffic_class = given.small("traffic_class");
+  settings->service_level = given.small("service_level");
+  settings->relaxed_ordering = given.flag("relaxed_ordering");
+  settings->shuffle = given.small("shuffle");
+  int32_t code = given.code();
   if (code == EPT_OK && settings->mtu != 0 && settings->mtu != 1024 && settings->mtu != 2048 && settings->mtu != 4096)
     code = fail(EPT_E_CONFIG, "open", -1, 0, "verbs: mtu is %u; it must be 0, 1024, 2048 or 4096", settings->mtu);
   return code;

@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "../checks.h"
+#include "../table.h"
 #include "instance.h"
 
 using namespace verbs;
@@ -106,12 +108,8 @@ int32_t make_wait(ept_instance *instance) {
 int32_t verbs_open(const ept_host *host, const ept_open_params *params, ept_instance **result) {
   *result = nullptr;
   return guarded("open", [&]() -> int32_t {
-    if (params->world == 0 || params->rank >= params->world)
-      return fail(EPT_E_INVALID, "open", params->rank, 0, "verbs: rank %u is outside the world of %u", params->rank,
-                  params->world);
-    if (params->secret == nullptr || params->secret_length == 0 || params->job == nullptr)
-      return fail(EPT_E_INVALID, "open", params->rank, 0,
-                  "verbs: a job's name and secret are needed to tell peers from strangers");
+    int32_t code = plugin::check_open("verbs", *params);
+    if (code != EPT_OK) return code;
     if (params->world > kMostPeers)
       return fail(EPT_E_LIMIT, "open", params->rank, 0, "verbs: %u ranks at most, the world is %u", kMostPeers,
                   params->world);
@@ -120,7 +118,7 @@ int32_t verbs_open(const ept_host *host, const ept_open_params *params, ept_inst
     instance->params = *params;
     std::vector<Port> ports;
     std::string mend;
-    int32_t code = choose(params->values, params->value_count, &instance->settings, &instance->library, &ports, &mend);
+    code = choose(params->values, params->value_count, &instance->settings, &instance->library, &ports, &mend);
     if (code != EPT_OK) return code;
     Settings &settings = instance->settings;
     if (ports.size() * (settings.qps + 1) > kMostChannels)
@@ -202,12 +200,7 @@ int32_t verbs_rails(ept_instance *instance, ept_rail *rails, uint32_t capacity, 
 int32_t verbs_local_address(ept_instance *instance, void *blob, size_t *length) {
   return guarded("local_address", [&]() -> int32_t {
     const std::vector<uint8_t> bytes = encode(instance->own);
-    if (*length < bytes.size())
-      return fail(EPT_E_INVALID, "local_address", -1, 0, "verbs: the blob needs %zu bytes, there is room for %zu",
-                  bytes.size(), *length);
-    memcpy(blob, bytes.data(), bytes.size());
-    *length = bytes.size();
-    return EPT_OK;
+    return plugin::give_blob("verbs", "local_address", bytes.data(), bytes.size(), blob, length);
   });
 }
 
@@ -237,68 +230,11 @@ int32_t verbs_reach(ept_instance *instance, const void *address, size_t length, 
   });
 }
 
-// ---- peers, workers, memory: instance.h says where ------------------------------------------------------------------
+// ---- the rest of the table: ../table.h, instance.h says where its methods are --------------------------------------
 
-int32_t verbs_peer_open(ept_instance *instance, uint32_t rank, uint32_t epoch, const void *address, size_t length) {
-  return guarded("peer_open", [&] { return instance->peer_open(rank, epoch, address, length); });
-}
-int32_t verbs_peer_state(ept_instance *instance, uint32_t rank) {
-  return guarded("peer_state", [&] { return instance->peer_state(rank); });
-}
-int32_t verbs_peer_close(ept_instance *instance, uint32_t rank) {
-  return guarded("peer_close", [&] { return instance->peer_close(rank); });
-}
-int32_t verbs_peer_fence(ept_instance *instance, uint32_t rank, uint32_t epoch, uint64_t cookie) {
-  return guarded("peer_fence", [&] { return instance->peer_fence(rank, epoch, cookie); });
-}
+using Calls = plugin::Calls<ept_instance, ept_mem, ept_worker>;
 
-int32_t verbs_worker_open(ept_instance *instance, ept_worker **worker) {
-  if (instance->worker_is_open)
-    return fail(EPT_E_LIMIT, "worker_open", -1, 0, "verbs: an instance has one worker, and it is open");
-  instance->worker_is_open = true;
-  *worker = &instance->worker;
-  return EPT_OK;
-}
-void verbs_worker_close(ept_worker *worker) {
-  worker->instance->worker_is_open = false;
-  worker->instance->abandon();
-}
-
-int32_t verbs_mem_register(ept_instance *instance, const ept_memory *memory, ept_mem **result) {
-  return guarded("mem_register", [&] { return instance->mem_register(memory, result); });
-}
-int32_t verbs_mem_deregister(ept_mem *mem) {
-  return guarded("mem_deregister", [&] { return mem->owner->mem_deregister(mem); });
-}
-int32_t verbs_region_export(ept_mem *mem, uint32_t rank, uint64_t offset, uint64_t length, void *blob,
-                            size_t *blob_length, uint64_t *key) {
-  return guarded("region_export",
-                 [&] { return mem->owner->region_export(mem, rank, offset, length, blob, blob_length, key); });
-}
-int32_t verbs_region_revoke(ept_mem *mem, uint32_t rank, uint64_t key) {
-  return guarded("region_revoke", [&] { return mem->owner->region_revoke(mem, rank, key); });
-}
-int32_t verbs_region_import(ept_instance *instance, uint32_t rank, const void *blob, size_t length,
-                            ept_region **result) {
-  return guarded("region_import", [&] { return instance->region_import(rank, blob, length, result); });
-}
 void verbs_region_drop(ept_region *region) { ept_instance::let_go(region); }
-
-// ---- moving ---------------------------------------------------------------------------------------------------------
-
-int32_t verbs_post(ept_worker *worker, const ept_op *ops, size_t count, size_t *posted) {
-  *posted = 0;
-  return guarded("post", [&] { return worker->instance->post(ops, count, posted); });
-}
-int32_t verbs_poll(ept_worker *worker, ept_event *events, size_t capacity) {
-  return guarded("poll", [&] { return worker->instance->poll(events, capacity); });
-}
-int32_t verbs_arm(ept_worker *worker, int32_t *descriptor) {
-  return guarded("arm", [&] { return worker->instance->arm(descriptor); });
-}
-int32_t verbs_quiesce(ept_worker *worker, uint32_t rank, int32_t scope, uint64_t cookie) {
-  return guarded("quiesce", [&] { return worker->instance->quiesce(rank, scope, cookie); });
-}
 
 int32_t verbs_query(ept_instance *instance, const char *feature, int64_t *value) {
   if (strcmp(feature, "strangers") == 0)
@@ -312,18 +248,7 @@ int32_t verbs_counters(ept_worker *worker, uint32_t rail, ept_rail_counters *cou
   const auto &own = worker->instance->counters;
   if (rail >= own.size())
     return fail(EPT_E_INVALID, "counters", -1, 0, "verbs: rail %u, there are %zu", rail, own.size());
-  // The caller's struct may be older and shorter than ours, or newer and longer.
-  const uint32_t size = counters->size;
-  memset(counters, 0, size);
-  memcpy(counters, &own[rail], std::min<size_t>(size, sizeof own[rail]));
-  counters->size = size;
-  return EPT_OK;
-}
-
-void verbs_last_error(ept_error *error) {
-  const uint32_t size = error->size;
-  *error = last_error();
-  error->size = size;
+  return plugin::give_counters(own[rail], counters);
 }
 
 }  // namespace
@@ -343,28 +268,28 @@ extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_
     .local_address = verbs_local_address,
     .reach = verbs_reach,
     .join = nullptr,  // peers meet one by one
-    .peer_open = verbs_peer_open,
-    .peer_state = verbs_peer_state,
-    .peer_close = verbs_peer_close,
-    .peer_fence = verbs_peer_fence,
-    .worker_open = verbs_worker_open,
-    .worker_close = verbs_worker_close,
+    .peer_open = Calls::peer_open,
+    .peer_state = Calls::peer_state,
+    .peer_close = Calls::peer_close,
+    .peer_fence = Calls::peer_fence,
+    .worker_open = Calls::worker_open,
+    .worker_close = Calls::worker_close,
     .mem_alloc = nullptr,  // any memory that the NIC can register will do
     .mem_free = nullptr,
-    .mem_register = verbs_mem_register,
-    .mem_deregister = verbs_mem_deregister,
-    .region_export = verbs_region_export,
-    .region_revoke = verbs_region_revoke,
-    .region_import = verbs_region_import,
+    .mem_register = Calls::mem_register,
+    .mem_deregister = Calls::mem_deregister,
+    .region_export = Calls::region_export,
+    .region_revoke = Calls::region_revoke,
+    .region_import = Calls::region_import,
     .region_drop = verbs_region_drop,
     .region_map = nullptr,  // a peer's memory is never in this address space
     .signal_export = nullptr,
     .signal_import = nullptr,
-    .post = verbs_post,
-    .poll = verbs_poll,
-    .arm = verbs_arm,
+    .post = Calls::post,
+    .poll = Calls::poll,
+    .arm = Calls::arm,
     .visible = nullptr,  // in host memory a completion comes after the bytes; GPU memory: docs/backends/verbs.md
-    .quiesce = verbs_quiesce,
+    .quiesce = Calls::quiesce,
     .device_open = nullptr,  // kernels reach this network by the proxy
     .device_peer = nullptr,
     .device_region = nullptr,
@@ -373,5 +298,5 @@ extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_
     .device_module = nullptr,
     .query = verbs_query,
     .counters = verbs_counters,
-    .last_error = verbs_last_error,
+    .last_error = Calls::last_error,
 };

@@ -19,6 +19,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "../checks.h"
 #include "instance.h"
 
 using namespace verbs;
@@ -59,45 +60,16 @@ int32_t ept_instance::check(const ept_op &op, Peer **result) {
     return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: rank %u is not connected yet", op.peer);
   }
   *result = peer;
-  if (op.rail >= counters.size())
-    return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: rail %u, there are %zu", op.rail, counters.size());
-  if (op.flags != 0) return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: flags are %u, must be 0", op.flags);
-  if (op.kind == EPT_OP_SEND) {
-    if (op.length > kMaxSend || (op.length > 0 && op.source == nullptr))
-      return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: a SEND of %llu bytes from %p; max_send is %u",
-                  static_cast<unsigned long long>(op.length), op.source, kMaxSend);
-    return EPT_OK;
-  }
-  if (op.kind != EPT_OP_WRITE && op.kind != EPT_OP_SIGNAL)
-    return fail(op.kind == EPT_OP_READ ? EPT_E_UNSUPPORTED : EPT_E_INVALID, "post", op.peer, 0,
-                "verbs: operations of kind %d are not done here", op.kind);
+  const int32_t code = plugin::check_operation<ept_mem, ept_region>(this, op, peer->epoch,
+                                                                    {counters.size(), kMaxSend, settings.max_message});
+  if (code != EPT_OK || op.kind == EPT_OP_SEND) return code;
   const ept_region *region = op.region;
-  if (region == nullptr || region->rank != op.peer)
-    return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: the region of an operation to rank %u is %s", op.peer,
-                region == nullptr ? "missing" : "that of another rank");
-  if (region->epoch != peer->epoch)
-    return fail(EPT_E_CLOSED, "post", op.peer, 0,
-                "verbs: the region is of epoch %u of rank %u, which is in epoch %u now", region->epoch, op.peer,
-                peer->epoch);
   if (region->keys.size() < peer->nics)
     return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: the region has keys for %zu NICs, and %u are in use",
                 region->keys.size(), peer->nics);
-  if (op.kind == EPT_OP_WRITE && op.length > 0) {
-    if (region->dead)
-      return fail(EPT_E_ACCESS, "post", op.peer, IBV_WC_REM_ACCESS_ERR,
-                  "verbs: this key was refused by rank %u before: it was taken back, or never was one", op.peer);
-    const ept_mem *mem = op.source_mem;
-    const auto from = reinterpret_cast<uint64_t>(op.source);
-    const uint64_t start = mem == nullptr ? 0 : reinterpret_cast<uint64_t>(mem->memory.address);
-    if (op.length > settings.max_message)
-      return fail(EPT_E_INVALID, "post", op.peer, 0, "verbs: a WRITE of %llu bytes is past max_message, %llu",
-                  static_cast<unsigned long long>(op.length), static_cast<unsigned long long>(settings.max_message));
-    if (mem == nullptr || mem->owner != this || from < start || from - start > mem->memory.length ||
-        op.length > mem->memory.length - (from - start))
-      return fail(EPT_E_INVALID, "post", op.peer, 0,
-                  "verbs: the source of a WRITE of %llu bytes is not inside source_mem",
-                  static_cast<unsigned long long>(op.length));
-  }
+  if (op.kind == EPT_OP_WRITE && op.length > 0 && region->dead)
+    return fail(EPT_E_ACCESS, "post", op.peer, IBV_WC_REM_ACCESS_ERR,
+                "verbs: this key was refused by rank %u before: it was taken back, or never was one", op.peer);
   return EPT_OK;
 }
 
