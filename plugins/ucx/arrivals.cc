@@ -173,7 +173,12 @@ void ept_instance::finish(Peer *peer, uint32_t serial) {
     while (!peer->finished.empty() && peer->finished.erase(peer->done) == 1) ++peer->done;
   }
   peer->fresh = true;
-  if (peer->owing) return;
+  owe(peer);
+}
+
+// Has the peer told at some later poll how far this rank has got.
+void ept_instance::owe(Peer *peer) {
+  if (peer->owing || (peer->done == peer->said && peer->refused.empty())) return;
   peer->owing = true;
   owing.push_back(peer);
 }

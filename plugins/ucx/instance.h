@@ -188,6 +188,7 @@ struct ept_instance {
   ucs_status_t on_write(const ucx::WriteHead &head, bool put, void *data, size_t length, bool rendezvous);
   void on_done(const uint8_t *bytes, size_t length, const uint8_t *more, size_t more_length);
   void finish(ucx::Peer *peer, uint32_t serial);
+  void owe(ucx::Peer *peer);
   void received(ucx::Receiving *receiving, ucs_status_t status);
 
   // worker.cc

@@ -222,6 +222,7 @@ void ept_instance::take_for_up(Peer *peer) {
   peer->heard = peer->acknowledged = true;
   peer->state = Peer::State::kUp;
   peer->hello_due_ns = 0;
+  owe(peer);  // a write of its that came before this was refused
   events.add(EPT_EVENT_PEER, peer->rank, peer->epoch);
   log(EPT_LOG_DEBUG, format("ucx: rank %u: rank %u is up", params.rank, peer->rank));
 }

@@ -105,7 +105,7 @@ int32_t ept_instance::post_write(Peer *peer, const ept_op &op) {
   head.from = params.rank;
   head.opening = static_cast<uint32_t>(peer->opening);
   head.serial = operation.serial;
-  head.done = peer->done;
+  head.done = peer->done;  // what it refused was said by the poll that met it
   head.immediate = op.immediate;
   head.region = region->name;
   head.offset = payload ? op.offset : 0;
