@@ -17,6 +17,25 @@ inline int32_t check_open(const char *network, const ept_open_params &params) {
   return EPT_OK;
 }
 
+inline int32_t check_rank(const char *network, const char *operation, uint32_t rank, uint32_t world) {
+  if (rank < world) return EPT_OK;
+  return fail(EPT_E_INVALID, operation, rank, 0, "%s: rank %u is outside the world of %u", network, rank, world);
+}
+
+// The address is that of this life of this rank, which wasn't fenced. `fenced`: a rank's latest epoch that was.
+template <class Address, class Epochs>
+int32_t check_life(const char *network, uint32_t rank, uint32_t epoch, const Address &address, const Epochs &fenced) {
+  if (address.rank != rank || address.epoch != epoch)
+    return fail(EPT_E_INVALID, "peer_open", rank, 0,
+                "%s: asked to open rank %u of epoch %u with the address of rank %u of epoch %u", network, rank, epoch,
+                address.rank, address.epoch);
+  const auto fence = fenced.find(rank);
+  if (fence != fenced.end() && epoch <= fence->second)
+    return fail(EPT_E_PEER_LOST, "peer_open", rank, 0,
+                "%s: epoch %u of rank %u was fenced; it may come back with a higher one", network, epoch, rank);
+  return EPT_OK;
+}
+
 inline int32_t check_memory(const char *network, const ept_memory &memory) {
   const auto start = reinterpret_cast<uint64_t>(memory.address);
   if (memory.address == nullptr || memory.length == 0 || start + memory.length < start)

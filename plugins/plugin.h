@@ -6,6 +6,7 @@
 #pragma once
 
 #include <eptransport/backend.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <cstdarg>
@@ -79,6 +80,15 @@ class Fd {
  private:
   int fd_ = -1;
 };
+
+// Makes a timerfd readable at `due` by the host's clock, which says `now`; 0: never.
+inline void set_timer(const Fd &timer, uint64_t due, uint64_t now) {
+  constexpr uint64_t kSecond = 1000000000;
+  itimerspec spec{};
+  const uint64_t in = due > now ? due - now : 1;
+  if (due != 0) spec.it_value = {static_cast<time_t>(in / kSecond), static_cast<long>(in % kSecond)};
+  timerfd_settime(timer.get(), 0, &spec, nullptr);
+}
 
 // The time that it takes says nothing about where two secrets differ.
 inline bool same_bytes(const uint8_t *a, const uint8_t *b, size_t length) {

@@ -75,11 +75,7 @@ int32_t ept_instance::region_export(ept_mem *mem, uint32_t rank, uint64_t offset
     return fail(EPT_E_LIMIT, "region_export", rank, 0,
                 "libfabric: %u regions are exported, which is the limit (EPT_LIBFABRIC_MAX_REGIONS); revoke some",
                 settings.max_regions);
-  Export made;
-  made.mem = mem;
-  made.rank = rank;
-  made.any_epoch = peers[rank] == nullptr;
-  made.epoch = made.any_epoch ? 0 : peers[rank]->epoch;
+  Export made{plugin::holder_of(mem, rank, peers[rank].get()), {}};
   RegionBlob head{kRegionMagic, kVersion, static_cast<uint16_t>(rails.size()), params.rank, params.epoch, length, 0};
   uint8_t *base = static_cast<uint8_t *>(memory.address) + offset;
   if (rails.front()->virtual_address) head.address = reinterpret_cast<uint64_t>(base);
@@ -104,21 +100,13 @@ int32_t ept_instance::region_export(ept_mem *mem, uint32_t rank, uint64_t offset
 }
 
 int32_t ept_instance::region_revoke(ept_mem *mem, uint32_t rank, uint64_t key) {
-  auto found = exports.find(key);
-  if (found == exports.end() || found->second.mem != mem || found->second.rank != rank)
-    return fail(EPT_E_INVALID, "region_revoke", rank, 0, "libfabric: key %llx is none of this memory for rank %u",
-                static_cast<unsigned long long>(key), rank);
+  const auto found = plugin::find_export("libfabric", &exports, key, mem, rank);
+  if (found == exports.end()) return EPT_E_INVALID;
   exports.erase(found);
   return EPT_OK;
 }
 
-void ept_instance::close_exports_of(uint32_t rank, uint32_t epoch) {
-  for (auto entry = exports.begin(); entry != exports.end();) {
-    const Export &given = entry->second;
-    const bool stale = given.rank == rank && !given.any_epoch && given.epoch <= epoch;
-    entry = stale ? exports.erase(entry) : std::next(entry);
-  }
-}
+void ept_instance::close_exports_of(uint32_t rank, uint32_t epoch) { plugin::close_exports(&exports, rank, epoch); }
 
 int32_t ept_instance::region_import(uint32_t rank, const void *blob, size_t length, ept_region **result) {
   *result = nullptr;

@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../exports.h"
 #include "endpoint.h"
 
 namespace libfabric {
@@ -25,10 +26,7 @@ struct RegionBlob {
   // and a key of each rail, 64 bits
 };
 
-struct Export {
-  ept_mem *mem = nullptr;
-  uint32_t rank = 0, epoch = 0;
-  bool any_epoch = false;  // made before the peer was opened: the first epoch that is opened takes it
+struct Export : plugin::Holder {
   std::vector<Owned<fid_mr>> rails;
 };
 

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstring>
 
+#include "../checks.h"
 #include "burial.h"
 #include "instance.h"
 
@@ -23,25 +24,18 @@ constexpr uint64_t kOrphansNs = 500000000;
 }  // namespace
 
 int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *address, size_t length) {
-  if (rank >= params.world)
-    return fail(EPT_E_INVALID, "peer_open", rank, 0, "libfabric: rank %u is outside the world of %u", rank,
-                params.world);
-  Address parsed;
-  int32_t code = decode(address, length, &parsed);
+  int32_t code = plugin::check_rank("libfabric", "peer_open", rank, params.world);
   if (code != EPT_OK) return code;
-  if (parsed.rank != rank || parsed.epoch != epoch)
-    return fail(EPT_E_INVALID, "peer_open", rank, 0,
-                "libfabric: asked to open rank %u of epoch %u with the address of rank %u of epoch %u", rank, epoch,
-                parsed.rank, parsed.epoch);
+  Address parsed;
+  code = decode(address, length, &parsed);
+  if (code != EPT_OK) return code;
+  code = plugin::check_life("libfabric", rank, epoch, parsed, fenced_epochs);
+  if (code != EPT_OK) return code;
   if (parsed.provider != own.provider)
     return fail(
         EPT_E_MISMATCH, "peer_open", rank, 0,
         "libfabric: rank %u uses provider %s and rank %u uses %s; set EPT_LIBFABRIC_PROVIDER alike on all ranks", rank,
         parsed.provider.c_str(), params.rank, own.provider.c_str());
-  auto fence = fenced_epochs.find(rank);
-  if (fence != fenced_epochs.end() && epoch <= fence->second)
-    return fail(EPT_E_PEER_LOST, "peer_open", rank, 0,
-                "libfabric: epoch %u of rank %u was fenced; it may come back with a higher one", epoch, rank);
   if (peers[rank] != nullptr) {
     if (peers[rank]->state != Peer::State::kEnded)
       return fail(EPT_E_INVALID, "peer_open", rank, 0,
@@ -66,11 +60,7 @@ int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *addre
   while (peer->opening == 0) host->random(host->context, &peer->opening, sizeof peer->opening);
   peer->hello_pause_ns = kFirstPause;
   if (epoch > 0) close_exports_of(rank, epoch - 1);
-  for (auto &entry : exports) {
-    if (entry.second.rank != rank || !entry.second.any_epoch) continue;
-    entry.second.any_epoch = false;
-    entry.second.epoch = epoch;
-  }
+  plugin::bind_exports(&exports, rank, epoch);
   closed_epochs.erase(rank);
   peers[rank] = std::move(peer);
   greet(peers[rank].get(), now());

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "../checks.h"
 #include "instance.h"
 
 using namespace tcp;
@@ -26,19 +27,13 @@ bool Peer::drained() const {
 }
 
 int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *address, size_t length) {
-  if (rank >= params.world)
-    return fail(EPT_E_INVALID, "peer_open", rank, 0, "tcp: rank %u is outside the world of %u", rank, params.world);
-  Address parsed;
-  int32_t code = decode(address, length, &parsed);
+  int32_t code = plugin::check_rank("tcp", "peer_open", rank, params.world);
   if (code != EPT_OK) return code;
-  if (parsed.rank != rank || parsed.epoch != epoch)
-    return fail(EPT_E_INVALID, "peer_open", rank, 0,
-                "tcp: asked to open rank %u of epoch %u with the address of rank %u of epoch %u", rank, epoch,
-                parsed.rank, parsed.epoch);
-  auto fence = fenced_epochs.find(rank);
-  if (fence != fenced_epochs.end() && epoch <= fence->second)
-    return fail(EPT_E_PEER_LOST, "peer_open", rank, 0,
-                "tcp: epoch %u of rank %u was fenced; it may come back with a higher one", epoch, rank);
+  Address parsed;
+  code = decode(address, length, &parsed);
+  if (code != EPT_OK) return code;
+  code = plugin::check_life("tcp", rank, epoch, parsed, fenced_epochs);
+  if (code != EPT_OK) return code;
   auto found = peers.find(rank);
   if (found != peers.end()) {
     if (found->second->state != Peer::State::kEnded)

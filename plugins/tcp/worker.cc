@@ -418,13 +418,7 @@ int32_t ept_instance::arm(int32_t *descriptor) {
   uint64_t time = now();
   uint64_t next = next_deadline(time);
   if (next != timer_set_ns) {
-    itimerspec spec{};
-    if (next != 0) {
-      uint64_t in = next > time ? next - time : 1;
-      spec.it_value.tv_sec = static_cast<time_t>(in / 1000000000);
-      spec.it_value.tv_nsec = static_cast<long>(in % 1000000000);
-    }
-    timerfd_settime(timer.get(), 0, &spec, nullptr);
+    plugin::set_timer(timer, next, time);
     timer_set_ns = next;
   }
   return EPT_OK;

@@ -89,8 +89,7 @@ ucs_status_t ept_instance::on_write(const WriteHead &head, bool put, void *data,
   ++peer->arrivals;
   const auto found = exports.find(head.region);
   Export *given = found != exports.end() ? &found->second : nullptr;
-  const bool known = given != nullptr && given->rank == peer->rank &&
-                     (given->any_epoch || given->epoch == peer->epoch) &&
+  const bool known = given != nullptr && given->is(peer->rank, peer->epoch) &&
                      same_bytes(head.key, given->key.data(), given->key.size());
   if (!known || head.offset > given->length || length > given->length - head.offset) {
     // Without the key nothing shows that this is of that peer; and if it is, it only hears that it was refused.

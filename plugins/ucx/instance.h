@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "../events.h"
+#include "../exports.h"
 #include "library.h"
 #include "settings.h"
 #include "wire.h"
@@ -76,10 +77,7 @@ struct Peer {
   uint64_t orphans_due_ns = 0;  // when what UCX has not given back is told as failed; 0: nothing is
 };
 
-struct Export {
-  ept_mem *mem = nullptr;
-  uint32_t rank = 0, epoch = 0;
-  bool any_epoch = false;  // made before the peer was opened: the first epoch that is opened takes it
+struct Export : plugin::Holder {
   uint64_t offset = 0, length = 0;
   Key key{};
   uint64_t receiving = 0;  // payloads that come by rendezvous under this key

@@ -83,11 +83,7 @@ int32_t ept_instance::region_export(ept_mem *mem, uint32_t rank, uint64_t offset
     return fail(EPT_E_INVALID, "region_export", rank, 0, "ucx: the blob needs %zu bytes, there is room for %zu", size,
                 *blob_length);
   }
-  Export made;
-  made.mem = mem;
-  made.rank = rank;
-  made.any_epoch = peers[rank] == nullptr;
-  made.epoch = made.any_epoch ? 0 : peers[rank]->epoch;
+  Export made{plugin::holder_of(mem, rank, peers[rank].get())};
   made.offset = offset;
   made.length = length;
   host->random(host->context, made.key.data(), made.key.size());
@@ -115,10 +111,8 @@ int32_t ept_instance::region_export(ept_mem *mem, uint32_t rank, uint64_t offset
 }
 
 int32_t ept_instance::region_revoke(ept_mem *mem, uint32_t rank, uint64_t key) {
-  const auto found = exports.find(static_cast<uint32_t>(key));
-  if (found == exports.end() || found->second.mem != mem || found->second.rank != rank)
-    return fail(EPT_E_INVALID, "region_revoke", rank, 0, "ucx: key %llx is none of this memory for rank %u",
-                static_cast<unsigned long long>(key), rank);
+  const auto found = plugin::find_export("ucx", &exports, key, mem, rank);
+  if (found == exports.end()) return EPT_E_INVALID;
   const bool amid = found->second.receiving > 0;
   exports.erase(found);
   if (!amid) return EPT_OK;
@@ -134,13 +128,7 @@ int32_t ept_instance::region_revoke(ept_mem *mem, uint32_t rank, uint64_t key) {
               "ucx: a payload of rank %u goes on coming in after its link was closed; end this process", rank);
 }
 
-void ept_instance::close_exports_of(uint32_t rank, uint32_t epoch) {
-  for (auto entry = exports.begin(); entry != exports.end();) {
-    const Export &given = entry->second;
-    const bool stale = given.rank == rank && !given.any_epoch && given.epoch <= epoch;
-    entry = stale ? exports.erase(entry) : std::next(entry);
-  }
-}
+void ept_instance::close_exports_of(uint32_t rank, uint32_t epoch) { plugin::close_exports(&exports, rank, epoch); }
 
 int32_t ept_instance::region_import(uint32_t rank, const void *blob, size_t length, ept_region **result) {
   *result = nullptr;

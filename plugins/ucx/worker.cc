@@ -282,14 +282,8 @@ int32_t ept_instance::arm(int32_t *descriptor) {
   if (library->ucp_worker_arm(ucp) != UCS_OK) return EPT_LATER;
   const uint64_t next = next_deadline();
   if (next != timer_set_ns) {
-    itimerspec spec{};
-    if (next != 0) {
-      const uint64_t time = now(), in = next > time ? next - time : 1;
-      spec.it_value.tv_sec = static_cast<time_t>(in / 1000000000);
-      spec.it_value.tv_nsec = static_cast<long>(in % 1000000000);
-      time_due_ns = 0;  // the poll that it wakes looks at the clock
-    }
-    timerfd_settime(timer.get(), 0, &spec, nullptr);
+    if (next != 0) time_due_ns = 0;  // the poll that it wakes looks at the clock
+    plugin::set_timer(timer, next, now());
     timer_set_ns = next;
   }
   *descriptor = epoll.get();

@@ -11,6 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../exports.h"
 #include "channel.h"
 
 namespace verbs {
@@ -26,10 +27,7 @@ struct RegionBlob {
   // and a key of each NIC, 32 bits
 };
 
-struct Export {
-  ept_mem *mem = nullptr;
-  uint32_t rank = 0, epoch = 0;
-  bool any_epoch = false;  // made before the peer was opened: the first epoch that is opened takes it
+struct Export : plugin::Holder {
   std::vector<Mr> keys;
 };
 

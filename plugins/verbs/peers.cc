@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "../checks.h"
 #include "instance.h"
 
 using namespace verbs;
@@ -65,19 +66,13 @@ int32_t ept_instance::make_channels(Peer *peer) {
 }
 
 int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *address, size_t length) {
-  if (rank >= params.world)
-    return fail(EPT_E_INVALID, "peer_open", rank, 0, "verbs: rank %u is outside the world of %u", rank, params.world);
-  Address parsed;
-  int32_t code = decode(address, length, &parsed);
+  int32_t code = plugin::check_rank("verbs", "peer_open", rank, params.world);
   if (code != EPT_OK) return code;
-  if (parsed.rank != rank || parsed.epoch != epoch)
-    return fail(EPT_E_INVALID, "peer_open", rank, 0,
-                "verbs: asked to open rank %u of epoch %u with the address of rank %u of epoch %u", rank, epoch,
-                parsed.rank, parsed.epoch);
-  auto fence = fenced_epochs.find(rank);
-  if (fence != fenced_epochs.end() && epoch <= fence->second)
-    return fail(EPT_E_PEER_LOST, "peer_open", rank, 0,
-                "verbs: epoch %u of rank %u was fenced; it may come back with a higher one", epoch, rank);
+  Address parsed;
+  code = decode(address, length, &parsed);
+  if (code != EPT_OK) return code;
+  code = plugin::check_life("verbs", rank, epoch, parsed, fenced_epochs);
+  if (code != EPT_OK) return code;
   if (peers[rank] != nullptr) {
     if (peers[rank]->state != Peer::State::kEnded)
       return fail(EPT_E_INVALID, "peer_open", rank, 0, "verbs: rank %u is open already, under epoch %u; close it first",
@@ -107,11 +102,7 @@ int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *addre
   while (peer->opening == 0) host->random(host->context, &peer->opening, sizeof peer->opening);
   peer->hello_pause_ns = kFirstPause;
   if (epoch > 0) close_exports_of(rank, epoch - 1);
-  for (auto &entry : exports) {
-    if (entry.second.rank != rank || !entry.second.any_epoch) continue;
-    entry.second.any_epoch = false;
-    entry.second.epoch = epoch;
-  }
+  plugin::bind_exports(&exports, rank, epoch);
   closed_epochs.erase(rank);
   peers[rank] = std::move(peer);
   greet(peers[rank].get());
