@@ -73,13 +73,20 @@ struct Credentials {
 };
 Credentials make_credentials(const char *network, const ept_host *host, const ept_open_params &params);
 
-void seal(const Credentials &credentials, const Nonce &receiver, const MessageHead &head, Greeting *greeting);
-
 enum class Trust {
   kProven,    // holds the secret
   kMember,    // does not, but holds this rank's address blob: a rank of this job with another secret
   kStranger,  // neither
 };
+
+// `mac` and `witness` of what is said, 32 bytes each; `receiver` and `sender` are the nonces of those ranks' address
+// blobs.
+void prove(const Credentials &credentials, const Nonce &receiver, const void *said, size_t length, uint8_t *mac,
+           uint8_t *witness);
+Trust judge(const Credentials &credentials, const Nonce &sender, const void *said, size_t length, const uint8_t *mac,
+            const uint8_t *witness);
+
+void seal(const Credentials &credentials, const Nonce &receiver, const MessageHead &head, Greeting *greeting);
 Trust judge(const Credentials &credentials, const Nonce &sender, const MessageHead &head, const Greeting &greeting);
 
 // What `from` puts into its messages to `to`.

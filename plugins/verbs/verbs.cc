@@ -126,7 +126,7 @@ int32_t verbs_open(const ept_host *host, const ept_open_params *params, ept_inst
                   "verbs: %zu NICs with %u queue pairs each and one for messages are more than the %u that a peer can "
                   "have; lower EPT_VERBS_QPS",
                   ports.size(), settings.qps, kMostChannels);
-    instance->credentials = make_credentials(host, *params);
+    instance->credentials = plugin::make_credentials("verbs", host, *params);
     instance->send_buffers.reset(new uint8_t[size_t{kSendBuffers} * kMaxSend]);
     for (int32_t i = kSendBuffers; i-- > 0;) instance->free_sends.push_back(i);
     const Room room{params->world, params->credits, params->send_credits};

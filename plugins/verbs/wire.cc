@@ -13,26 +13,12 @@ struct AddressHead {
   uint8_t nonce[kNonceBytes];
 };
 
-using Mac = std::array<uint8_t, 32>;
-
-Mac mac_of(const Credentials &credentials, const void *key, size_t key_length, const Nonce &sender,
-           const Nonce &receiver, const Message &message) {
-  static const char label[16] = "ept verbs 1";
-  struct {
-    char label[16];
-    uint8_t nonces[2][kNonceBytes];
-    Message message;
-  } said{};
-  memcpy(said.label, label, sizeof label);
-  memcpy(said.nonces[0], sender.data(), kNonceBytes);
-  memcpy(said.nonces[1], receiver.data(), kNonceBytes);
-  memcpy(static_cast<void *>(&said.message), &message, message.size());
-  memset(said.message.mac, 0, sizeof said.message.mac);
-  memset(said.message.witness, 0, sizeof said.message.witness);
-  Mac mac;
-  credentials.host->hmac_sha256(credentials.host->context, key, key_length, &said,
-                                offsetof(decltype(said), message) + message.size(), mac.data());
-  return mac;
+// What of a message is proven: all but the proofs.
+Message said_by(const Message &message) {
+  Message said = message;
+  memset(said.mac, 0, sizeof said.mac);
+  memset(said.witness, 0, sizeof said.witness);
+  return said;
 }
 
 }  // namespace
@@ -79,24 +65,10 @@ int32_t decode(const void *blob, size_t length, Address *address) {
   return EPT_OK;
 }
 
-Credentials make_credentials(const ept_host *host, const ept_open_params &params) {
-  Credentials credentials;
-  credentials.host = host;
-  credentials.secret = params.secret;
-  credentials.secret_length = params.secret_length;
-  host->random(host->context, credentials.nonce.data(), credentials.nonce.size());
-  static const char key[] = "eptransport verbs job";
-  host->hmac_sha256(host->context, key, sizeof key - 1, params.job, strlen(params.job), credentials.job.data());
-  return credentials;
-}
-
 void seal(const Credentials &credentials, const Nonce &receiver, Message *message) {
   memcpy(message->job, credentials.job.data(), sizeof message->job);
-  const Mac mac =
-      mac_of(credentials, credentials.secret, credentials.secret_length, credentials.nonce, receiver, *message);
-  const Mac witness = mac_of(credentials, receiver.data(), receiver.size(), credentials.nonce, receiver, *message);
-  memcpy(message->mac, mac.data(), mac.size());
-  memcpy(message->witness, witness.data(), witness.size());
+  const Message said = said_by(*message);
+  prove(credentials, receiver, &said, said.size(), message->mac, message->witness);
 }
 
 bool parse(const void *bytes, size_t length, Message *message) {
@@ -111,12 +83,8 @@ bool parse(const void *bytes, size_t length, Message *message) {
 }
 
 Trust judge(const Credentials &credentials, const Nonce &sender, const Message &message) {
-  const Nonce &own = credentials.nonce;
-  const Mac secret = mac_of(credentials, credentials.secret, credentials.secret_length, sender, own, message);
-  const Mac member = mac_of(credentials, own.data(), own.size(), sender, own, message);
-  // The secret alone is not enough: who holds a stale address would be taken for one of this instance's peers.
-  if (!same_bytes(member.data(), message.witness, member.size())) return Trust::kStranger;
-  return same_bytes(secret.data(), message.mac, secret.size()) ? Trust::kProven : Trust::kMember;
+  const Message said = said_by(message);
+  return plugin::judge(credentials, sender, &said, said.size(), message.mac, message.witness);
 }
 
 }  // namespace verbs

@@ -13,29 +13,29 @@
 // Hellos are repeated while a side's half of the link is not as it should be. A queue pair is connected to a number
 // that a proven message named, and to no other.
 //
-// Nothing is believed for where it came from. `mac` is HMAC-SHA-256 under the job's secret over the message and over
-// the nonces of both address blobs; the nonces came through the bootstrap and are never sent here. A nonce is made for
-// one instance, so for one epoch: nothing that was said in a former life proves anything in this one. An opening is
-// drawn by each peer_open and named by both sides. `witness` is the same under the receiver's nonce instead of the
-// secret: it tells a rank of this job that was given another secret (AUTH) from a stranger, who changes nothing but a
-// counter.
+// Nothing is believed for where it came from: each message proves itself as a greeting does (../greeting.h), over all
+// of it, and names the openings of both sides.
 #pragma once
 
 #include <array>
 #include <string>
 #include <vector>
 
+#include "../greeting.h"
 #include "common.h"
 
 namespace verbs {
 
+using plugin::Credentials;
+using plugin::kNonceBytes;
+using plugin::Nonce;
+using plugin::Trust;
+
 constexpr uint32_t kAddressMagic = 0x41565045;  // "EPVA"
 constexpr uint32_t kMessageMagic = 0x4d565045;  // "EPVM"
 constexpr uint16_t kVersion = 1;
-constexpr size_t kNonceBytes = 32;
 constexpr uint32_t kMostNics = 8;
 constexpr uint32_t kMostChannels = 32;  // of a peer, so that a message fits a datagram
-using Nonce = std::array<uint8_t, kNonceBytes>;
 
 // One NIC's part of an address.
 struct NicAddress {
@@ -85,26 +85,11 @@ struct Message {
 // The smallest payload of a datagram where the MTU is 1,024, which every RoCE port allows.
 static_assert(sizeof(ChannelState) == 24 && sizeof(Message) <= 1024, "a message is one datagram");
 
-// What this rank knows of the job; the same on every rank that it may talk to.
-struct Credentials {
-  const ept_host *host = nullptr;
-  const uint8_t *secret = nullptr;
-  size_t secret_length = 0;
-  Nonce nonce{};  // this instance's
-  std::array<uint8_t, 32> job{};
-};
-Credentials make_credentials(const ept_host *host, const ept_open_params &params);
-
 void seal(const Credentials &credentials, const Nonce &receiver, Message *message);
 
 // False: not a whole message of this protocol.
 bool parse(const void *bytes, size_t length, Message *message);
 
-enum class Trust {
-  kProven,    // holds the secret
-  kMember,    // does not, but holds this rank's address blob: a rank of this job with another secret
-  kStranger,  // neither
-};
 Trust judge(const Credentials &credentials, const Nonce &sender, const Message &message);
 
 }  // namespace verbs
