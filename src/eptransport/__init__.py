@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         VersionError,
     )
     from eptransport.group import Group, Store
+    from eptransport.host_counts import Counts, HostCounts
     from eptransport.metrics import Metrics, WaitFor
     from eptransport.prometheus import prometheus_text
     from eptransport.settings import Settings
@@ -82,6 +83,7 @@ _HOMES = {
         "VersionError",
     ),
     "group": ("Group", "Store"),
+    "host_counts": ("Counts", "HostCounts"),
     "metrics": ("Metrics", "WaitFor"),
     "prometheus": ("prometheus_text",),
     "settings": ("Settings",),
@@ -96,6 +98,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "AllToAll",
     "Dispatched",
     "Routing",
+    "HostCounts",
+    "Counts",
     "Plan",
     "Engine",
     "Peer",

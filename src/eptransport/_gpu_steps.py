@@ -14,6 +14,7 @@ from eptransport._outputs import check_out, make_outputs
 from eptransport._shapes import LAYOUTS
 from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
 from eptransport.errors import (
+    Code,
     ConfigError,
     EptError,
     InvalidArgument,
@@ -22,6 +23,7 @@ from eptransport.errors import (
     Timeout,
     UnsupportedError,
 )
+from eptransport.host_counts import Counts, HostCounts
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +85,8 @@ class _Lane:
     """The last one that it was on."""
     captured: bool = False
     """Graphs have steps of it, which may be replayed on any stream."""
+    tickets: int = 0
+    """Dispatches so far whose counts the host is shown."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class _Sent:
     routing: GpuRouting
     layout: Layout
     host_counts: bool
+    mirror_counts: bool
     max_rows: int | None
     out: torch.Tensor | Dispatched | None
     scales: tuple[int, int]
@@ -137,6 +142,7 @@ class GpuSteps:
         layout: Layout | None,
         num_tokens: int | None,
         host_counts: bool,
+        mirror_counts: bool,
         max_rows: int | None,
         lane: int,
         out: torch.Tensor | Dispatched | None,
@@ -185,13 +191,14 @@ class GpuSteps:
             self._call(lib.ept_gpu_moe_drain, lane, DISPATCH, stream)
             state.sent = None
         self._call(lib.ept_gpu_moe_dispatch_send, arguments, _address(made), stream)
-        state.sent = _Sent(made, chosen, host_counts, max_rows, out, self._scales(x, scales))
+        state.sent = _Sent(made, chosen, host_counts, mirror_counts, max_rows, out, self._scales(x, scales))
 
     def dispatch_recv(
         self,
         lane: int,
         layout: Layout | None,
         host_counts: bool | None,
+        mirror_counts: bool | None,
         max_rows: int | None,
         out: torch.Tensor | Dispatched | None,
     ) -> Dispatched:
@@ -211,6 +218,10 @@ class GpuSteps:
         num_rows = torch.empty((), dtype=torch.int32, device=self._shapes.device)
         routing = sent.routing
         routing.layout = chosen
+        ticket = 0
+        if sent.mirror_counts if mirror_counts is None else mirror_counts:
+            state.tickets += 1
+            ticket = state.tickets
         routing.leading = int(outputs.x.shape[1 if chosen in ("by_rank", "masked") else 0])
         self._call(
             lib.ept_gpu_moe_dispatch_recv,
@@ -219,6 +230,7 @@ class GpuSteps:
             _address(routing),
             routing.num_tokens,
             ffi.cast("int32_t *", num_rows.data_ptr()),
+            ticket,
             stream,
         )
         state.sent = None
@@ -227,7 +239,10 @@ class GpuSteps:
             rows = arrival.contiguous_rows if chosen == "contiguous" else arrival.rows
         masked = routing.lost_ranks(self._shapes.world)
         lost = routing.lost(self._shapes.top_k) if masked else None
-        return Dispatched(**outputs.__dict__, routing=routing, num_rows=rows, lost=lost, lost_ranks=masked)
+        mirror = self._mirror(lane, ticket) if ticket else None
+        return Dispatched(
+            **outputs.__dict__, routing=routing, num_rows=rows, lost=lost, lost_ranks=masked, counts_host=mirror
+        )
 
     def combine_send(
         self,
@@ -398,6 +413,27 @@ class GpuSteps:
             scale_format=sent.scales[1],
             has_weights=sent.routing.weighed,
         )
+
+    def _mirror(self, lane: int, ticket: int) -> HostCounts:
+        """Of the dispatch that was just launched, or captured."""
+        import torch
+
+        native, experts = self._native, self._shapes.local_experts
+
+        def look() -> tuple[int, Counts] | None:
+            seen = sized("ept_gpu_counts")
+            counts = torch.empty(experts, dtype=torch.int32)
+            native.guard.enter()
+            try:
+                there = ffi.cast("int32_t *", counts.data_ptr())
+                if call(lib.ept_gpu_moe_counts, native.pointer, lane, seen, there) == Code.LATER:
+                    return None
+            finally:
+                native.guard.leave()
+            return seen.ticket, Counts(seen.epoch, counts, seen.rows, seen.fault != 0)
+
+        own = None if torch.cuda.is_current_stream_capturing() else ticket
+        return HostCounts(look, own, native.group.settings.timeout_s)
 
     def _scales(self, x: torch.Tensor, scales: torch.Tensor | None) -> tuple[int, int]:
         types = self._shapes.types

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from eptransport.host_counts import Counts, HostCounts
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,17 @@ class Lane:
     def __init__(self) -> None:
         self.sent: Sent | None = None
         self.summed: Summed | None = None
+        self._mirrored: Counts | None = None
+
+    def mirror(self, counts: torch.Tensor, rows: int, timeout_s: float) -> HostCounts:
+        """As a GPU's receiving kernel leaves it: here all is known when the call returns."""
+        epoch = 1 if self._mirrored is None else self._mirrored.epoch + 1
+        self._mirrored = Counts(epoch, counts.clone(), rows, False)
+        return HostCounts(self._look, epoch, timeout_s)
+
+    def _look(self) -> tuple[int, Counts] | None:
+        at = self._mirrored
+        return None if at is None else (at.epoch, replace(at, counts=at.counts.clone()))
 
     def clear(self) -> None:
         self.sent = self.summed = None
@@ -30,6 +43,7 @@ class Sent:
     count: int
     layout: Layout
     host_counts: bool
+    mirror_counts: bool
     max_rows: int | None
     out: torch.Tensor | Dispatched | None
     keep: Any

@@ -252,6 +252,7 @@ class AllToAll(Closing):
         layout: Layout | None = None,
         num_tokens: int | None = None,
         host_counts: bool = False,
+        mirror_counts: bool = False,
         max_rows: int | None = None,
         lane: int = 0,
         out: torch.Tensor | Dispatched | None = None,
@@ -269,6 +270,7 @@ class AllToAll(Closing):
         layout        how this rank unpacks; ranks may differ
         num_tokens    only the first so many rows of x are sent
         host_counts   outputs have exactly the size that is needed
+        mirror_counts counts and the number of rows are shown to the host when they are known: got.counts_host
         max_rows      bound of this call's outputs; see AllToAll
         out           where x goes, or everything: a tensor, or what an earlier dispatch gave
 
@@ -277,9 +279,21 @@ class AllToAll(Closing):
         """
         with self._span("dispatch", lane):
             self._dispatch_send(
-                x, topk_ids, topk_weights, scales, routing, layout, num_tokens, host_counts, max_rows, lane, out, True
+                x,
+                topk_ids,
+                topk_weights,
+                scales,
+                routing,
+                layout,
+                num_tokens,
+                host_counts,
+                mirror_counts,
+                max_rows,
+                lane,
+                out,
+                True,
             )
-            return self._dispatch_recv(lane, None, None, None, None)
+            return self._dispatch_recv(lane, None, None, None, None, None)
 
     @overload
     def combine(
@@ -351,6 +365,7 @@ class AllToAll(Closing):
         layout: Layout | None = None,
         num_tokens: int | None = None,
         host_counts: bool = False,
+        mirror_counts: bool = False,
         max_rows: int | None = None,
         lane: int = 0,
         out: torch.Tensor | Dispatched | None = None,
@@ -359,7 +374,19 @@ class AllToAll(Closing):
         peers still read. At most `plan_.chunk_tokens` tokens; a longer batch has no halves. Collective in its lane."""
         with self._span("dispatch_send", lane):
             self._dispatch_send(
-                x, topk_ids, topk_weights, scales, routing, layout, num_tokens, host_counts, max_rows, lane, out, False
+                x,
+                topk_ids,
+                topk_weights,
+                scales,
+                routing,
+                layout,
+                num_tokens,
+                host_counts,
+                mirror_counts,
+                max_rows,
+                lane,
+                out,
+                False,
             )
 
     def dispatch_recv(
@@ -368,13 +395,14 @@ class AllToAll(Closing):
         lane: int = 0,
         layout: Layout | None = None,
         host_counts: bool | None = None,
+        mirror_counts: bool | None = None,
         max_rows: int | None = None,
         out: torch.Tensor | Dispatched | None = None,
     ) -> Dispatched:
         """The second half: blocks until the rows of all ranks are here, and unpacks them. What isn't given is as
         `dispatch_send` was told. Collective in its lane."""
         with self._span("dispatch_recv", lane):
-            return self._dispatch_recv(lane, layout, host_counts, max_rows, out)
+            return self._dispatch_recv(lane, layout, host_counts, mirror_counts, max_rows, out)
 
     def combine_send(
         self,
@@ -469,6 +497,7 @@ class AllToAll(Closing):
         layout: Layout | None,
         num_tokens: int | None,
         host_counts: bool,
+        mirror_counts: bool,
         max_rows: int | None,
         lane: int,
         out: torch.Tensor | Dispatched | None,
@@ -477,7 +506,18 @@ class AllToAll(Closing):
         refuse_grad(x=x, topk_weights=topk_weights)
         if self._gpu is not None:
             self._gpu.dispatch_send(
-                x, topk_ids, topk_weights, scales, routing, layout, num_tokens, host_counts, max_rows, lane, out
+                x,
+                topk_ids,
+                topk_weights,
+                scales,
+                routing,
+                layout,
+                num_tokens,
+                host_counts,
+                mirror_counts,
+                max_rows,
+                lane,
+                out,
             )
             return
         self._members.learn_if_told()
@@ -504,18 +544,21 @@ class AllToAll(Closing):
         if routing is not None:
             arguments.routing = routing._native
         self._call(lib.ept_moe_dispatch_send, arguments, lane=lane)
-        state.sent = Sent(tokens, count, chosen, host_counts, max_rows, out, (x, scales) if whole else None)
+        state.sent = Sent(
+            tokens, count, chosen, host_counts, mirror_counts, max_rows, out, (x, scales) if whole else None
+        )
 
     def _dispatch_recv(
         self,
         lane: int,
         layout: Layout | None,
         host_counts: bool | None,
+        mirror_counts: bool | None,
         max_rows: int | None,
         out: torch.Tensor | Dispatched | None,
     ) -> Dispatched:
         if self._gpu is not None:
-            return self._gpu.dispatch_recv(lane, layout, host_counts, max_rows, out)
+            return self._gpu.dispatch_recv(lane, layout, host_counts, mirror_counts, max_rows, out)
         state = self._lanes[self._lane_number(lane)]
         sent = state.sent
         if sent is None:
@@ -535,7 +578,12 @@ class AllToAll(Closing):
         rows = arrival.contiguous_rows if chosen == "contiguous" else arrival.rows
         masked = routing.lost_ranks(self.group.world_size) if self.group.membership.epoch else ()
         lost = routing.lost(self.top_k) if masked else None
-        return Dispatched(**outputs.__dict__, routing=routing, num_rows=rows, lost=lost, lost_ranks=masked)
+        mirror = None
+        if sent.mirror_counts if mirror_counts is None else mirror_counts:
+            mirror = state.mirror(outputs.counts, rows, self.group.settings.timeout_s)
+        return Dispatched(
+            **outputs.__dict__, routing=routing, num_rows=rows, lost=lost, lost_ranks=masked, counts_host=mirror
+        )
 
     def _combine_send(
         self,

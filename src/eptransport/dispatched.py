@@ -11,6 +11,8 @@ from eptransport.errors import InvalidArgument
 if TYPE_CHECKING:
     import torch
 
+    from eptransport.host_counts import HostCounts
+
 __all__ = ["Dispatched", "Layout", "Routing", "routing_of"]
 
 Layout = Literal["rows", "by_rank", "contiguous", "masked"]
@@ -49,6 +51,9 @@ class Dispatched:
     missing in what combine gives. None where every rank takes part."""
     lost_ranks: tuple[int, ...] = ()
     """The ranks that were masked when the step began."""
+    counts_host: HostCounts | None = None
+    """counts and num_rows as the host sees them, without waiting for a stream; None where nobody has asked
+    (`mirror_counts=True`)."""
 
     @property
     def layout(self) -> Layout:

@@ -128,7 +128,7 @@ class Replayed:
         self.weights = torch.zeros(tokens, config.top_k, device=DEVICE)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            got = moe.dispatch(self.x, self.ids, self.weights, layout="rows", lane=lane)
+            got = moe.dispatch(self.x, self.ids, self.weights, layout="rows", lane=lane, mirror_counts=True)
             # An expert that doubles: rows come back weighed by nobody, as the layout rows has it.
             self.y = moe.combine(got.x + got.x, got)
         self.got = got
@@ -168,11 +168,17 @@ def test_graphs_replayed_in_other_orders(make_world: Make, intra: str | None) ->
         batches = make_batches(config, [g.tokens for g in picked], step + 1, none=0.3)
         for graph, batch in zip(picked, batches, strict=True):
             graph.load(batch, config)
+        before = [graph.got.counts_host.epoch for graph in picked]
         for graph in picked:
             with torch.cuda.stream(graph.stream):
                 graph.graph.replay()
-        for graph, batch in zip(picked, batches, strict=True):
+        # While kernels still run, the host is told this replay's counts.
+        told = [g.got.counts_host.wait(after=epoch) for g, epoch in zip(picked, before, strict=True)]
+        for graph, batch, seen, epoch in zip(picked, batches, told, before, strict=True):
             graph.stream.synchronize()
+            assert seen.epoch == epoch + 1
+            assert torch.equal(seen.counts, graph.got.counts.cpu())
+            assert seen.num_rows == int(graph.got.num_rows)
             assert torch.equal(graph.y.cpu(), graph.expected(batch, config))
         if step % (5 if REPLAYS < 1000 else 100) == 0:
             run_all(Scenario(config, make_batches(config, (4, 9, 0, 2), step), list(LAYOUTS)), moes, world, lane=lane)

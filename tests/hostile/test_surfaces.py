@@ -127,6 +127,7 @@ tensors = st.builds(
             "layout": anything,
             "num_tokens": numbers,
             "host_counts": anything,
+            "mirror_counts": anything,
             "lane": numbers,
             "routing": anything,
             "out": anything,

@@ -3,6 +3,8 @@
 // The GPU executor of dispatch and combine against the CPU's, bit for bit, where there is no GPU: its kernels run as
 // fibers (simt/), its ranks share one "GPU", and every step is drawn from a seed: layouts by rank, tokens, routing with
 // -1 and repeats, formats, lanes, and the order in which threads, blocks and ranks go on.
+#include <atomic>
+
 #include "gpu_world.h"
 
 using namespace gpu_test;
@@ -24,6 +26,46 @@ void steps(const char *what, const ept_moe_config &config, int count, uint64_t s
     const std::vector<Got> expected = world.on_cpu(step);
     world.compare(step, expected);
   }
+}
+
+// A thread that looks at the mirror all the time sees nothing but what some step left there, whole.
+void watched() {
+  check::running("counts that are read while kernels write them");
+  World world(moe_test::config_of(1, 40, 4, 16, 30), 14);
+  world.config.lanes = 1;
+  using Seen = std::pair<int32_t, std::vector<int32_t>>;
+  std::map<uint64_t, Seen> seen, expected;
+  std::atomic<bool> over = false;
+  std::thread reader([&] {
+    std::vector<int32_t> counts(40);
+    while (!over) {
+      ept_gpu_counts at{};
+      at.size = sizeof at;
+      Error error;
+      const int32_t code = ept_gpu_moe_counts(world.objects[0], 0, &at, counts.data(), &error);
+      CHECK(code == EPT_OK || code == EPT_LATER);
+      if (code != EPT_OK) continue;
+      CHECK_EQ(at.ticket, at.epoch);
+      const auto [known, fresh] = seen.try_emplace(at.epoch, at.rows, counts);
+      CHECK(fresh || known->second == Seen(at.rows, counts));
+    }
+  });
+  for (uint64_t i = 1; i <= 40; i++) {
+    Step step = world.draw();
+    step.lane = 0;
+    Bytes routing;
+    Got got;
+    got.arrival = world.on_cpu(step)[0].arrival;
+    world.send(step, 0, routing);
+    world.make(got, step.ranks[0], 0, 0);
+    got.ticket = i;
+    world.receive(step, 0, routing, got);
+    world.gpu->machine.run();
+    expected[i] = {got.num_rows, got.counts};
+  }
+  over = true;
+  reader.join();
+  for (const auto &[epoch, what] : seen) CHECK(expected.at(epoch) == what);
 }
 
 // Some ranks never receive what was sent to them: the next send of the lane takes it away.
@@ -59,6 +101,7 @@ void late() {
     for (uint32_t r : {0u, 2u}) {
       all[r].arrival = expected[r].arrival;
       world.make(all[r], step.ranks[r], r, 0);
+      all[r].ticket = 1000 + r;
       world.receive(step, r, routings[r], all[r]);
       world.sum(step, r, routings[r], all[r]);
     }
@@ -71,6 +114,7 @@ void late() {
       CHECK_EQ(error.peer, 1);
       CHECK_EQ(all[r].num_rows, 0);
       for (int32_t n : all[r].counts) CHECK_EQ(n, 0);
+      world.same_mirror(step.lane, r, all[r], EPT_E_TIMEOUT);
       for (int32_t n : all[r].source) CHECK_EQ(n, -1);
       for (uint64_t i = 0; i < all[r].x.size; i++) CHECK(all[r].x.data()[i] == 0);
       for (uint64_t i = 0; i < all[r].y.size; i++) CHECK(all[r].y.data()[i] == 0);
@@ -138,6 +182,7 @@ int main() {
   steps("fp32, fewer experts than ranks, hidden of no 8", f32, 4, 4);
   steps("fp8 with fp32 scales", quantised(config_of(2, 6, 3, 272, 9), EPT_SCALES_FP32), 4, 5);
   steps("fp8 with UE8M0 scales", quantised(config_of(3, 6, 3, 144, 9), EPT_SCALES_UE8M0), 4, 6);
+  watched();
   abandoned();
   late();
   refused();

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -74,6 +75,7 @@ struct Got {
   std::vector<int32_t> counts, offsets, ids, source;
   std::vector<float> weights;
   int32_t num_rows = -7;
+  uint64_t ticket = 0;  // 0: its counts are not mirrored
   ept_dispatch_outputs tensors{};
 };
 
@@ -363,7 +365,7 @@ struct World {
   void receive(Step &step, uint32_t r, Bytes &routing, Got &got) {
     Error error;
     OK(ept_gpu_moe_dispatch_recv(objects[r], step.lane, &got.tensors, routing.data(), step.ranks[r].tokens,
-                                 &got.num_rows, stream(r, step.lane), &error),
+                                 &got.num_rows, got.ticket, stream(r, step.lane), &error),
        error);
     open[r][step.lane] = 0;
   }
@@ -407,6 +409,7 @@ struct World {
       OK(ept_gpu_moe_dispatch_wait(objects[r], step.lane, &arrivals[r * 4], stream(r, step.lane), &error), error);
       all[r].arrival = expected[r].arrival;
       make(all[r], mine.ranks[r], r, 0);
+      all[r].ticket = below(random, 4) ? ++tickets : 0;
       receive(mine, r, routings[r], all[r]);
     }
     // Before or after all have received: combine begins on a rank while others still receive.
@@ -423,6 +426,7 @@ struct World {
       if (!up[r]) continue;
       if (on_gpu(r)) {
         OK(ept_gpu_moe_check(objects[r], step.lane, &error), error);
+        same_mirror(step.lane, r, all[r], EPT_OK);
       } else {
         const ept_arrival &a = all[r].arrival;
         const uint64_t came[] = {a.rows, a.max_rank_rows, a.contiguous_rows, a.max_expert_rows};
@@ -432,6 +436,31 @@ struct World {
       same(step.ranks[r], expected[r], all[r], &arrivals[r * 4]);
     }
   }
+
+  // What the host is shown of the lane's last dispatch whose counts were asked for.
+  void same_mirror(uint32_t lane, uint32_t r, const Got &got, int32_t fault) {
+    Mirrored &last = mirrored[{r, lane}];
+    if (got.ticket) last = {last.epoch + 1, got.ticket, got.num_rows, got.counts};
+    ept_gpu_counts seen{};
+    seen.size = sizeof seen;
+    std::vector<int32_t> counts(local[r], -7);
+    Error error;
+    const int32_t code = ept_gpu_moe_counts(objects[r], lane, &seen, counts.data(), &error);
+    CHECK_EQ(code, last.epoch ? EPT_OK : EPT_LATER);
+    if (!last.epoch) return;
+    CHECK_EQ(seen.epoch, last.epoch);
+    CHECK_EQ(seen.ticket, last.ticket);
+    CHECK_EQ(seen.rows, last.rows);
+    CHECK(counts == last.counts);
+    if (got.ticket) CHECK_EQ(seen.fault, fault);
+  }
+  struct Mirrored {
+    uint64_t epoch = 0, ticket = 0;
+    int32_t rows = 0;
+    std::vector<int32_t> counts;
+  };
+  std::map<std::pair<uint32_t, uint32_t>, Mirrored> mirrored;  // by rank and lane
+  uint64_t tickets = 0;
 
   // Where every step was made on both sides.
   void same_stats(ept_moe *cpu_object, ept_gpu_moe *object) const {

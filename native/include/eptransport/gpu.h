@@ -83,9 +83,22 @@ int32_t ept_gpu_moe_dispatch_send(ept_gpu_moe *moe, const ept_dispatch_args *arg
                                   ept_error *error);
 /* arrival: uint64_t[4] on the device: rows, of one rank at most, of the contiguous layout, of one expert at most. */
 int32_t ept_gpu_moe_dispatch_wait(ept_gpu_moe *moe, uint32_t lane, uint64_t *arrival, void *stream, ept_error *error);
-/* num_rows: on the device: rows that came, or of the contiguous layout with padding. */
+/* num_rows: on the device: rows that came, or of the contiguous layout with padding. ticket: any number but 0 has the
+ * counts mirrored to the host (ept_gpu_moe_counts) under it, at the end; 0: nobody asks for them. */
 int32_t ept_gpu_moe_dispatch_recv(ept_gpu_moe *moe, uint32_t lane, const ept_dispatch_outputs *outputs, void *routing,
-                                  uint64_t tokens, int32_t *num_rows, void *stream, ept_error *error);
+                                  uint64_t tokens, int32_t *num_rows, uint64_t ticket, void *stream, ept_error *error);
+/* What the last dispatch_recv of the lane that had a ticket, and has ended, has mirrored. Asks no GPU; any thread, also
+ * while kernels run and while a stream captures. LATER: none has ended yet. */
+typedef struct ept_gpu_counts {
+  uint32_t size;
+  int32_t fault;   /* the lane's ept_code when it ended; then rows and counts are 0 */
+  uint64_t epoch;  /* how many have ended, from 1; never goes down, also over a reset */
+  uint64_t ticket; /* of that launch; a captured one has the same in every replay */
+  int32_t rows;    /* as num_rows */
+  int32_t reserved;
+} ept_gpu_counts;
+int32_t ept_gpu_moe_counts(ept_gpu_moe *moe, uint32_t lane, ept_gpu_counts *counts,
+                           int32_t *per_expert /* [plan.local_experts] */, ept_error *error);
 /* Weights that are known only now, [tokens, top_k] of the dispatch that `routing` is of, for the combine_send that
  * follows: they go to the ranks that have the rows, and `late` (ept_gpu_late_bytes of device memory) gets those of the
  * rows that are here. All ranks call it or none does, with no dispatch of the lane still to be received. */

@@ -114,6 +114,7 @@ struct ObjectTable {
   const uint32_t *where;       // [experts] rank << 16 | local expert
   const uint32_t *first;       // [world + 1] where a rank's counts start in a table of all experts
   uint64_t *sent;              // [lanes, EPT_PHASES, kTallies] what has been sent, for stats
+  uint64_t *mirrored;          // [lanes] dispatches whose counts were mirrored (counts.h)
   Shape shape;
 };
 
@@ -193,6 +194,8 @@ struct DispatchRecv {
   uint64_t leading;                         // N of the layout
   Strided x, scales, ids, weights, source;  // data NULL: not wanted
   int32_t *counts, *offsets, *num_rows;
+  struct CountsPage *mirror;  // NULL: nobody has asked for it
+  uint64_t ticket;
 };
 
 // Rows that a dispatch under way brings, before there are outputs for them. arrival: uint64_t[4]: rows, of one rank at

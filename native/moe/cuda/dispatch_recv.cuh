@@ -14,6 +14,7 @@
 #pragma once
 
 #include "moe/cuda/arrivals.cuh"
+#include "moe/cuda/counts.h"
 #include "moe/cuda/formats.cuh"
 #include "moe/cuda/shared.h"
 #include "moe/cuda/stream.cuh"
@@ -108,7 +109,9 @@ class DispatchReceiver {
     note(t, kDispatchRecv, 3);
     const bool last = last_block(t, kDispatchRecv, s.word);
     if (last) {
-      if (fault_of(t)) blank_all();
+      const uint32_t met = fault_of(t);
+      if (met) blank_all();
+      if (a.mirror && warp_id() == 0) mirror(met);
       end_half(t, kDispatchRecv, &t.state->received[EPT_PHASE_DISPATCH], generation);
     }
     note(t, kDispatchRecv, 5);
@@ -146,6 +149,21 @@ class DispatchReceiver {
     }
     if (first == 0) *a.num_rows = 0;
     for (uint64_t r = first; r <= world; r += step) a.routing.begin[r] = 0;
+  }
+
+  // By one warp of the last block, whose own sums are there where the lane has no fault.
+  EPT_DEVICE void mirror(uint32_t met) const {
+    const uint64_t epoch = object.mirrored[t.lane] + 1;
+    Counts *to = a.mirror->slot(epoch, local);
+    auto *counts = reinterpret_cast<int32_t *>(to + 1);
+    for (uint32_t e = lane_id(); e < local; e += kWarp) counts[e] = met ? 0 : int32_t(s.sums[e]);
+    __syncwarp();
+    if (lane_id() != 0) return;
+    to->ticket = a.ticket;
+    to->rows = met ? 0 : int32_t(a.layout == kContiguous ? s.starts[local] : s.begin[world]);
+    to->fault = int32_t(met);
+    object.mirrored[t.lane] = epoch;
+    Hardware::release_system(&a.mirror->epoch, epoch);
   }
 
   // ---- what the scouts ask ----

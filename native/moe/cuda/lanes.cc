@@ -555,7 +555,26 @@ GpuObject::GpuObject(std::shared_ptr<Lanes> of, const ept_moe_config &config, ui
   table.first = memory_ + config.num_experts;
   sent_.resize(uint64_t(config.lanes) * EPT_PHASES * kTallies);
   table.sent = static_cast<uint64_t *>(lanes->gpu().allocate(sent_.size() * sizeof(uint64_t)));
+  table.mirrored = static_cast<uint64_t *>(lanes->gpu().allocate(config.lanes * sizeof(uint64_t)));
+  pages_ = static_cast<char *>(lanes->gpu().allocate_pinned(config.lanes * CountsPage::bytes(table.local)));
   table.shape = object.shape;
+}
+
+bool GpuObject::counts(uint32_t lane, ept_gpu_counts *to, int32_t *per_expert) const {
+  CountsPage &at = *page(lane);
+  const auto plain = [](auto &word) { return std::atomic_ref(word).load(std::memory_order_relaxed); };
+  for (;;) {  // again where kernels wrote meanwhile: they take longer for two dispatches than this for a copy
+    to->epoch = std::atomic_ref(at.epoch).load(std::memory_order_acquire);
+    if (to->epoch == 0) return false;
+    Counts &from = *at.slot(to->epoch, table.local);
+    to->ticket = plain(from.ticket);
+    to->rows = plain(from.rows);
+    to->fault = -plain(from.fault);
+    auto *counts = reinterpret_cast<int32_t *>(&from + 1);
+    for (uint32_t e = 0; e < table.local; e++) per_expert[e] = plain(counts[e]);
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (plain(at.epoch) == to->epoch) return true;
+  }
 }
 
 void GpuObject::stats(ept_moe_stats *stats) {
@@ -574,6 +593,8 @@ void GpuObject::stats(ept_moe_stats *stats) {
 }
 
 GpuObject::~GpuObject() {
+  if (pages_) lanes->gpu().release_pinned(pages_);
+  if (table.mirrored) lanes->gpu().release(table.mirrored);
   if (table.sent) lanes->gpu().release(table.sent);
   if (memory_) lanes->gpu().release(memory_);
 }

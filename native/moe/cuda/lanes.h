@@ -26,6 +26,7 @@
 
 #include "eptransport/gpu.h"
 #include "moe/cuda/args.h"
+#include "moe/cuda/counts.h"
 #include "moe/cuda/gpu.h"
 #include "moe/cuda/net.h"
 #include "moe/object.h"
@@ -166,11 +167,17 @@ class GpuObject {
   std::vector<Carried> carried;
   // As ept_moe_stats_get: of kernels that have ended.
   void stats(ept_moe_stats *stats);
+  // Where a lane's counts are mirrored, and what stands there; false: nothing yet.
+  CountsPage *page(uint32_t lane) const {
+    return reinterpret_cast<CountsPage *>(pages_ + lane * CountsPage::bytes(object.local()));
+  }
+  bool counts(uint32_t lane, ept_gpu_counts *counts, int32_t *per_expert) const;
 
  private:
   std::mutex reading_;
   std::vector<uint64_t> sent_;
   uint32_t *memory_ = nullptr;
+  char *pages_ = nullptr;  // [lanes] CountsPage, pinned
 };
 
 }  // namespace ept::moe::cuda

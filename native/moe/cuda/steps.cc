@@ -162,7 +162,7 @@ void dispatch_wait(GpuObject &moe, uint32_t lane, uint64_t *arrival, void *strea
 }
 
 void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o, void *routing, uint64_t tokens,
-                   int32_t *num_rows, void *stream) {
+                   int32_t *num_rows, uint64_t ticket, void *stream) {
   const Object &object = moe.object;
   const ept_moe_config &config = object.config;
   DispatchRecv a{};
@@ -213,6 +213,8 @@ void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o,
   a.counts = static_cast<int32_t *>(o.counts.data);
   a.offsets = static_cast<int32_t *>(o.offsets.data);
   a.num_rows = num_rows;
+  a.ticket = ticket;
+  a.mirror = ticket ? moe.page(lane) : nullptr;
   launch(moe, kKernelDispatchRecv, moe.lanes->blocks(), moe.lanes->threads(), shared_of_receive(moe), stream, &a);
 }
 
@@ -448,9 +450,19 @@ int32_t ept_gpu_moe_dispatch_wait(ept_gpu_moe *moe, uint32_t lane, uint64_t *arr
 }
 
 int32_t ept_gpu_moe_dispatch_recv(ept_gpu_moe *moe, uint32_t lane, const ept_dispatch_outputs *outputs, void *routing,
-                                  uint64_t tokens, int32_t *num_rows, void *stream, ept_error *error) {
+                                  uint64_t tokens, int32_t *num_rows, uint64_t ticket, void *stream, ept_error *error) {
   return guarded("dispatch_recv", error,
-                 [&] { dispatch_recv(*moe->object, lane, *outputs, routing, tokens, num_rows, stream); });
+                 [&] { dispatch_recv(*moe->object, lane, *outputs, routing, tokens, num_rows, ticket, stream); });
+}
+
+int32_t ept_gpu_moe_counts(ept_gpu_moe *moe, uint32_t lane, ept_gpu_counts *counts, int32_t *per_expert,
+                           ept_error *error) {
+  bool there = false;
+  const int32_t failed = guarded("counts", error, [&] {
+    if (counts->size != sizeof *counts) fail(EPT_E_INVALID, -1, "ept_gpu_counts is of another size");
+    there = moe->object->counts(lane_of(*moe->object, lane), counts, per_expert);
+  });
+  return failed ? failed : there ? EPT_OK : EPT_LATER;
 }
 
 uint64_t ept_gpu_late_bytes(const ept_gpu_moe *moe) {
