@@ -2,7 +2,8 @@
 //
 // events.h: what a plugin tells at its next poll. An event goes straight into the caller's array while there is room
 // and nothing older waits, else into a queue; so events come out in the order in which they were added, whether they
-// were found by the poll itself or by another call. What they point to lives until the poll after.
+// were found by the poll itself or by another call; and in a poll
+// nothing waits unless the array is full. What they point to lives until the poll after.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +17,15 @@ namespace plugin {
 
 class Events {
  public:
-  bool waiting() const { return !waiting_.empty(); }
+  size_t waiting() const { return waiting_.size(); }
   bool full() const { return count_ == capacity_; }  // in a poll: the caller's array
+  size_t room() const { return capacity_ - count_; }
+  size_t count() const { return count_; }  // that the caller has by now
 
   // A poll begins: what the last one showed is gone, and what waited goes out.
   void begin(ept_event *events, size_t capacity) {
-    texts_.clear();
-    shown_.clear();
+    if (!texts_.empty()) texts_.clear();
+    if (!shown_.empty()) shown_.clear();
     events_ = events;
     capacity_ = capacity;
     count_ = 0;
@@ -37,16 +40,29 @@ class Events {
     return static_cast<int32_t>(count);
   }
 
-  // Of `peer` and its `epoch`; the caller fills in the rest before it adds another.
-  ept_event *add(int32_t kind, uint32_t peer, uint32_t epoch, std::string text = {}, std::vector<uint8_t> data = {}) {
+  // Of `peer` and its `epoch`; the caller fills in the rest before it adds another. Every completion comes by here, so
+  // this one moves no text about.
+  ept_event *add(int32_t kind, uint32_t peer, uint32_t epoch) {
     ept_event *event = nullptr;
-    if (waiting_.empty() && !full()) {
+    if (waiting_.empty() && !full())
       event = &events_[count_++];
-      *event = fresh(kind, peer, epoch);
+    else
+      event = &waiting_.emplace_back().event;
+    *event = ept_event{};
+    event->size = sizeof *event;
+    event->kind = kind;
+    event->peer = peer;
+    event->epoch = epoch;
+    return event;
+  }
+  ept_event *add(int32_t kind, uint32_t peer, uint32_t epoch, std::string text, std::vector<uint8_t> data = {}) {
+    const bool straight = waiting_.empty() && !full();
+    ept_event *event = add(kind, peer, epoch);
+    if (straight) {
       show(event, std::move(text), std::move(data));
     } else {
-      waiting_.push_back({fresh(kind, peer, epoch), std::move(text), std::move(data)});
-      event = &waiting_.back().event;
+      waiting_.back().text = std::move(text);
+      waiting_.back().data = std::move(data);
     }
     return event;
   }
@@ -58,14 +74,6 @@ class Events {
     std::vector<uint8_t> data;
   };
 
-  static ept_event fresh(int32_t kind, uint32_t peer, uint32_t epoch) {
-    ept_event event{};
-    event.size = sizeof event;
-    event.kind = kind;
-    event.peer = peer;
-    event.epoch = epoch;
-    return event;
-  }
   void show(ept_event *event, std::string text, std::vector<uint8_t> data) {
     if (!text.empty()) {
       texts_.push_back(std::move(text));

@@ -7,8 +7,9 @@
 //    context, no operation: so what is in flight is bounded by tx_depth, whatever the provider would take. A context
 //    goes back when the provider gives its completion or its error, and not before, not even when the engine was told
 //    meanwhile that the operation failed (its peer ended): until then the provider may write into it.
-//  - Receives have contexts and buffers of their own, all posted from open to close, but for those whose bytes the
-//    caller looks at until the next poll.
+//  - Receives have contexts and buffers of their own, all posted from open to close: what one holds is copied out
+//  before
+//    it is posted again.
 //  - The completion queue has room for every context, every receive and the immediates that `cq_depth` tells the
 //    engine of; it grants no more credits than that to all peers together. So nobody can overrun it.
 #pragma once
@@ -89,7 +90,6 @@ struct Rail {
   std::vector<Operation> receives;
   std::vector<uint32_t> free_sends;  // buffers in `sent`
   std::vector<uint32_t> to_post;     // receives that are not posted
-  std::vector<uint32_t> shown;       // receives that the caller looks at until the next poll
   ept_rail_counters counters{};
 
   ~Rail();

@@ -16,7 +16,7 @@ constexpr uint32_t kErrorsAtOnce = 32;  // bad entries read in one go
 
 }  // namespace
 
-void ept_instance::failed(Rail *rail, Operation *operation, const Fault &fault, Output *out) {
+void ept_instance::failed(Rail *rail, Operation *operation, const Fault &fault) {
   Peer *peer = operation->peer;
   const bool control = operation->kind == Operation::Kind::kControl;
   const std::string what = operation->kind == Operation::Kind::kWrite ? "a write of" : "a message of";
@@ -25,22 +25,29 @@ void ept_instance::failed(Rail *rail, Operation *operation, const Fault &fault, 
                             rail->info->domain_attr->name, fault.text.c_str());
   if (control || peer->state == Peer::State::kEnded || operation->told) {
     if (control && peer->state == Peer::State::kConnecting) peer->last_try = text;
-    return completed(rail, operation, out);
+    return completed(rail, operation);
   }
   if (!fault.refused || !traits.revokes) {
     const int32_t code = fault.code == EPT_E_ACCESS || fault.code == EPT_E_CLOSED ? EPT_E_PEER_LOST : fault.code;
     end_peer(peer, code == EPT_E_IO ? EPT_E_PEER_LOST : code, fault.provider_errno,
              format("rank %u is lost: %s", peer->rank, text.c_str()), true);
-    return completed(rail, operation, out);
+    return completed(rail, operation);
   }
-  ++rail->counters.errors;
-  add_pending(EPT_EVENT_ERROR, peer->rank, peer->epoch, rail->number, operation->cookie, fault.code, std::move(text));
-  pending.back().event.provider_errno = fault.provider_errno;
+  tell_error(rail, *operation, fault.code, fault.provider_errno, std::move(text));
   operation->told = true;
-  completed(rail, operation, out);
+  completed(rail, operation);
 }
 
-void ept_instance::read_error(Rail *rail, Output *out) {
+void ept_instance::tell_error(Rail *rail, const Operation &operation, int32_t code, int number, std::string text) {
+  ++rail->counters.errors;
+  ept_event *event = events.add(EPT_EVENT_ERROR, operation.peer->rank, operation.peer->epoch, std::move(text));
+  event->rail = rail->number;
+  event->cookie = operation.cookie;
+  event->code = code;
+  event->provider_errno = number;
+}
+
+void ept_instance::read_error(Rail *rail) {
   for (uint32_t i = 0; i < kErrorsAtOnce; ++i) {
     fi_cq_err_entry entry{};
     ssize_t status = fi_cq_readerr(rail->cq.get(), &entry, 0);
@@ -59,7 +66,7 @@ void ept_instance::read_error(Rail *rail, Output *out) {
       rail->to_post.push_back(operation->index);
       continue;
     }
-    failed(rail, operation, fault, out);
+    failed(rail, operation, fault);
   }
 }
 

@@ -21,12 +21,12 @@
 
 #include <array>
 #include <atomic>
-#include <deque>
 #include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "../events.h"
 #include "endpoint.h"
 #include "errors.h"
 #include "handshake.h"
@@ -57,14 +57,6 @@ struct Peer {
   uint64_t orphans_due_ns = 0;  // when what is still in flight is told as failed; 0: nothing is
 };
 
-// An event that did not come straight out of a completion queue.
-struct Pending {
-  ept_event event;
-  std::string text;
-  std::vector<uint8_t> data;
-  bool has_text = false, has_data = false;
-};
-
 struct Quiesce {
   uint64_t cookie;
   uint32_t rank;
@@ -79,22 +71,6 @@ struct Fence {
   uint32_t rails;   // still to be told, a bit each
   uint64_t due_ns;  // 0: that has passed
   std::array<uint8_t, kMaxRails> empty_reads{};
-};
-
-struct Output {
-  ept_event *events;
-  size_t capacity, count;
-  bool full() const { return count == capacity; }
-  ept_event *add(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail) {
-    ept_event *event = &events[count++];
-    *event = ept_event{};
-    event->size = sizeof *event;
-    event->kind = kind;
-    event->peer = peer;
-    event->epoch = epoch;
-    event->rail = rail;
-    return event;
-  }
 };
 
 }  // namespace libfabric
@@ -132,9 +108,7 @@ struct ept_instance {
 
   ept_worker worker{};
   bool worker_is_open = false;
-  std::deque<libfabric::Pending> pending;
-  std::deque<std::string> texts;  // shown to the caller until the next poll
-  std::vector<std::vector<uint8_t>> shown;
+  plugin::Events events;
   std::vector<libfabric::Quiesce> quiesces;
   std::vector<libfabric::Fence> fences;
   libfabric::Fd epoll, timer;
@@ -152,11 +126,9 @@ struct ept_instance {
   int32_t peer_state(uint32_t rank);
   int32_t peer_close(uint32_t rank);
   void end_peer(libfabric::Peer *peer, int32_t code, int number, std::string text, bool announce);
-  void on_message(libfabric::Rail *rail, libfabric::Operation *receive, size_t length, libfabric::Output *out);
+  void on_message(libfabric::Rail *rail, libfabric::Operation *receive, size_t length);
   void on_time(uint64_t now_ns);
   uint64_t next_deadline() const;
-  void add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie, int32_t code,
-                   std::string text);
   void reap();
   void abandon();                   // the worker is closed: what is in flight is nobody's any more
   void farewell(uint64_t most_ns);  // lets what was said last leave
@@ -164,7 +136,7 @@ struct ept_instance {
 
   // worker.cc
   int32_t post(const ept_op *ops, size_t count, size_t *posted);
-  int32_t poll(ept_event *events, size_t capacity);
+  int32_t poll(ept_event *shown, size_t capacity);
   int32_t arm(int32_t *descriptor);
   bool watch_rails();
   void unwatch_rails();
@@ -175,6 +147,8 @@ struct ept_instance {
 
   // faults.cc
   void rail_broke(libfabric::Rail *rail, int number, const std::string &why);
+  void tell_error(libfabric::Rail *rail, const libfabric::Operation &operation, int32_t code, int number,
+                  std::string text);
 
   // memory.cc
   int32_t mem_register(const ept_memory *memory, ept_mem **result);
@@ -200,18 +174,15 @@ struct ept_instance {
   // The provider's no, as a positive number: LATER if it is full, else an error. What was taken goes back.
   int32_t not_posted(libfabric::Rail *rail, libfabric::Operation *operation, const ept_op &op, const char *what,
                      int status);
-  void read_queue(libfabric::Rail *rail, libfabric::Output *out);
-  void completed(libfabric::Rail *rail, libfabric::Operation *operation, libfabric::Output *out);
-  void immediate(libfabric::Rail *rail, uint64_t data, uint64_t length, libfabric::Output *out);
-  ept_event *emit(libfabric::Output *out, int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail);
-  void give_pending(libfabric::Output *out);
+  void read_queue(libfabric::Rail *rail);
+  void completed(libfabric::Rail *rail, libfabric::Operation *operation);
+  void immediate(libfabric::Rail *rail, uint64_t data, uint64_t length);
   // quiet.cc
   void give_quiesced();
   void found_empty(libfabric::Rail *rail);
   // faults.cc
-  void failed(libfabric::Rail *rail, libfabric::Operation *operation, const libfabric::Fault &fault,
-              libfabric::Output *out);
-  void read_error(libfabric::Rail *rail, libfabric::Output *out);
+  void failed(libfabric::Rail *rail, libfabric::Operation *operation, const libfabric::Fault &fault);
+  void read_error(libfabric::Rail *rail);
   void read_events(libfabric::Rail *rail);
   void queue_died(libfabric::Rail *rail, int number, const std::string &why);
 };

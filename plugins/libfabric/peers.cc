@@ -152,7 +152,7 @@ void ept_instance::stranger(const char *what) {
     log(EPT_LOG_WARNING, format("libfabric: rank %u: a message from a stranger: %s", params.rank, what));
 }
 
-void ept_instance::on_message(Rail *rail, Operation *receive, size_t length, Output *out) {
+void ept_instance::on_message(Rail *rail, Operation *receive, size_t length) {
   const uint8_t *bytes = receive->buffer;
   MessageHead head;
   rail->to_post.push_back(receive->index);
@@ -191,16 +191,10 @@ void ept_instance::on_message(Rail *rail, Operation *receive, size_t length, Out
   }
   if (type != MessageType::kSend) return stranger("it is of no known kind");
   ++rail->counters.rx_sends;
-  ept_event *event = emit(out, EPT_EVENT_RECV, peer->rank, peer->epoch, rail->number);
+  ept_event *event = events.add(EPT_EVENT_RECV, peer->rank, peer->epoch, {},
+                                std::vector<uint8_t>(bytes + sizeof head, bytes + length));
+  event->rail = rail->number;
   event->length = head.length;
-  if (!pending.empty() && event == &pending.back().event) {
-    pending.back().data.assign(bytes + sizeof head, bytes + length);
-    pending.back().has_data = true;
-  } else {
-    event->data = bytes + sizeof head;
-    rail->shown.push_back(rail->to_post.back());  // not posted again while the caller looks at it
-    rail->to_post.pop_back();
-  }
 }
 
 void ept_instance::on_greeting(Rail *rail, const MessageHead &head, const Greeting &greeting) {
@@ -256,7 +250,7 @@ void ept_instance::maybe_up(Peer *peer) {
   peer->state = Peer::State::kUp;
   peer->was_up = true;
   peer->hello_due_ns = 0;
-  add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_OK, "");
+  events.add(EPT_EVENT_PEER, peer->rank, peer->epoch);
   log(EPT_LOG_DEBUG, format("libfabric: rank %u: rank %u is up, %u rails of %s", params.rank, peer->rank, peer->rails,
                             own.provider.c_str()));
 }
@@ -275,9 +269,7 @@ void ept_instance::on_time(uint64_t now_ns) {
         operation.told = true;
         if (operation.mem != nullptr) --operation.mem->in_flight;
         operation.mem = nullptr;
-        ++rail->counters.errors;
-        add_pending(EPT_EVENT_ERROR, peer->rank, peer->epoch, rail->number, operation.cookie, peer->code, peer->text);
-        pending.back().event.provider_errno = peer->number;
+        tell_error(rail.get(), operation, peer->code, peer->number, peer->text);
       }
     }
   };
@@ -312,8 +304,9 @@ void ept_instance::end_peer(Peer *peer, int32_t code, int number, std::string te
   peer->hello_due_ns = 0;
   if (peer->in_flight > 0) peer->orphans_due_ns = now() + kOrphansNs;
   if (!announce) return;
-  add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, code, peer->text);
-  pending.back().event.provider_errno = number;
+  ept_event *event = events.add(EPT_EVENT_PEER, peer->rank, peer->epoch, peer->text);
+  event->code = code;
+  event->provider_errno = number;
 }
 
 int32_t ept_instance::peer_close(uint32_t rank) {
@@ -391,19 +384,4 @@ void ept_instance::reap() {
         fi_av_remove(rails[rail]->av.get(), &peer->addresses[rail], 1, 0);
     leaving.erase(leaving.begin() + static_cast<ptrdiff_t>(i));
   }
-}
-
-void ept_instance::add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie,
-                               int32_t code, std::string text) {
-  Pending entry{};
-  entry.event.size = sizeof entry.event;
-  entry.event.kind = kind;
-  entry.event.peer = peer;
-  entry.event.epoch = epoch;
-  entry.event.rail = rail;
-  entry.event.cookie = cookie;
-  entry.event.code = code;
-  entry.has_text = !text.empty();
-  entry.text = std::move(text);
-  pending.push_back(std::move(entry));
 }

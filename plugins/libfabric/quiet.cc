@@ -48,7 +48,9 @@ void ept_instance::found_empty(Rail *rail) {
     if (waits && fence.due_ns == 0) ++fence.empty_reads[rail->number];
     if (waits && (fence.empty_reads[rail->number] == kFenceReads || !rail->broken.empty())) {
       fence.rails &= ~bit;
-      add_pending(EPT_EVENT_FENCED, fence.rank, fence.epoch, rail->number, fence.cookie, EPT_OK, "");
+      ept_event *event = events.add(EPT_EVENT_FENCED, fence.rank, fence.epoch);
+      event->rail = rail->number;
+      event->cookie = fence.cookie;
     }
     if (fence.rails == 0)
       fences.erase(fences.begin() + static_cast<ptrdiff_t>(i));
@@ -85,13 +87,16 @@ void ept_instance::give_quiesced() {
       ++i;
       continue;
     }
-    if (stuck == nullptr)
-      add_pending(EPT_EVENT_QUIESCED, entry.rank, 0, 0, entry.cookie, EPT_OK, "");
-    else
-      add_pending(EPT_EVENT_QUIESCED, entry.rank, stuck->peer->epoch, 0, entry.cookie, EPT_E_STUCK,
-                  format("the endpoint of rank %u, which still holds operations to rank %u, epoch %u: its provider has "
-                         "not given them back",
-                         params.rank, stuck->peer->rank, stuck->peer->epoch));
+    std::string text;
+    if (stuck != nullptr)
+      text = format(
+          "the endpoint of rank %u, which still holds operations to rank %u, epoch %u: its provider has not given them "
+          "back",
+          params.rank, stuck->peer->rank, stuck->peer->epoch);
+    ept_event *event =
+        events.add(EPT_EVENT_QUIESCED, entry.rank, stuck != nullptr ? stuck->peer->epoch : 0, std::move(text));
+    event->cookie = entry.cookie;
+    event->code = stuck != nullptr ? EPT_E_STUCK : EPT_OK;
     quiesces.erase(quiesces.begin() + static_cast<ptrdiff_t>(i));
   }
 }

@@ -4,8 +4,8 @@
 // INVARIANTS
 //  - Every WRITE and SIGNAL is an RMA write with remote CQ data, payload or not: that is the one operation of which
 //    every provider checks the key and tells the target. Its 32 bits are the immediate.
-//  - An event is given straight from a completion queue only while nothing older waits in `pending`; so a peer's PEER
-//    event comes before what follows from it.
+//  - All that is told goes through `events`, which keeps the order; so a peer's PEER event comes before what follows
+//    from it.
 #include <sys/epoll.h>
 #include <sys/timerfd.h>
 
@@ -145,18 +145,9 @@ int32_t ept_instance::post_send(Peer *peer, const ept_op &op) {
 
 // ---- poll -----------------------------------------------------------------------------------------------------------
 
-int32_t ept_instance::poll(ept_event *events, size_t capacity) {
+int32_t ept_instance::poll(ept_event *shown, size_t capacity) {
   if (watched) unwatch_rails();
-  if (!texts.empty()) texts.clear();
-  if (!shown.empty()) shown.clear();
-  for (auto &rail : rails) {
-    if (!rail->shown.empty()) {
-      rail->to_post.insert(rail->to_post.end(), rail->shown.begin(), rail->shown.end());
-      rail->shown.clear();
-    }
-  }
-  Output out{events, capacity, 0};
-  if (!pending.empty()) give_pending(&out);
+  events.begin(shown, capacity);
   if (++since_clock >= kClockEvery || time_due_ns == 0) {
     since_clock = 0;
     uint64_t time = now();
@@ -168,28 +159,27 @@ int32_t ept_instance::poll(ept_event *events, size_t capacity) {
   }
   // The first to be read changes, so that a busy rail does not starve the others where the caller has little room.
   const auto count = static_cast<uint32_t>(rails.size());
-  for (uint32_t i = 0; i < count && !out.full(); ++i) {
+  for (uint32_t i = 0; i < count && !events.full(); ++i) {
     uint32_t number = next_rail + i;
-    read_queue(rails[number < count ? number : number - count].get(), &out);
+    read_queue(rails[number < count ? number : number - count].get());
   }
   if (++next_rail >= count) next_rail = 0;
   if (!quiesces.empty()) give_quiesced();
-  if (!pending.empty()) give_pending(&out);
-  return static_cast<int32_t>(out.count);
+  return events.end();
 }
 
-void ept_instance::read_queue(Rail *rail, Output *out) {
+void ept_instance::read_queue(Rail *rail) {
   fi_cq_data_entry entries[kReadAtOnce];
   if (!rail->broken.empty() && !fences.empty()) found_empty(rail);  // nothing comes from there any more
-  while (!out->full() && rail->broken.empty()) {
-    const size_t room = std::min(kReadAtOnce, out->capacity - out->count);
+  while (!events.full() && rail->broken.empty()) {
+    const size_t room = std::min(kReadAtOnce, events.room());
     ssize_t count = fi_cq_read(rail->cq.get(), entries, room);
     if (count == -FI_EAGAIN) {
       if (!fences.empty()) found_empty(rail);
       break;
     }
     if (count == -FI_EAVAIL) {
-      read_error(rail, out);
+      read_error(rail);
       continue;
     }
     if (count < 0) {
@@ -199,7 +189,7 @@ void ept_instance::read_queue(Rail *rail, Output *out) {
     for (ssize_t i = 0; i < count; ++i) {
       const fi_cq_data_entry &entry = entries[i];
       if ((entry.flags & FI_REMOTE_CQ_DATA) != 0) {
-        immediate(rail, entry.data, entry.len, out);
+        immediate(rail, entry.data, entry.len);
         Operation *used = rail->imm_takes_receive ? rail->of_context(entry.op_context) : nullptr;
         if (used != nullptr) rail->to_post.push_back(used->index);
         continue;
@@ -207,9 +197,9 @@ void ept_instance::read_queue(Rail *rail, Output *out) {
       Operation *operation = rail->of_context(entry.op_context);
       if (operation == nullptr) continue;
       if (operation->kind == Operation::Kind::kReceive)
-        on_message(rail, operation, entry.len, out);
+        on_message(rail, operation, entry.len);
       else
-        completed(rail, operation, out);
+        completed(rail, operation);
     }
     if (count < static_cast<ssize_t>(room)) {
       // Less than there was room for is as good as empty; but a fence counts reads that gave nothing.
@@ -219,30 +209,30 @@ void ept_instance::read_queue(Rail *rail, Output *out) {
   if (!rail->to_post.empty()) rail->post_receives();
 }
 
-void ept_instance::immediate(Rail *rail, uint64_t data, uint64_t length, Output *out) {
+void ept_instance::immediate(Rail *rail, uint64_t data, uint64_t length) {
   if (data > UINT32_MAX) {
     ++rail->counters.errors;
     return stranger("remote CQ data of more than 32 bits");
   }
   ++rail->counters.rx_operations;
   rail->counters.rx_bytes += length;  // 0 where the provider does not say
-  ept_event *event = emit(out, EPT_EVENT_IMM, UINT32_MAX, 0, rail->number);
+  ept_event *event = events.add(EPT_EVENT_IMM, UINT32_MAX, 0);
+  event->rail = rail->number;
   event->immediate = static_cast<uint32_t>(data);
   event->length = length;
 }
 
-void ept_instance::completed(Rail *rail, Operation *operation, Output *out) {
+void ept_instance::completed(Rail *rail, Operation *operation) {
   Peer *peer = operation->peer;
   --peer->in_flight;
   if (operation->mem != nullptr) --operation->mem->in_flight;
   if (operation->kind != Operation::Kind::kControl && !operation->told) {
     if (peer->state == Peer::State::kEnded) {
       // After the end of a peer there is nothing but ERRORs.
-      ++rail->counters.errors;
-      add_pending(EPT_EVENT_ERROR, peer->rank, peer->epoch, rail->number, operation->cookie, peer->code, peer->text);
-      pending.back().event.provider_errno = peer->number;
+      tell_error(rail, *operation, peer->code, peer->number, peer->text);
     } else {
-      ept_event *event = emit(out, EPT_EVENT_LOCAL_DONE, peer->rank, peer->epoch, rail->number);
+      ept_event *event = events.add(EPT_EVENT_LOCAL_DONE, peer->rank, peer->epoch);
+      event->rail = rail->number;
       event->cookie = operation->cookie;
       event->length = operation->length;
     }
@@ -251,30 +241,6 @@ void ept_instance::completed(Rail *rail, Operation *operation, Output *out) {
   if (peer->in_flight == 0 && peer->state == Peer::State::kEnded) {
     peer->orphans_due_ns = 0;
     reap();
-  }
-}
-
-ept_event *ept_instance::emit(Output *out, int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail) {
-  if (pending.empty() && !out->full()) return out->add(kind, peer, epoch, rail);
-  add_pending(kind, peer, epoch, rail, 0, EPT_OK, "");
-  return &pending.back().event;
-}
-
-void ept_instance::give_pending(Output *out) {
-  while (!pending.empty() && !out->full()) {
-    Pending &entry = pending.front();
-    ept_event *event = out->add(entry.event.kind, 0, 0, 0);
-    *event = entry.event;
-    event->size = sizeof *event;
-    if (entry.has_text) {
-      texts.push_back(std::move(entry.text));
-      event->text = texts.back().c_str();
-    }
-    if (entry.has_data) {
-      shown.push_back(std::move(entry.data));
-      event->data = shown.back().data();
-    }
-    pending.pop_front();
   }
 }
 
@@ -301,12 +267,12 @@ void ept_instance::unwatch_rails() {
 int32_t ept_instance::arm(int32_t *descriptor) {
   *descriptor = -1;
   const bool fencing = std::any_of(fences.begin(), fences.end(), [](const Fence &fence) { return fence.due_ns == 0; });
-  if (!pending.empty() || fencing || !quiesces.empty()) return EPT_LATER;
+  if (events.waiting() || fencing || !quiesces.empty()) return EPT_LATER;
   for (auto &rail : rails) {
     read_events(rail.get());
-    if (!rail->shown.empty() || !rail->to_post.empty()) return EPT_LATER;
+    if (!rail->to_post.empty()) return EPT_LATER;
   }
-  if (!pending.empty()) return EPT_LATER;
+  if (events.waiting()) return EPT_LATER;
   if (!has_wait) return EPT_OK;
   for (auto &rail : rails) {
     if (!rail->broken.empty()) continue;
