@@ -135,14 +135,6 @@ struct Peer : Link {
   bool drained() const;  // every accepted operation has had its event
 };
 
-// An event that did not come out of a stream.
-struct Pending {
-  ept_event event;
-  std::string text;
-  std::vector<uint8_t> data;
-  bool has_text = false, has_data = false, of_self = false;
-};
-
 struct Quiesce {
   uint64_t cookie;
   uint32_t rank;
@@ -216,11 +208,8 @@ struct ept_instance {
   std::atomic<uint32_t> bulk_streams = 0;  // for `query`
   uint32_t since_epoll = 0, since_clock = 0, crowded = 0;
   uint64_t tick_due_ns = 0, liveness_due_ns = 0;
-  std::deque<tcp::Pending> pending;
-  uint32_t self_pending = 0;                // of those, events of operations to this rank itself
-  std::vector<ept_rail_counters> counters;  // a rail
-  std::deque<std::string> texts;            // shown to the caller until the next poll
-  std::vector<std::vector<uint8_t>> shown;
+  plugin::Events events;
+  std::vector<ept_rail_counters> counters;                 // a rail
   std::vector<std::unique_ptr<tcp::Source>> dead_sources;  // epoll may still name them within this poll
   std::vector<tcp::Quiesce> quiesces;
 
@@ -268,13 +257,11 @@ struct ept_instance {
                  const tcp::ResumePoint &theirs);
   void end_peer(tcp::Peer *peer, int32_t code, int number, std::string text, bool announce);
   void streams_may_have_ended(tcp::Peer *peer);
-  void give_ended(tcp::Output *out);
-  void add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie, int32_t code,
-                   std::string text);
+  void give_ended();
 
   // worker.cc
   int32_t post(const ept_op *ops, size_t count, size_t *posted);
-  int32_t poll(ept_event *events, size_t capacity);
+  int32_t poll(ept_event *shown, size_t capacity);
   int32_t arm(int32_t *descriptor);
   int32_t quiesce(uint32_t rank, int32_t scope, uint64_t cookie);
   void make_ready(tcp::Stream *stream);
@@ -299,16 +286,15 @@ struct ept_instance {
   // worker.cc
   int32_t check(const ept_op &op, tcp::Peer **peer);
   int32_t post_to_self(tcp::Peer *peer, const ept_op &op);
-  void serve(tcp::Stream *stream, tcp::Output *out);
-  void serve_ready(tcp::Output *out);
-  bool spin(tcp::Output *out);
+  void serve(tcp::Stream *stream);
+  void serve_ready();
+  bool spin();
   int32_t ask_epoll();
-  void after_receive(tcp::Stream *stream, tcp::Output *out);
+  void after_receive(tcp::Stream *stream);
   bool heat(tcp::Stream *stream);
   void flush_touched();
   void note_bulk(tcp::Stream *stream);
   void pay_owing(bool now);
-  void give_pending(tcp::Output *out);
   void give_quiesced();
   void note_consumed(const tcp::Peer &peer);
 };

@@ -73,7 +73,7 @@ int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *addre
   peers[rank] = std::move(peer);
   if (opened->self) {
     opened->state = Peer::State::kUp;
-    add_pending(EPT_EVENT_PEER, rank, epoch, 0, 0, EPT_OK, "");
+    events.add(EPT_EVENT_PEER, rank, epoch);
     return EPT_OK;
   }
   auto refused = refused_members.find(rank);
@@ -129,7 +129,7 @@ void ept_instance::stream_up(Peer *peer, uint32_t number, Fd fd, const Limits &a
   }
   if (peer->streams_up < peer->agreed_streams) return;
   peer->state = Peer::State::kUp;
-  add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_OK, "");
+  events.add(EPT_EVENT_PEER, peer->rank, peer->epoch);
   log(EPT_LOG_DEBUG, format("tcp: rank %u: rank %u at %s is up, %u streams", params.rank, peer->rank,
                             peer->where.c_str(), peer->agreed_streams));
   // What came in before all streams were up is looked at from now on.
@@ -236,9 +236,11 @@ int32_t ept_instance::peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie)
   for (Accepted *entry : stale) drop(entry);
   auto counts = consumed.find(rank);
   for (uint32_t rail = 0; rail < settings.streams; ++rail) {
-    add_pending(EPT_EVENT_FENCED, rank, epoch, rail, cookie, EPT_OK, "");
+    ept_event *event = events.add(EPT_EVENT_FENCED, rank, epoch);
+    event->rail = rail;
+    event->cookie = cookie;
     if (counts != consumed.end() && counts->second.epoch == epoch && rail < counts->second.immediates.size())
-      pending.back().event.immediate = static_cast<uint32_t>(counts->second.immediates[rail]);
+      event->immediate = static_cast<uint32_t>(counts->second.immediates[rail]);
   }
   return EPT_OK;
 }
@@ -258,39 +260,23 @@ void ept_instance::note_consumed(const Peer &peer) {
     if (peer.streams[i] != nullptr) entry.immediates[i] = peer.streams[i]->immediates();
 }
 
-void ept_instance::give_ended(Output *out) {
-  for (size_t i = 0; i < ended.size() && !out->full();) {
+void ept_instance::give_ended() {
+  for (size_t i = 0; i < ended.size() && !events.full();) {
     Peer *peer = ended[i];
     for (auto &stream : peer->streams)
-      if (stream != nullptr) stream->complete(out);
-    if (out->full()) return;
+      if (stream != nullptr) stream->complete(&events);
+    if (events.full()) return;
     if (peer->announce) {
-      ept_event &event = out->add(EPT_EVENT_PEER, peer->rank, peer->epoch, 0);
-      event.code = peer->code;
-      event.provider_errno = peer->number_of_system;
-      event.text = out->keep(peer->text);
+      ept_event *event = events.add(EPT_EVENT_PEER, peer->rank, peer->epoch, peer->text);
+      event->code = peer->code;
+      event->provider_errno = peer->number_of_system;
       peer->announce = false;
     }
     for (auto &stream : peer->streams)
-      if (stream != nullptr) stream->abandon(out, peer->code, peer->number_of_system, peer->text.c_str());
-    if (!peer->drained()) return;  // out is full
+      if (stream != nullptr) stream->abandon(&events, peer->code, peer->number_of_system, peer->text.c_str());
+    if (!peer->drained()) return;  // the caller has no more room
     ended.erase(ended.begin() + static_cast<ptrdiff_t>(i));
     auto left = std::find_if(leaving.begin(), leaving.end(), [&](const auto &other) { return other.get() == peer; });
     if (left != leaving.end()) leaving.erase(left);
   }
-}
-
-void ept_instance::add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie,
-                               int32_t code, std::string text) {
-  Pending entry{};
-  entry.event.size = sizeof entry.event;
-  entry.event.kind = kind;
-  entry.event.peer = peer;
-  entry.event.epoch = epoch;
-  entry.event.rail = rail;
-  entry.event.cookie = cookie;
-  entry.event.code = code;
-  entry.has_text = !text.empty();
-  entry.text = std::move(text);
-  pending.push_back(std::move(entry));
 }

@@ -70,9 +70,11 @@ void ept_instance::stream_broke(Peer *peer, uint32_t number, uint64_t since) {
       format("tcp: rank %u: stream %u to rank %u broke: %s", params.rank, number, peer->rank, dial->reason.c_str()));
   if (!peer->suspect) {
     peer->suspect = true;
-    add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_LATER,
-                format("stream %u to rank %u at %s broke and is connected again: %s", number, peer->rank,
-                       peer->where.c_str(), dial->reason.c_str()));
+    events
+        .add(EPT_EVENT_PEER, peer->rank, peer->epoch,
+             format("stream %u to rank %u at %s broke and is connected again: %s", number, peer->rank,
+                    peer->where.c_str(), dial->reason.c_str()))
+        ->code = EPT_LATER;
   }
 }
 
@@ -96,7 +98,7 @@ void ept_instance::stream_is_well(Peer *peer, uint32_t number) {
   for (const auto &stream : peer->streams)
     if (stream->down()) return;
   peer->suspect = false;
-  add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_OK, "");
+  events.add(EPT_EVENT_PEER, peer->rank, peer->epoch);
 }
 
 // The higher rank has lost its end of connection `generation` of `stream`.

@@ -24,36 +24,13 @@
 #include <string>
 #include <vector>
 
+#include "../events.h"
 #include "frame.h"
 #include "handshake.h"
 #include "memory.h"
 #include "resume.h"
 
 namespace tcp {
-
-// Where a poll puts its events. Sentences live until the next poll.
-struct Output {
-  ept_event *events;
-  size_t capacity;
-  size_t count;
-  std::deque<std::string> *texts;
-
-  bool full() const { return count == capacity; }
-  ept_event &add(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail) {
-    ept_event &event = events[count++];
-    event = ept_event{};
-    event.size = sizeof event;
-    event.kind = kind;
-    event.peer = peer;
-    event.epoch = epoch;
-    event.rail = rail;
-    return event;
-  }
-  const char *keep(std::string text) {
-    texts->push_back(std::move(text));
-    return texts->back().c_str();
-  }
-};
 
 // What the streams of one peer share.
 struct Link {
@@ -94,12 +71,12 @@ class Stream : public Source {
   void finish();  // says FINISH if that can be said, and that no more will come
 
   // ---- receiving ----
-  void receive(Output *out);  // reads and parses, a bounded amount
-  void revalidate();          // exports were removed: payload under way into one goes to the sink from now on
+  void receive(plugin::Events *events);  // reads and parses, a bounded amount
+  void revalidate();  // exports were removed: payload under way into one goes to the sink from now on
 
   // ---- completion ----
-  void complete(Output *out);  // LOCAL_DONE and ERROR of what was acknowledged
-  void abandon(Output *out, int32_t code, int number, const char *text);  // ERROR for the rest
+  void complete(plugin::Events *events);  // LOCAL_DONE and ERROR of what was acknowledged
+  void abandon(plugin::Events *events, int32_t code, int number, const char *text);  // ERROR for the rest
   bool drained() const { return completed_ == queued_; }
   bool completing() const { return completed_ < acked_; }
   uint64_t queued() const { return queued_; }
@@ -174,10 +151,10 @@ class Stream : public Source {
   void drop_source(Operation &entry);
   void complete_one(Operation &done, ept_event *event);
 
-  void parse(Output *out);
-  bool begin_frame(const FrameHeader &header, Output *out);
+  void parse(plugin::Events *events);
+  bool begin_frame(const FrameHeader &header, plugin::Events *events);
   bool plausible(const FrameHeader &header);
-  void end_frame(Output *out);
+  void end_frame(plugin::Events *events);
   void consumed_one(uint64_t bytes);
   ssize_t read_some(size_t *asked);
   bool make_room();

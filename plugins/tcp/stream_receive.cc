@@ -44,15 +44,15 @@ void Stream::on_epoll(uint32_t epoll_events) {
   if (epoll_events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) blocked_ = false;
 }
 
-void Stream::receive(Output *out) {
-  parse(out);
-  for (int round = 0; round < kRounds && readable_ && !out->full() && !ended_; ++round) {
+void Stream::receive(plugin::Events *events) {
+  parse(events);
+  for (int round = 0; round < kRounds && readable_ && !events->full() && !ended_; ++round) {
     size_t asked = 0;
     ssize_t got = read_some(&asked);
     if (got == 0) break;
     // Less than asked for: the socket is empty, unless its end is behind the bytes.
     if (static_cast<size_t>(got) < asked) readable_ = hangup_;
-    parse(out);
+    parse(events);
   }
   if (untold()) flush();
 }
@@ -126,10 +126,10 @@ bool Stream::make_room() {
   return end_ < kBufferBytes;
 }
 
-void Stream::parse(Output *out) {
+void Stream::parse(plugin::Events *events) {
   more_ = false;
   while (!ended_) {
-    if (out->full()) {
+    if (events->full()) {
       more_ = in_payload_ ? left_ == 0 || begin_ != end_ : end_ - begin_ >= sizeof(FrameHeader);
       return;
     }
@@ -144,18 +144,18 @@ void Stream::parse(Output *out) {
         left_ -= step;
       }
       if (left_ > 0) return;
-      end_frame(out);
+      end_frame(events);
       continue;
     }
     if (end_ - begin_ < sizeof(FrameHeader)) return;
     FrameHeader header;
     memcpy(&header, buffer_.get() + begin_, sizeof header);
-    if (!begin_frame(header, out)) return;
+    if (!begin_frame(header, events)) return;
   }
 }
 
 // Takes the header at begin_. False: the stream has ended, or the rest of a SEND must come first.
-bool Stream::begin_frame(const FrameHeader &header, Output *out) {
+bool Stream::begin_frame(const FrameHeader &header, plugin::Events *events) {
   if (!plausible(header)) return false;
   if (header.type == FrameType::kSend && end_ - begin_ < sizeof header + header.length) return false;
   begin_ += sizeof header;
@@ -179,9 +179,10 @@ bool Stream::begin_frame(const FrameHeader &header, Output *out) {
       break;
     }
     case FrameType::kSend: {
-      ept_event &event = out->add(EPT_EVENT_RECV, link_->rank, link_->epoch, rail_);
-      event.data = buffer_.get() + begin_;
-      event.length = header.length;
+      ept_event *event = events->add(EPT_EVENT_RECV, link_->rank, link_->epoch);  // not full: it goes out in this poll
+      event->rail = rail_;
+      event->data = buffer_.get() + begin_;
+      event->length = header.length;
       held_in_poll_ = *link_->poll_number;
       begin_ += header.length;
       ++counters_.rx_sends;
@@ -256,16 +257,17 @@ bool Stream::plausible(const FrameHeader &header) {
 }
 
 // The payload of current_ is whole, or was thrown away.
-void Stream::end_frame(Output *out) {
+void Stream::end_frame(plugin::Events *events) {
   in_payload_ = false;
   if (refusal_ != EPT_OK) {
     // The peer has at most `depth` in flight, so it has heard of those further back.
     if (current_.number >= link_->limits.depth) forget_refusals(current_.number - link_->limits.depth + 1);
     refusals_.push_back(Refusal{current_.number, refusal_});
   } else {
-    ept_event &event = out->add(EPT_EVENT_IMM, link_->rank, link_->epoch, rail_);
-    event.immediate = current_.immediate;
-    event.length = current_.length;
+    ept_event *event = events->add(EPT_EVENT_IMM, link_->rank, link_->epoch);
+    event->rail = rail_;
+    event->immediate = current_.immediate;
+    event->length = current_.length;
     counters_.rx_bytes += current_.length;
     ++counters_.rx_operations;
     ++immediates_;

@@ -223,33 +223,34 @@ void Stream::drop_source(Operation &entry) {
   entry.mem = nullptr;
 }
 
-void Stream::complete(Output *out) {
-  while (completed_ < acked_ && !out->full()) {
+void Stream::complete(plugin::Events *events) {
+  while (completed_ < acked_ && !events->full()) {
     Operation &done = operation(completed_);
-    ept_event &event =
-        out->add(done.refused == EPT_OK ? EPT_EVENT_LOCAL_DONE : EPT_EVENT_ERROR, link_->rank, link_->epoch, rail_);
-    if (done.refused != EPT_OK) {
-      event.code = done.refused;
-      event.text = out->keep(format("rank %u at %s refused an operation of %u bytes at offset %llu: %s", link_->rank,
-                                    link_->where.c_str(), done.header.length,
-                                    static_cast<unsigned long long>(done.header.offset), refusal_text(done.refused)));
+    if (done.refused == EPT_OK) {
+      complete_one(done, events->add(EPT_EVENT_LOCAL_DONE, link_->rank, link_->epoch));
+      continue;
     }
-    complete_one(done, &event);
+    ept_event *event = events->add(
+        EPT_EVENT_ERROR, link_->rank, link_->epoch,
+        format("rank %u at %s refused an operation of %u bytes at offset %llu: %s", link_->rank, link_->where.c_str(),
+               done.header.length, static_cast<unsigned long long>(done.header.offset), refusal_text(done.refused)));
+    event->code = done.refused;
+    complete_one(done, event);
   }
 }
 
-void Stream::abandon(Output *out, int32_t code, int number, const char *text) {
-  while (completed_ != queued_ && !out->full()) {
+void Stream::abandon(plugin::Events *events, int32_t code, int number, const char *text) {
+  while (completed_ != queued_ && !events->full()) {
     Operation &done = operation(completed_);
-    ept_event &event = out->add(EPT_EVENT_ERROR, link_->rank, link_->epoch, rail_);
-    event.code = code;
-    event.provider_errno = number;
-    event.text = out->keep(text);
-    complete_one(done, &event);
+    ept_event *event = events->add(EPT_EVENT_ERROR, link_->rank, link_->epoch, text);
+    event->code = code;
+    event->provider_errno = number;
+    complete_one(done, event);
   }
 }
 
 void Stream::complete_one(Operation &done, ept_event *event) {
+  event->rail = rail_;
   event->cookie = done.cookie;
   event->length = done.header.length;
   drop_source(done);

@@ -125,26 +125,23 @@ int32_t ept_instance::check(const ept_op &op, Peer **result) {
 // This rank's own memory needs no socket, but the same checks.
 int32_t ept_instance::post_to_self(Peer *peer, const ept_op &op) {
   ept_rail_counters &counts = counters[op.rail];
-  if (self_pending >= 2 * settings.depth) {
+  if (events.waiting() >= 2 * settings.depth) {
     ++counts.later;
     return EPT_LATER;
   }
-  auto add = [&](int32_t kind) -> Pending & {
-    add_pending(kind, peer->rank, peer->epoch, op.rail, op.cookie, EPT_OK, "");
-    pending.back().event.length = op.length;
-    pending.back().of_self = true;
-    ++self_pending;
-    return pending.back();
+  auto add = [&](int32_t kind, std::string text = {}, std::vector<uint8_t> data = {}) {
+    ept_event *event = events.add(kind, peer->rank, peer->epoch, std::move(text), std::move(data));
+    event->rail = op.rail;
+    event->length = op.length;
+    return event;
   };
+  auto add_done = [&] { add(EPT_EVENT_LOCAL_DONE)->cookie = op.cookie; };
   if (op.kind == EPT_OP_SEND) {
     ++counts.tx_sends;
     ++counts.rx_sends;
-    Pending &message = add(EPT_EVENT_RECV);
-    message.event.cookie = 0;
-    message.has_data = true;
     const uint8_t *bytes = static_cast<const uint8_t *>(op.source);
-    message.data.assign(bytes, bytes + op.length);
-    add(EPT_EVENT_LOCAL_DONE);
+    add(EPT_EVENT_RECV, {}, std::vector<uint8_t>(bytes, bytes + op.length));
+    add_done();
     return EPT_OK;
   }
   uint64_t length = op.kind == EPT_OP_WRITE ? op.length : 0;
@@ -155,48 +152,43 @@ int32_t ept_instance::post_to_self(Peer *peer, const ept_op &op) {
                                op.kind == EPT_OP_WRITE ? op.offset : 0, length, &destination);
   if (verdict != Exports::Verdict::kAllowed) {
     ++counts.errors;
-    Pending &refused = add(EPT_EVENT_ERROR);
-    refused.event.code = EPT_E_ACCESS;
-    refused.text = format(
-        "rank %u refused an operation of its own of %llu bytes at offset %llu: the key is unknown or "
-        "revoked, or the range leaves the region",
-        peer->rank, static_cast<unsigned long long>(length), static_cast<unsigned long long>(op.offset));
-    refused.has_text = true;
+    ept_event *refused =
+        add(EPT_EVENT_ERROR,
+            format("rank %u refused an operation of its own of %llu bytes at offset %llu: the key is unknown or "
+                   "revoked, or the range leaves the region",
+                   peer->rank, static_cast<unsigned long long>(length), static_cast<unsigned long long>(op.offset)));
+    refused->cookie = op.cookie;
+    refused->code = EPT_E_ACCESS;
     return EPT_OK;
   }
   if (length > 0) memmove(destination, op.source, length);
   ++counts.rx_operations;
   counts.rx_bytes += length;
-  Pending &arrived = add(EPT_EVENT_IMM);
-  arrived.event.cookie = 0;
-  arrived.event.immediate = op.immediate;
-  arrived.event.length = length;
-  add(EPT_EVENT_LOCAL_DONE);
+  ept_event *arrived = add(EPT_EVENT_IMM);
+  arrived->immediate = op.immediate;
+  arrived->length = length;
+  add_done();
   return EPT_OK;
 }
 
 // ---- poll -----------------------------------------------------------------------------------------------------------
 
-int32_t ept_instance::poll(ept_event *events, size_t capacity) {
+int32_t ept_instance::poll(ept_event *shown, size_t capacity) {
   ++poll_number;
-  if (!texts.empty()) texts.clear();
-  if (!shown.empty()) shown.clear();
   if (!dead_sources.empty()) dead_sources.clear();
-  Output out{events, capacity, 0, &texts};
+  events.begin(shown, capacity);
 
-  if (!pending.empty()) give_pending(&out);
-  if (!ended.empty()) give_ended(&out);
-  if (!ready.empty()) serve_ready(&out);
-  const bool spun = out.count == 0 && pending.empty() && spin(&out);
-  if ((out.count == 0 && !spun) || ++since_epoll >= kEpollEvery) {
+  if (!ended.empty()) give_ended();
+  if (!ready.empty()) serve_ready();
+  const bool spun = events.count() == 0 && spin();
+  if ((events.count() == 0 && !spun) || ++since_epoll >= kEpollEvery) {
     since_epoll = 0;
     if (crowded > 0) --crowded;
     int32_t code = ask_epoll();
     if (code != EPT_OK) return code;
-    if (!pending.empty()) give_pending(&out);
-    if (!ready.empty()) serve_ready(&out);
+    if (!ready.empty()) serve_ready();
   }
-  if (!owing.empty() && out.count == 0) pay_owing(false);
+  if (!owing.empty() && events.count() == 0) pay_owing(false);
   if (++since_clock >= kClockEvery) {
     since_clock = 0;
     uint64_t time = now();
@@ -206,58 +198,38 @@ int32_t ept_instance::poll(ept_event *events, size_t capacity) {
       tick_due_ns = next != 0 && next < time + kTick ? next : time + kTick;
     }
   }
-  if (!ended.empty()) give_ended(&out);
-  if (!quiesces.empty()) {
-    give_quiesced();
-    if (!pending.empty()) give_pending(&out);
-  }
-  return static_cast<int32_t>(out.count);
+  if (!ended.empty()) give_ended();
+  if (!quiesces.empty()) give_quiesced();
+  return events.end();
 }
 
-void ept_instance::give_pending(Output *out) {
-  while (!pending.empty() && !out->full()) {
-    Pending &entry = pending.front();
-    ept_event &event = out->add(entry.event.kind, entry.event.peer, entry.event.epoch, entry.event.rail);
-    event = entry.event;
-    if (entry.has_text) event.text = out->keep(std::move(entry.text));
-    if (entry.has_data) {
-      shown.push_back(std::move(entry.data));
-      event.data = shown.back().data();
-    }
-    if (entry.of_self) --self_pending;
-    pending.pop_front();
-  }
-}
-
-void ept_instance::serve_ready(Output *out) {
-  // A peer's first event is the PEER that says it is up, and that waits in `pending`.
-  if (!pending.empty()) return;
+void ept_instance::serve_ready() {
   serving.swap(ready);
   size_t served = 0;
   for (Stream *stream : serving) {
     if (peer_of(stream)->state != Peer::State::kUp) continue;  // ended by one before it; forget() has cleared its flag
-    if (served == kServesAPoll || out->full()) {
+    if (served == kServesAPoll || events.full()) {
       ready.push_back(stream);
       continue;
     }
     ++served;
     stream->in_ready = false;
-    serve(stream, out);
+    serve(stream);
   }
   serving.clear();
 }
 
-void ept_instance::serve(Stream *stream, Output *out) {
-  stream->complete(out);
+void ept_instance::serve(Stream *stream) {
+  stream->complete(&events);
   stream->flush();
-  stream->receive(out);
-  after_receive(stream, out);
+  stream->receive(&events);
+  after_receive(stream);
 }
 
-void ept_instance::after_receive(Stream *stream, Output *out) {
-  if (stream->completing()) stream->complete(out);
+void ept_instance::after_receive(Stream *stream) {
+  if (stream->completing()) stream->complete(&events);
   if (stream->ended() && !stream->down()) {
-    // Acknowledgements may still wait for room in `out`; they are given before the peer's end is told.
+    // Acknowledgements may still wait for room in `events`; they are given before the peer's end is told.
     streams_may_have_ended(peer_of(stream));
     if (peer_of(stream)->state != Peer::State::kUp) return;
   }
@@ -274,17 +246,17 @@ void ept_instance::note_bulk(Stream *stream) {
 }
 
 // Reads the hot streams without asking whether there is anything. False: there was none to read.
-bool ept_instance::spin(Output *out) {
+bool ept_instance::spin() {
   bool spun = false;
-  for (size_t i = 0; i < hot.size() && !out->full(); ++i) {
+  for (size_t i = 0; i < hot.size() && !events.full(); ++i) {
     Stream *stream = hot[i];
     if (stream->in_ready || stream->bulk()) continue;
     spun = true;
-    size_t before = out->count;
+    size_t before = events.count();
     stream->expect_input();
-    stream->receive(out);
-    bool found = out->count != before;
-    after_receive(stream, out);
+    stream->receive(&events);
+    bool found = events.count() != before;
+    after_receive(stream);
     if (i >= hot.size() || hot[i] != stream) return true;  // it ended
     stream->misses = found ? 0 : stream->misses + 1;
     if (stream->misses > kColdAfter) {
@@ -296,21 +268,21 @@ bool ept_instance::spin(Output *out) {
 }
 
 int32_t ept_instance::ask_epoll() {
-  epoll_event events[kEpollBatch];
-  int count = epoll_wait(epoll.get(), events, kEpollBatch, 0);
+  epoll_event woken[kEpollBatch];
+  int count = epoll_wait(epoll.get(), woken, kEpollBatch, 0);
   if (count < 0) {
     if (errno == EINTR) return EPT_OK;
     return fail(EPT_E_IO, "poll", -1, errno, "tcp: epoll_wait failed: %s", errno_text(errno).c_str());
   }
   for (int i = 0; i < count; ++i) {
-    Source *source = static_cast<Source *>(events[i].data.ptr);
+    Source *source = static_cast<Source *>(woken[i].data.ptr);
     switch (source->kind) {
       case Source::Kind::kStream: {
         Stream *stream = static_cast<Stream *>(source);
-        stream->on_epoll(events[i].events);
+        stream->on_epoll(woken[i].events);
         if (stream->down()) break;
         if (peer_of(stream)->state != Peer::State::kUp) break;
-        if ((events[i].events & EPOLLIN) != 0 && !heat(stream)) {
+        if ((woken[i].events & EPOLLIN) != 0 && !heat(stream)) {
           crowded = kCrowdFor;
           hot.clear();
         }
@@ -409,12 +381,12 @@ void ept_instance::forget(Stream *stream) {
 int32_t ept_instance::arm(int32_t *descriptor) {
   *descriptor = epoll.get();
   if (!owing.empty()) pay_owing(true);
-  if (pending.empty() && ended.empty() && ready.empty()) {
+  if (events.waiting() == 0 && ended.empty() && ready.empty()) {
     // Takes what epoll has collected while streams were read without it, so that only news will wake the caller.
     int32_t code = ask_epoll();
     if (code != EPT_OK) return code;
   }
-  if (!pending.empty() || !ended.empty() || !ready.empty()) return EPT_LATER;
+  if (events.waiting() > 0 || !ended.empty() || !ready.empty()) return EPT_LATER;
   uint64_t time = now();
   uint64_t next = next_deadline(time);
   if (next != timer_set_ns) {
@@ -457,7 +429,7 @@ void ept_instance::give_quiesced() {
       const Peer *peer = find(until.peer);
       return peer == nullptr || peer->streams[until.stream]->completed() >= until.operations;
     });
-    if (!through || self_pending > 0) {
+    if (!through) {
       ++i;
       continue;
     }
@@ -466,14 +438,16 @@ void ept_instance::give_quiesced() {
     if (entry.scope == EPT_SCOPE_REMOTE)
       for (const auto &peer : peers)
         if ((entry.rank == UINT32_MAX || peer.first == entry.rank) && peer.second->unclear) unclear = peer.second.get();
-    if (unclear == nullptr)
-      add_pending(EPT_EVENT_QUIESCED, entry.rank, 0, 0, entry.cookie, EPT_OK, "");
-    else
-      add_pending(
-          EPT_EVENT_QUIESCED, entry.rank, unclear->epoch, 0, entry.cookie, EPT_E_STUCK,
-          format("rank %u ended with operations under way that may still land there; close it, and let it fence "
-                 "epoch %u of rank %u",
-                 unclear->rank, params.epoch, params.rank));
+    std::string text;
+    if (unclear != nullptr)
+      text = format(
+          "rank %u ended with operations under way that may still land there; close it, and let it fence epoch %u of "
+          "rank %u",
+          unclear->rank, params.epoch, params.rank);
+    ept_event *event =
+        events.add(EPT_EVENT_QUIESCED, entry.rank, unclear != nullptr ? unclear->epoch : 0, std::move(text));
+    event->cookie = entry.cookie;
+    event->code = unclear != nullptr ? EPT_E_STUCK : EPT_OK;
     quiesces.erase(quiesces.begin() + static_cast<ptrdiff_t>(i));
   }
 }
