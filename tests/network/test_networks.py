@@ -10,17 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wire import Joined, Link, Netem, join, netem_why_not
+from wire import Joined, Link, Netem, join, netem_why_not, why_not
 
 import eptransport as ept
+from eptransport.backends import absent, registry
 
+
+def ucx_why_not() -> str:
+    """Empty, or why no rank can use ucx."""
+    plugin = registry(()).plugins.get("ucx")
+    if plugin is None:
+        return "; ".join(absent("ucx"))
+    found = plugin.probe()
+    return found.why_not if not found.usable else why_not(sysfs=True) or ""
+
+
+NO_UCX = ucx_why_not()
+# What carries the steps over the wire. UCX has its own connections and its own word for one that is gone.
+CARRIERS = [
+    pytest.param({"backend": "tcp"}, id="tcp"),
+    pytest.param(
+        {"backend": "ucx", "options": {"ucx.transports": "tcp"}},
+        id="ucx",
+        marks=pytest.mark.skipif(bool(NO_UCX), reason=f"no ucx here: {NO_UCX}"),
+    ),
+]
 TOKENS, TOP_K, HIDDEN, EXPERTS = 12, 3, 256, 8
 
 
 def make(rank: int, world: int, folder: Path, **fields: Any) -> tuple[Joined, ept.Group]:
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-    joined = join(folder, rank)
+    joined = join(folder, rank, sysfs=fields.get("backend") == "ucx")
     settings = ept.Settings(**{"backend": "tcp", "timeout_s": 60.0, "dead_s": 30.0, "threads": 1, **fields})
     store = FileStore(str(folder / "store"), world)
     return joined, ept.Group(settings, store=store, rank=rank, world_size=world)
@@ -121,9 +142,9 @@ def all_here(rank: int, world: int, folder: Path, what: str) -> None:
         time.sleep(0.005)
 
 
-def interrupted(rank: int, world: int, folder: Path, pause_s: float) -> tuple[int, float]:
+def interrupted(rank: int, world: int, folder: Path, carrier: dict[str, Any], pause_s: float) -> tuple[int, float]:
     """The link of rank 1 goes down amid steps and comes back after a while. Steps; the longest one, s."""
-    joined, group = make(rank, world, folder)
+    joined, group = make(rank, world, folder, **carrier)
     longest = 0.0
     with group:
         work = Steps(group)
@@ -140,16 +161,19 @@ def interrupted(rank: int, world: int, folder: Path, pause_s: float) -> tuple[in
     return work.done, longest
 
 
-def test_a_link_is_down_for_three_seconds(wire: Callable[..., None], spawn: Callable[..., list[Any]]) -> None:
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_a_link_is_down_for_three_seconds(
+    wire: Callable[..., None], spawn: Callable[..., list[Any]], carrier: dict[str, Any]
+) -> None:
     wire()
-    for done, longest in spawn(2, interrupted, 3.0):
+    for done, longest in spawn(2, interrupted, carrier, 3.0):
         assert done == 12
         assert longest >= 1  # it was down, and the step went on from there
 
 
-def cut_off(rank: int, world: int, folder: Path) -> tuple[str, str, float, int]:
+def cut_off(rank: int, world: int, folder: Path, carrier: dict[str, Any]) -> tuple[str, str, float, int]:
     """The link of the last rank goes down for good. How the step under way ends, and after how long."""
-    joined, group = make(rank, world, folder, dead_s=5.0)
+    joined, group = make(rank, world, folder, dead_s=5.0, **carrier)
     work = Steps(group)
     for _ in range(3):
         work.one()
@@ -165,18 +189,21 @@ def cut_off(rank: int, world: int, folder: Path) -> tuple[str, str, float, int]:
     return type(ended.value).__name__, str(ended.value), after_s, work.done
 
 
-def test_a_link_is_down_for_ever(wire: Callable[..., None], spawn: Callable[..., list[Any]]) -> None:
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_a_link_is_down_for_ever(
+    wire: Callable[..., None], spawn: Callable[..., list[Any]], carrier: dict[str, Any]
+) -> None:
     wire()
-    for rank, (kind, text, after_s, done) in enumerate(spawn(2, cut_off)):
+    for rank, (kind, text, after_s, done) in enumerate(spawn(2, cut_off, carrier)):
         assert kind == "PeerLost", text
         assert f"rank {1 - rank}" in text
         assert after_s < 55  # by dead_s (5 s), not by the deadline (60 s)
         assert done == 3
 
 
-def masking(rank: int, world: int, folder: Path) -> tuple[str, int, list[int]]:
+def masking(rank: int, world: int, folder: Path, carrier: dict[str, Any]) -> tuple[str, int, list[int]]:
     """As `cut_off`; then the ranks that are left mask the one that is gone and go on."""
-    joined, group = make(rank, world, folder, dead_s=5.0)
+    joined, group = make(rank, world, folder, dead_s=5.0, **carrier)
     work = Steps(group)
     for _ in range(2):
         work.one()
@@ -196,9 +223,12 @@ def masking(rank: int, world: int, folder: Path) -> tuple[str, int, list[int]]:
     return type(ended.value).__name__, work.done, active
 
 
-def test_a_rank_behind_a_dead_link_is_masked(wire: Callable[..., None], spawn: Callable[..., list[Any]]) -> None:
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_a_rank_behind_a_dead_link_is_masked(
+    wire: Callable[..., None], spawn: Callable[..., list[Any]], carrier: dict[str, Any]
+) -> None:
     wire()
-    *left, gone = spawn(3, masking)
+    *left, gone = spawn(3, masking, carrier)
     assert left == [("PeerLost", 5, [1, 1, 0])] * 2
     assert gone[0] in ("PeerLost", "Masked")  # as it learns first
     assert gone[1] == 2

@@ -35,7 +35,8 @@ from typing import Any
 
 __all__ = ["Joined", "Link", "Netem", "join", "netem_why_not", "run_wire", "why_not"]
 
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
+MS_REC, MS_PRIVATE = 0x4000, 0x40000
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK, SIOCSIFMTU = 0x8914, 0x8916, 0x891C, 0x8922
 IFF_UP, IFF_RUNNING = 0x1, 0x40
@@ -62,8 +63,8 @@ class Link:
     mute_but: int = 0
 
 
-def why_not() -> str | None:
-    """Why no wire can be had here."""
+def why_not(sysfs: bool = False) -> str | None:
+    """Why no wire can be had here; or none with a /sys that shows it."""
     if not os.path.exists("/dev/net/tun"):
         return "there is no /dev/net/tun"
     reader, writer = os.pipe()
@@ -71,6 +72,8 @@ def why_not() -> str | None:
     if child == 0:
         try:
             _unshare()
+            if sysfs:
+                _show_in_sys()
             device = _make_tap()
             os.close(device)
         except OSError as error:
@@ -116,9 +119,12 @@ class Joined:
         return answer
 
 
-def join(folder: Path, rank: int, limit_s: float = 60.0) -> Joined:
-    """Moves this process (of one thread) into a namespace of its own, on the wire that runs in `folder`."""
+def join(folder: Path, rank: int, limit_s: float = 60.0, sysfs: bool = False) -> Joined:
+    """Moves this process (of one thread) into a namespace of its own, on the wire that runs in `folder`. With `sysfs`
+    its /sys is the namespace's too: UCX reads there which devices it may use."""
     _unshare()
+    if sysfs:
+        _show_in_sys()
     device = _make_tap()
     _ioctl(SIOCSIFADDR, struct.pack("16sHH4s8x", DEVICE.encode(), socket.AF_INET, 0, socket.inet_aton(address(rank))))
     mask = socket.inet_aton("255.255.255.0")
@@ -143,10 +149,20 @@ def join(folder: Path, rank: int, limit_s: float = 60.0) -> Joined:
 
 
 def _unshare() -> None:
+    _system("unshare", CLONE_NEWNET)
+
+
+def _show_in_sys() -> None:
+    _system("unshare", CLONE_NEWNS)
+    _system("mount", b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)
+    _system("mount", b"sysfs", b"/sys", b"sysfs", ctypes.c_ulong(0), None)
+
+
+def _system(name: str, *arguments: Any) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNET):
+    if getattr(libc, name)(*arguments):
         number = ctypes.get_errno()
-        raise OSError(number, f"unshare: {os.strerror(number)}")
+        raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
 def _make_tap() -> int:
