@@ -1,8 +1,10 @@
-"""UCX over tcp: the library and headers of the wheel `libucx-cu12` (or -cu13), else the system's with libucx-dev."""
+"""UCX over tcp, or over what `UCX_TLS` says: the library and headers of the wheel `libucx-cu12` (or -cu13), else the
+system's with libucx-dev."""
 
 from __future__ import annotations
 
 import ctypes.util
+import os
 from pathlib import Path
 
 from eptransport.bench.against.compiled import OpenCompiled, build, in_wheel
@@ -12,7 +14,8 @@ __all__ = ["ENVIRONMENT", "find"]
 
 WHEELS = ("libucx-cu12", "libucx-cu13")
 HEADERS = Path("/usr/include")
-ENVIRONMENT = {"UCX_TLS": "tcp", "UCX_WARN_UNUSED_ENV_VARS": "n"}
+TRANSPORTS = os.environ.get("UCX_TLS", "tcp")
+ENVIRONMENT = {"UCX_TLS": TRANSPORTS, "UCX_WARN_UNUSED_ENV_VARS": "n"}
 TAG, PUT = 1, 2
 
 
@@ -41,7 +44,7 @@ def find(folder: Path) -> list[Recipe]:
             only=only,
         )
         for name, how, variant in (
-            ("ucx tag", "tcp, tagged send and receive, both sides spinning", TAG),
-            ("ucx put", "tcp, put, the target looks at the last byte, a stream ends with a flush", PUT),
+            ("ucx tag", f"{TRANSPORTS}, tagged send and receive, both sides spinning", TAG),
+            ("ucx put", f"{TRANSPORTS}, put, the target looks at the last byte, a stream ends with a flush", PUT),
         )
     ]
