@@ -198,7 +198,10 @@ void ept_instance::on_datagram(Nic *nic, uint32_t buffer, uint32_t length) {
     case Trust::kProven:
       break;
   }
-  if (peer->state != Peer::State::kEnded) on_greeting(peer, message);
+  if (peer->state != Peer::State::kEnded)
+    on_greeting(peer, message);
+  else if (static_cast<MessageType>(message.type) == MessageType::kHello && message.opening == peer->its_opening)
+    say(peer, MessageType::kGivenUp);  // it goes on with a link that has ended here: and that may have been lost
 }
 
 void ept_instance::on_greeting(Peer *peer, const Message &message) {
@@ -211,10 +214,12 @@ void ept_instance::on_greeting(Peer *peer, const Message &message) {
         format("world is %u at rank %u and %u at rank %u", message.world, peer->rank, params.world, params.rank), true);
   if (message.opening == 0 || (message.heard != 0 && message.heard != peer->opening)) return;  // of an opening before
   const auto type = static_cast<MessageType>(message.type);
-  if (type == MessageType::kBye) {
+  if (type == MessageType::kBye || type == MessageType::kGivenUp) {
     // Of a link that this rank has not heard of yet, or of this one.
     if (peer->its_opening != 0 && peer->its_opening != message.opening) return;
-    return end_peer(peer, EPT_E_CLOSED, 0, format("rank %u left", peer->rank), true);
+    if (type == MessageType::kBye) return end_peer(peer, EPT_E_CLOSED, 0, format("rank %u left", peer->rank), true);
+    return end_peer(peer, EPT_E_PEER_LOST, 0,
+                    format("rank %u has given this rank up: it was masked there, or taken for dead", peer->rank), true);
   }
   if (message.channels != peer->channels.size()) return stranger("it counts other queue pairs than its address");
   if (peer->its_opening != message.opening) {
@@ -433,6 +438,9 @@ int32_t ept_instance::peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie)
   if (rank >= params.world)
     return fail(EPT_E_INVALID, "peer_fence", rank, 0, "verbs: rank %u is outside the world of %u", rank, params.world);
   Peer *peer = peers[rank].get();
+  // Told by the way that needs no queue pair of its own: else a rank that was only stopped, and comes back, would wait
+  // for its peers as long as for dead ones.
+  if (peer != nullptr && peer->epoch <= epoch && peer->state != Peer::State::kEnded) say(peer, MessageType::kGivenUp);
   if (peer != nullptr && peer->epoch <= epoch)
     end_peer(peer, EPT_E_PEER_LOST, 0, format("epoch %u of rank %u was fenced here", epoch, rank), false);
   for (auto &gone : leaving) {

@@ -79,7 +79,8 @@ bool parse(const void *bytes, size_t length, Message *message) {
   const auto type = static_cast<MessageType>(message->type);
   return message->magic == kMessageMagic && message->version == kVersion && message->channels <= kMostChannels &&
          message->size() == length &&
-         (type == MessageType::kHello || type == MessageType::kAck || type == MessageType::kBye);
+         (type == MessageType::kHello || type == MessageType::kAck || type == MessageType::kBye ||
+          type == MessageType::kGivenUp);
 }
 
 Trust judge(const Credentials &credentials, const Nonce &sender, const Message &message) {

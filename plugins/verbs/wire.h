@@ -56,7 +56,12 @@ struct Address {
 std::vector<uint8_t> encode(const Address &address);
 int32_t decode(const void *blob, size_t length, Address *address);
 
-enum class MessageType : uint8_t { kHello = 1, kAck = 2, kBye = 3 };
+enum class MessageType : uint8_t {
+  kHello = 1,
+  kAck = 2,
+  kBye = 3,      // it was closed there
+  kGivenUp = 4,  // it was fenced or has failed there: whom this reaches lives, and is taken for dead or masked
+};
 
 // What a side says of its half of a channel; channel.h has the rules.
 struct ChannelState {
