@@ -39,9 +39,6 @@ void fill_caps(const Settings &settings, bool dmabuf, ept_caps *caps) {
   caps->can_revoke = 1;
   caps->can_replay = 1;
   caps->operation_cost_ns = kOperationCostNs;
-  // Until all of its checks have passed where there is a device: that of a process which is stopped has not run yet.
-  caps->waived = 1u << 11;
-  caps->waived_why = "a process that is stopped or killed was never seen to be lost in time over an RDMA NIC";
 }
 
 // Settings, library and ports: all that probe and open have in common.

@@ -33,6 +33,14 @@ def conformance(
         float | None,
         typer.Option(min=1, help="Seconds until a check is taken to hang [180].", show_default=False),
     ] = None,
+    patience: Annotated[
+        float | None,
+        typer.Option(
+            min=30,
+            help="Seconds that a check waits for what must happen [30]; more on a slow or an emulated machine.",
+            show_default=False,
+        ),
+    ] = None,
     try_waived: Annotated[
         bool,
         typer.Option("--try-waived", help="Make the checks of waived clauses too: which of them hold all the same?"),
@@ -48,16 +56,18 @@ def conformance(
     from eptransport.conformance.junit import write_junit
     from eptransport.conformance.registry import checks
     from eptransport.conformance.run import LIMIT_S, find, run, subjects
+    from eptransport.conformance.world import PATIENCE_S
 
     options = dict(_split(each) for each in option or [])
     plugin = find(backend, options)
+    patience_s = patience or PATIENCE_S
     total = len(subjects(plugin, seed, options)) * len(checks(clause))
     outcomes: list[Outcome] = []
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"conformance of {plugin.name}", total=total)
-        for outcome in run(plugin, clause, seed, options, timeout or LIMIT_S, try_waived):
+        for outcome in run(plugin, clause, seed, options, timeout or LIMIT_S, try_waived, patience_s):
             outcomes.append(outcome)
             bar.advance(task)
     console.print(_table(outcomes))

@@ -8,7 +8,7 @@ import numpy as np
 
 from eptransport.conformance import processes
 from eptransport.conformance.registry import Violation, check, require
-from eptransport.conformance.world import GUARD, PATIENCE_S, Route, Subject, World
+from eptransport.conformance.world import GUARD, Route, Subject, World
 from eptransport.engine import Engine
 
 LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 511, 4095, 4096, 4097, 7168, 65535, 65536, 65537, 1 << 20)
@@ -106,7 +106,7 @@ def the_target_only_looks_at_its_memory(subject: Subject) -> None:
 
 
 def _see(route: Route, word: np.ndarray, count: int, when: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + route.world.subject.ample_s
     while word[0] < count:
         time.sleep(0.0001)
         if time.monotonic() > deadline:
@@ -131,7 +131,7 @@ def one_process(engine: Engine) -> None:
         engine.peer(0).send(memory.export(0), tag=1)
         engine.peer(0).send(signal.export(), tag=2)
         for step in range(1, STEPS + 1):
-            deadline = time.monotonic() + PATIENCE_S
+            deadline = time.monotonic() + engine.settings.timeout_s
             while word[0] < step:
                 time.sleep(0.0001)
                 require(time.monotonic() < deadline, f"step {step} never came, the count is {word[0]}")

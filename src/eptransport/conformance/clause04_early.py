@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from eptransport.conformance.registry import check, require
-from eptransport.conformance.world import PATIENCE_S, Subject, World
+from eptransport.conformance.world import Subject, World
 
 
 @check(4)
@@ -29,9 +29,9 @@ def raised_while_the_receiver_does_other_things(subject: Subject) -> None:
             for route in order:
                 route.write(0, world.random.randint(0, 1024))
             world.engines[0].peer(1).send(b"go on", tag=step)
-            world.engines[1].recv(tag=step, timeout=PATIENCE_S)
+            world.engines[1].recv(tag=step, timeout=subject.ample_s)
             for route in world.random.sample(routes, len(routes)):
-                route.signal.wait(step, timeout=PATIENCE_S)
+                route.signal.wait(step, timeout=subject.ample_s)
         for route in routes:
             route.counted(20, route.label)
 
@@ -44,15 +44,15 @@ def raised_before_a_coroutine_asks(subject: Subject) -> None:
         first = [route.write(0, 16) for _ in range(3)]
         for transfer in first:
             transfer.wait()
-        route.signal.wait(3, timeout=PATIENCE_S)
+        route.signal.wait(3, timeout=subject.ample_s)
 
         async def waits() -> None:
-            await asyncio.wait_for(route.signal.reached(3), PATIENCE_S)
+            await asyncio.wait_for(route.signal.reached(3), subject.ample_s)
             later = asyncio.ensure_future(route.signal.reached(5))
             await asyncio.sleep(0.01)
             require(not later.done(), "a wait for 5 ended at 3")
-            await asyncio.gather(*(asyncio.wait_for(_ended(route.write(0, 16)), PATIENCE_S) for _ in range(2)))
-            await asyncio.wait_for(later, PATIENCE_S)
+            await asyncio.gather(*(asyncio.wait_for(_ended(route.write(0, 16)), subject.ample_s) for _ in range(2)))
+            await asyncio.wait_for(later, subject.ample_s)
 
         asyncio.run(waits())
         route.counted(5, "after the coroutines")

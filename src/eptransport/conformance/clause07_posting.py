@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eptransport.conformance.registry import Violation, check, require
-from eptransport.conformance.world import PATIENCE_S, Route, Subject, World
+from eptransport.conformance.world import Route, Subject, World
 from eptransport.errors import Timeout
 
 MANY = 200_000
@@ -48,7 +48,7 @@ def a_full_queue_is_an_answer(subject: Subject) -> None:
         world.absent.clear()
         world.settle(taken)
         route.counted(len(taken), "when all that was taken has landed")
-        more = [route.write(number, 1, timeout=PATIENCE_S) for number in range(10)]
+        more = [route.write(number, 1, timeout=subject.ample_s) for number in range(10)]
         world.settle(more)
         route.counted(len(taken) + 10, "after posting on")
         route.look("at the end")

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from eptransport.conformance.registry import check, require
-from eptransport.conformance.world import PATIENCE_S, Subject, World, raises
+from eptransport.conformance.world import Subject, World, raises
 from eptransport.errors import AccessDenied, EptError, StuckError, Timeout
 
 
@@ -25,12 +25,12 @@ def _while_stepping(world: World, rank: int, body: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=call)
     thread.start()
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + world.subject.ample_s
     while thread.is_alive():
         for engine in world.engines:
             if engine.rank != rank and engine.rank not in world.absent:
                 engine.progress()
-        require(time.monotonic() < deadline, f"the call of rank {rank} did not end in {PATIENCE_S:g} s")
+        require(time.monotonic() < deadline, f"the call of rank {rank} did not end in {world.subject.ample_s:g} s")
         time.sleep(0)
     value, error = result[0]
     if error is not None:
@@ -46,7 +46,7 @@ def local_when_what_was_posted_is_complete(subject: Subject) -> None:
         for memory in (route.source_memory, None):
             transfers = [route.write(number << 12, 1 << 12) for number in range(256)]
             rest = [other.write(number << 8, 1 << 8) for number in range(256)]
-            _while_stepping(world, 0, partial(world.engines[0].quiesce, memory, "local", PATIENCE_S))
+            _while_stepping(world, 0, partial(world.engines[0].quiesce, memory, "local", subject.ample_s))
             due = transfers if memory is not None else [*transfers, *rest]
             open_still = sum(not transfer.done for transfer in due)
             require(not open_still, f"{open_still} of {len(due)} transfers had not ended after a local quiesce")
@@ -99,7 +99,7 @@ def remote_then_nothing_touches_it(subject: Subject) -> None:
         for writer in writers:
             writer.start()
         time.sleep(0.05)
-        world.engines[0].quiesce(shared.memory, "remote", PATIENCE_S)
+        world.engines[0].quiesce(shared.memory, "remote", subject.ample_s)
         before = shared.block.copy()
         for _ in range(50):
             time.sleep(0.002)
@@ -141,7 +141,7 @@ def a_peer_that_does_not_answer(subject: Subject) -> None:
         )
         require(time.monotonic() - begin < 2.5, "it took far longer than its deadline")
         world.absent.clear()
-        _while_stepping(world, 0, lambda: world.engines[0].quiesce(route.memory, "remote", PATIENCE_S))
+        _while_stepping(world, 0, lambda: world.engines[0].quiesce(route.memory, "remote", subject.ample_s))
         raises(AccessDenied, lambda: _now(world, route), "a write after the quiesce")
         route.look("after the quiesce")
 

@@ -10,13 +10,15 @@ from typing import Any
 
 from eptransport.conformance import processes
 from eptransport.conformance.registry import Violation, check, require
-from eptransport.conformance.world import GUARD, PATIENCE_S, Route, Subject, World, raises
+from eptransport.conformance.world import GUARD, Route, Subject, World, raises
 from eptransport.engine import Engine, PeerStatus
 from eptransport.errors import EptError, PeerLost, Timeout
 
 DEAD_S = 2.0
-"""Of a silent rank: long enough that a rank which is only starved of its core for a moment isn't taken for dead."""
-STOPPED_S = 4 * DEAD_S
+"""Of a silent rank: long enough that a rank which is only starved of its core for a moment isn't taken for dead. More
+where the machine is said to be slow."""
+STOPPED = 4
+"""As many times as long a process is stopped."""
 
 
 def _outcome(transfer: Any) -> EptError | None:
@@ -146,7 +148,8 @@ def a_rank_that_is_started_again_works(subject: Subject) -> None:
 def a_process_that_stops_is_noticed(subject: Subject) -> None:
     """A process that is stopped, its links still up, is lost to the others within a bound, with a reason; the others
     keep each other, and it doesn't take them for silent when it goes on."""
-    results = processes.run(subject, f"{__name__}:one_of_three", ranks=3, dead_s=DEAD_S, timeout_s=2 * PATIENCE_S)
+    times = {"dead_s": DEAD_S * subject.slowness, "timeout_s": 2 * subject.ample_s}
+    results = processes.run(subject, f"{__name__}:one_of_three", ranks=3, **times)
     for rank in (0, 2):
         kind, words, other = results[rank]
         what = f"rank {rank} waited for a process that was stopped and got {kind}: {words}"
@@ -158,12 +161,12 @@ def a_process_that_stops_is_noticed(subject: Subject) -> None:
 
 def one_of_three(engine: Engine) -> Any:
     if engine.rank == 1:
-        wake = subprocess.Popen(["sh", "-c", f"sleep {STOPPED_S}; kill -CONT {os.getpid()}"])
+        wake = subprocess.Popen(["sh", "-c", f"sleep {STOPPED * engine.settings.dead_s}; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
         wake.wait()
         for rank in (0, 2):
             try:
-                engine.signal(rank, "after the stop").wait(1, timeout=PATIENCE_S)
+                engine.signal(rank, "after the stop").wait(1, timeout=engine.settings.timeout_s)
             except PeerLost:
                 continue
             except Timeout as error:

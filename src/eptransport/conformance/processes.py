@@ -8,7 +8,7 @@ import traceback
 from typing import Any
 
 from eptransport.conformance.registry import Skip, Violation
-from eptransport.conformance.world import PATIENCE_S, Spec, Subject, spec_of, subject_of
+from eptransport.conformance.world import Spec, Subject, spec_of, subject_of
 from eptransport.engine import Engine
 
 
@@ -18,6 +18,7 @@ def run(subject: Subject, body: str, ranks: int = 2, **settings: Any) -> list[An
     if not subject.across_processes:
         raise Skip(f"backend {subject.plugin.name} lives in one process")
     context = multiprocessing.get_context("spawn")
+    limit_s = 2 * subject.ample_s
     pipes, children = [], []
     try:
         for rank in range(ranks):
@@ -28,14 +29,14 @@ def run(subject: Subject, body: str, ranks: int = 2, **settings: Any) -> list[An
             theirs.close()
             pipes.append(ours)
             children.append(child)
-        addresses = [_receive(pipe, rank, "its address") for rank, pipe in enumerate(pipes)]
+        addresses = [_receive(pipe, rank, "its address", limit_s) for rank, pipe in enumerate(pipes)]
         for pipe in pipes:
             pipe.send(addresses)
-        results = [_receive(pipe, rank, "the end of its part") for rank, pipe in enumerate(pipes)]
+        results = [_receive(pipe, rank, "the end of its part", limit_s) for rank, pipe in enumerate(pipes)]
         for pipe in pipes:
             pipe.send("close")
         for rank, child in enumerate(children):
-            child.join(PATIENCE_S)
+            child.join(limit_s)
             if child.exitcode != 0:
                 raise Violation(f"the process of rank {rank} ended with {child.exitcode}")
         return results
@@ -45,9 +46,9 @@ def run(subject: Subject, body: str, ranks: int = 2, **settings: Any) -> list[An
                 child.kill()
 
 
-def _receive(pipe: Any, rank: int, what: str) -> Any:
-    if not pipe.poll(2 * PATIENCE_S):
-        raise Violation(f"rank {rank} did not send {what} in {2 * PATIENCE_S:g} s")
+def _receive(pipe: Any, rank: int, what: str, limit_s: float) -> Any:
+    if not pipe.poll(limit_s):
+        raise Violation(f"rank {rank} did not send {what} in {limit_s:g} s")
     try:
         kind, value = pipe.recv()
     except EOFError:
@@ -61,7 +62,7 @@ def _child(pipe: Any, rank: int, ranks: int, spec: Spec, settings: Any, body: st
     subject = subject_of(spec)
     try:
         module, function = body.split(":")
-        settings.setdefault("timeout_s", PATIENCE_S)
+        settings.setdefault("timeout_s", subject.ample_s)
         engine = Engine(
             subject.plugin,
             rank=rank,
@@ -73,7 +74,7 @@ def _child(pipe: Any, rank: int, ranks: int, spec: Spec, settings: Any, body: st
         with engine:
             pipe.send(("ok", engine.address()))
             engine.connect(pipe.recv())
-            engine.wait_connected(PATIENCE_S)
+            engine.wait_connected(subject.ample_s)
             pipe.send(("ok", getattr(importlib.import_module(module), function)(engine)))
             pipe.recv()
     except BaseException:

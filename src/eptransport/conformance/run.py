@@ -15,14 +15,14 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Literal
 
 from eptransport.backends import Plugin, candidates, registry
 from eptransport.conformance.registry import Check, Skip, Violation, Waived, checks
-from eptransport.conformance.world import Spec, Subject, spec_of, subject, subject_of
+from eptransport.conformance.world import PATIENCE_S, Spec, Subject, spec_of, subject, subject_of
 from eptransport.errors import BackendUnavailable, InvalidArgument
 from eptransport.settings import Settings
 
@@ -87,14 +87,16 @@ def _complete(plugin: Plugin, options: Mapping[str, str] | None) -> dict[str, st
     return Settings(backend=backend, options=given).backend_options(plugin)
 
 
-def subjects(plugin: Plugin, seed: int, options: Mapping[str, str] | None = None) -> tuple[Subject, ...]:
+def subjects(
+    plugin: Plugin, seed: int, options: Mapping[str, str] | None = None, patience_s: float = PATIENCE_S
+) -> tuple[Subject, ...]:
     """The backend as it is and, where it can misbehave on purpose, with that on. `options` are on top of those that the
     environment has for it (EPT_<BACKEND>_...)."""
     chosen = _complete(plugin, options)
     found = [subject(plugin, chosen, seed)]
     if "adversary" not in chosen and any(setting.name == "adversary" for setting in plugin.settings):
         found.append(subject(plugin, {**chosen, "adversary": str(seed)}, seed))
-    return tuple(found)
+    return tuple(replace(each, patience_s=patience_s) for each in found)
 
 
 def run(
@@ -104,14 +106,16 @@ def run(
     options: Mapping[str, str] | None = None,
     limit_s: float = LIMIT_S,
     try_waived: bool = False,
+    patience_s: float = PATIENCE_S,
 ) -> Iterator[Outcome]:
     """The outcome of each check as it comes. Blocks; a check that doesn't end within `limit_s` is `hung`. `try_waived`
-    makes the checks of waived clauses too: `passed` where they hold, else `waived` with what was seen."""
+    makes the checks of waived clauses too: `passed` where they hold, else `waived` with what was seen. `patience_s`:
+    how long a check waits for what must happen, and half of what its processes may take to start."""
     wanted = checks(clause)
     if not wanted:
         known = sorted({check.clause for check in checks()})
         raise InvalidArgument(f"clause {clause} has no check; there are clauses {', '.join(map(str, known))}")
-    for under in subjects(plugin, seed, options):
+    for under in subjects(plugin, seed, options, patience_s):
         yield from run_subject(under, wanted, limit_s, try_waived)
 
 

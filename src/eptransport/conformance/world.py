@@ -55,6 +55,17 @@ class Subject:
     patience_s: float = PATIENCE_S
     """How long its ranks, once they are connected, may take to what must happen."""
 
+    @property
+    def ample_s(self) -> float:
+        """The same for what a broken backend does too, and for processes to start: PATIENCE_S, or more on a machine
+        that is said to be slow (`--patience`)."""
+        return max(PATIENCE_S, self.patience_s)
+
+    @property
+    def slowness(self) -> float:
+        """By what a machine that is said to be slow stretches times in which a rank must show life; 1 or more."""
+        return self.ample_s / PATIENCE_S
+
     def having(self, **options: object) -> Subject:
         """The same with other settings of the backend; Skip where it has no such setting."""
         known = {setting.name for setting in self.plugin.settings}
@@ -102,7 +113,7 @@ class World(Closing):
         self.subject = subject
         self.random = random.Random(subject.seed)
         self.inline = progress == "inline"
-        settings.setdefault("timeout_s", PATIENCE_S)
+        settings.setdefault("timeout_s", subject.ample_s)
         self._job = f"conformance-{next(_jobs)}-{time.time_ns()}"
         self._ranks, self._settings = ranks, subject.settings(progress=progress, **settings)
         self.engines: list[Engine] = []
@@ -116,7 +127,7 @@ class World(Closing):
             addresses = [engine.address() for engine in self.engines]
             for engine in self.engines:
                 engine.connect(addresses)
-            self.until(self._connected, "every rank is connected to every other", PATIENCE_S)
+            self.until(self._connected, "every rank is connected to every other", subject.ample_s)
         except BaseException:
             self.close()
             raise
