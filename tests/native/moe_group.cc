@@ -26,41 +26,66 @@ Options adversary(uint64_t seed) {
   return options;
 }
 
+ept_engine *open_engine(const std::string &name, uint32_t rank, uint32_t world, const ept_plugin *plugin,
+                        const Options &options) {
+  std::vector<ept_value> values;
+  for (const auto &[key, text] : options.values) values.push_back({key.c_str(), text.c_str()});
+  if (!options.of_rank.empty())
+    for (const auto &[key, text] : options.of_rank[rank]) values.push_back({key.c_str(), text.c_str()});
+  ept_engine_config config{};
+  config.size = sizeof config;
+  config.rank = rank;
+  config.world = world;
+  config.job = name.c_str();
+  config.secret = reinterpret_cast<const uint8_t *>("moe");
+  config.secret_length = 3;
+  config.plugin = plugin;
+  config.values = values.data();
+  config.value_count = values.size();
+  config.progress = options.progress;
+  config.spin_ns = UINT64_MAX;
+  config.timeout_ns = options.timeout_ns;
+  config.dead_ns = options.dead_ns;
+  ept_engine *engine = nullptr;
+  Error error;
+  OK(ept_engine_create(&config, &engine, &error), error);
+  return engine;
+}
+
+std::vector<char> address_of(ept_engine *engine) {
+  Error error;
+  size_t length = 0;
+  OK(ept_engine_address(engine, nullptr, &length, &error), error);
+  std::vector<char> blob(length);
+  OK(ept_engine_address(engine, blob.data(), &length, &error), error);
+  blob.resize(length);
+  return blob;
+}
+
+void connect_engine(ept_engine *engine, const std::vector<std::vector<char>> &addresses, const Options &options) {
+  std::vector<const void *> pointers;
+  std::vector<size_t> lengths;
+  for (const std::vector<char> &each : addresses) {
+    pointers.push_back(each.data());
+    lengths.push_back(each.size());
+  }
+  Error error;
+  OK(ept_engine_connect(engine, pointers.data(), lengths.data(), &error), error);
+  OK(ept_engine_wait_connected(engine, options.timeout_ns, &error), error);
+}
+
 Group::Group(uint32_t world, const Options &options) : engines(world), arenas(world) {
   static std::atomic<int> job{0};
   const std::string name = "moe_test " + std::to_string(getpid()) + " " + std::to_string(job++);
   const ept_plugin *plugin = options.opened ? options.opened : open_plugin(options.plugin);
-  Error error;
-  std::vector<std::vector<char>> blobs(world, std::vector<char>(4200));
-  std::vector<const void *> pointers(world);
-  std::vector<size_t> lengths(world, 4200);
+  std::vector<std::vector<char>> addresses;
   for (uint32_t rank = 0; rank < world; rank++) {
-    std::vector<ept_value> values;
-    for (const auto &[key, text] : options.values) values.push_back({key.c_str(), text.c_str()});
-    if (!options.of_rank.empty())
-      for (const auto &[key, text] : options.of_rank[rank]) values.push_back({key.c_str(), text.c_str()});
-    ept_engine_config config{};
-    config.size = sizeof config;
-    config.rank = rank;
-    config.world = world;
-    config.job = name.c_str();
-    config.secret = reinterpret_cast<const uint8_t *>("moe");
-    config.secret_length = 3;
-    config.plugin = plugin;
-    config.values = values.data();
-    config.value_count = values.size();
-    config.progress = options.progress;
-    config.spin_ns = UINT64_MAX;
-    config.timeout_ns = options.timeout_ns;
-    config.dead_ns = options.dead_ns;
-    OK(ept_engine_create(&config, &engines[rank], &error), error);
-    OK(ept_engine_address(engines[rank], blobs[rank].data(), &lengths[rank], &error), error);
-    pointers[rank] = blobs[rank].data();
+    engines[rank] = open_engine(name, rank, world, plugin, options);
+    addresses.push_back(address_of(engines[rank]));
   }
   run([&](uint32_t rank) {
+    connect_engine(engines[rank], addresses, options);
     Error mine;
-    OK(ept_engine_connect(engines[rank], pointers.data(), lengths.data(), &mine), mine);
-    OK(ept_engine_wait_connected(engines[rank], 20 * kSecond, &mine), mine);
     OK(ept_arena_create(engines[rank], &arenas[rank], &mine), mine);
   });
 }

@@ -45,6 +45,13 @@ struct Options {
 
 Options adversary(uint64_t seed);
 
+// The engine of one rank of the job `name`, connected to nobody.
+ept_engine *open_engine(const std::string &name, uint32_t rank, uint32_t world, const ept_plugin *plugin,
+                        const Options &options);
+std::vector<char> address_of(ept_engine *engine);
+// Connects it to the addresses of all ranks, and waits until it is.
+void connect_engine(ept_engine *engine, const std::vector<std::vector<char>> &addresses, const Options &options);
+
 class Group {
  public:
   explicit Group(uint32_t world, const Options &options = {});

@@ -19,7 +19,7 @@ Ranks::Ranks(const ept_moe_config &given)
     ept_moe_config mine = config;
     mine.rank = r;
     runners.emplace_back(objects[r], mine, nullptr);
-    addresses_.push_back(address(r));
+    addresses_.push_back(address_of(group.engines[r]));
   }
   states_.push_back({std::vector<uint8_t>(config.world, 1), 0, 0, false});
 }
@@ -54,7 +54,7 @@ void Ranks::log_mask(uint32_t rank) { log(rank, false, 0); }
 
 void Ranks::log_return(uint32_t rank, uint64_t step) {
   lives_[rank]++;
-  addresses_[rank] = address(rank);
+  addresses_[rank] = address_of(group.engines[rank]);
   log(rank, true, step);
   // Its engine begins with no links: what was before is nothing to it, and its own return is not for it to carry out.
   carried_out_[rank] = membership();
@@ -78,16 +78,6 @@ void Ranks::open(uint32_t by, uint32_t rank) const {
   Error error;
   const std::vector<char> &to = addresses_[rank];
   OK(ept_engine_readmit(group.engines[by], rank, lives_[rank], to.data(), to.size(), &error), error);
-}
-
-std::vector<char> Ranks::address(uint32_t rank) const {
-  Error error;
-  size_t length = 0;
-  OK(ept_engine_address(group.engines[rank], nullptr, &length, &error), error);
-  std::vector<char> blob(length);
-  OK(ept_engine_address(group.engines[rank], blob.data(), &length, &error), error);
-  blob.resize(length);
-  return blob;
 }
 
 // ---- steps ----

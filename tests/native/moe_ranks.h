@@ -63,7 +63,6 @@ class Ranks {
     bool back;
   };
   void log(uint32_t rank, bool back, uint64_t step);
-  std::vector<char> address(uint32_t rank) const;
 
   std::vector<State> states_;  // by membership
   std::vector<std::vector<char>> addresses_;
