@@ -96,8 +96,8 @@ def p2p(
         str | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="Side by side with what one would take instead: gloo, ucx, libfabric, mooncake, nixl. One that is not "
-            "there is skipped, with the reason.",
+            help="Side by side with what one would take instead: gloo, ucx, libfabric, verbs, mooncake, nixl. One that "
+            "is not there is skipped, with the reason.",
         ),
     ] = None,
     vary: Annotated[
@@ -114,8 +114,8 @@ def p2p(
     from eptransport.bench import report
     from eptransport.bench.p2p import P2pJob, run
 
-    if against is None and vary is None and ranks == 2 and _backend(backend, ranks) == "libfabric":
-        against = "libfabric"  # its floor is a bare loop over the same provider, not one over sockets
+    if against is None and vary is None and ranks == 2 and _backend(backend, ranks) in ("libfabric", "verbs"):
+        against = _backend(backend, ranks)  # its floor is a bare loop over the same network, not one over sockets
     if against is not None or vary is not None:
         _p2p_against(
             against, vary, ranks, backend, size, bandwidth_size, iterations, stream_mib, rounds, json_file, picture

@@ -15,6 +15,7 @@ from eptransport.bench.against.mooncake import find as find_mooncake
 from eptransport.bench.against.nixl import find as find_nixl
 from eptransport.bench.against.side import Find
 from eptransport.bench.against.ucx import find as find_ucx
+from eptransport.bench.against.verbs import find as find_verbs
 from eptransport.errors import InvalidArgument
 
 __all__ = ["FINDERS", "names"]
@@ -25,6 +26,7 @@ FINDERS: dict[str, Find] = {
     "libfabric": find_libfabric,
     "mooncake": find_mooncake,
     "nixl": find_nixl,
+    "verbs": find_verbs,
 }
 
 
