@@ -7,7 +7,9 @@
 //   wire.cc       what two ranks say to connect their queue pairs
 //   channel.cc    a queue pair and the next; channel.h says why nothing is lost or counted twice
 //   peers.cc      what a peer goes through: opened, up, lost, closed, fenced
+//   greetings.cc  the datagrams by which two ranks connect their queue pairs, or hear of an end
 //   mending.cc    channels that break and are made anew
+//   nic_events.cc what a NIC says of itself: ports, failures
 //   worker.cc     post, poll, arm, quiesce
 //   memory.cc     memory, exports, keys
 //   shuffle.cc    completions in another order, by a setting, for tests
@@ -24,6 +26,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../events.h"
 #include "channel.h"
 #include "memory.h"
 
@@ -58,14 +61,6 @@ struct Peer {
   bool gone() const;  // no queue pair is left
 };
 
-// An event that did not come straight out of a completion queue.
-struct Pending {
-  ept_event event;
-  std::string text;
-  std::vector<uint8_t> data;
-  bool has_text = false, has_data = false;
-};
-
 struct Quiesce {
   uint64_t cookie;
   uint32_t rank;
@@ -77,21 +72,10 @@ struct Fence {
   uint32_t rank, epoch;
 };
 
-struct Output {
-  ept_event *events;
-  size_t capacity, count;
-  bool full() const { return count == capacity; }
-  ept_event *add(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail) {
-    ept_event *event = &events[count++];
-    *event = ept_event{};
-    event->size = sizeof *event;
-    event->kind = kind;
-    event->peer = peer;
-    event->epoch = epoch;
-    event->rail = rail;
-    return event;
-  }
-};
+// Between two Hellos, at first; doubled each time.
+constexpr uint64_t kFirstHelloPause = 5'000'000;
+// Between two looks at the clock.
+constexpr uint64_t kTick = 5'000'000;
 
 // Requests of a call of post that are not given to NICs yet.
 constexpr uint32_t kBatch = 64;
@@ -135,9 +119,7 @@ struct ept_instance {
   bool worker_is_open = false;
   verbs::Batch batch;
   std::vector<ept_rail_counters> counters;  // a rail
-  std::deque<verbs::Pending> pending;
-  std::deque<std::string> texts;  // shown to the caller until the next poll
-  std::deque<std::vector<uint8_t>> shown;
+  plugin::Events events;
   std::vector<verbs::Quiesce> quiesces;
   std::vector<verbs::Fence> fences;
   verbs::Fd epoll, timer;
@@ -157,16 +139,19 @@ struct ept_instance {
   int32_t peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie);
   void end_peer(verbs::Peer *peer, int32_t code, int number, std::string text, bool announce);
   void stop(verbs::Peer *peer);
-  void on_datagram(verbs::Nic *nic, uint32_t buffer, uint32_t length);
   void on_time(uint64_t now_ns);
   uint64_t next_deadline() const;
-  void add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie, int32_t code,
-                   std::string text);
-  void greet(verbs::Peer *peer);
+  // The PEER event of what became of a link.
+  ept_event *tell_peer(const verbs::Peer *peer, int32_t code, std::string text = {});
   void farewell(uint64_t most_ns);  // lets what was said last leave
   void abandon();                   // the worker is closed: what is in flight is nobody's any more
   void cut_short(ept_mem *mem);     // closed peers that still send from it
   void give_fenced();
+
+  // greetings.cc
+  void greet(verbs::Peer *peer);
+  bool say(verbs::Peer *peer, verbs::MessageType type);  // false: by no NIC, just now
+  void on_datagram(verbs::Nic *nic, uint32_t buffer, uint32_t length);
 
   // mending.cc
   bool on_state(verbs::Channel *channel, const verbs::ChannelState &theirs);  // true: ours is another now
@@ -178,17 +163,20 @@ struct ept_instance {
   void fail_operation(verbs::Peer *peer, uint32_t rail, verbs::Operation *operation, int32_t code, int number,
                       const std::string &text);
   void bury(verbs::Channel *channel);  // destroys its queue pair; what was in flight is an error
+
+  // nic_events.cc
+  void read_events(verbs::Nic *nic);
   void nic_failed(verbs::Nic *nic, const std::string &why);
 
   // worker.cc
   int32_t post(const ept_op *ops, size_t count, size_t *posted);
-  int32_t poll(ept_event *events, size_t capacity);
+  int32_t poll(ept_event *into, size_t capacity);
   int32_t arm(int32_t *descriptor);
   int32_t quiesce(uint32_t rank, int32_t scope, uint64_t cookie);
   void stage(verbs::Channel *channel, const verbs::Operation &operation);
   void flush();
   void release(verbs::Operation *operation);
-  void acknowledge(verbs::Channel *channel, uint64_t up_to, verbs::Output *out);
+  void acknowledge(verbs::Channel *channel, uint64_t up_to);
 
   // memory.cc
   int32_t memory_kinds() const;
@@ -203,11 +191,11 @@ struct ept_instance {
 
  private:
   // peers.cc
-  bool say(verbs::Peer *peer, verbs::MessageType type);
   int32_t make_channels(verbs::Peer *peer);
+  void reap();
+  // greetings.cc
   void on_greeting(verbs::Peer *peer, const verbs::Message &message);
   void stranger(const char *what);
-  void reap();
   // mending.cc
   bool resolve(verbs::Channel *channel, uint64_t consumed);
   void probe(verbs::Channel *channel);
@@ -217,11 +205,8 @@ struct ept_instance {
   int32_t post_write(verbs::Peer *peer, const ept_op &op);
   int32_t post_message(verbs::Peer *peer, const ept_op &op);
   void flush(verbs::Channel *channel);
-  void read_queue(verbs::Nic *nic, verbs::Output *out);
-  void completed(verbs::Nic *nic, const ibv_wc &completion, verbs::Output *out);
-  void received(verbs::Channel *channel, const ibv_wc &completion, uint32_t buffer, verbs::Output *out);
-  void read_events(verbs::Nic *nic);
-  ept_event *emit(verbs::Output *out, int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail);
-  void give_pending(verbs::Output *out);
+  void read_queue(verbs::Nic *nic);
+  void completed(verbs::Nic *nic, const ibv_wc &completion);
+  void received(verbs::Channel *channel, const ibv_wc &completion, uint32_t buffer);
   void give_quiesced();
 };

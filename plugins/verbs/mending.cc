@@ -92,7 +92,7 @@ bool ept_instance::resolve(Channel *channel, uint64_t consumed) {
         true);
     return false;
   }
-  acknowledge(channel, consumed, nullptr);
+  acknowledge(channel, consumed);
   ept_rail_counters &counted = counters[rail_of(*channel)];
   for (; channel->base < channel->next; ++channel->base) {
     Operation &operation = channel->at(channel->base);
@@ -145,11 +145,11 @@ void ept_instance::went_up(Channel *channel) {
   if (peer->state == Peer::State::kEnded || !peer->usable()) return;
   if (peer->state == Peer::State::kConnecting) {
     peer->state = Peer::State::kUp;
-    add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_OK, "");
+    tell_peer(peer, EPT_OK);
   } else if (peer->suspect) {
     peer->suspect = false;
     peer->unusable_since_ns = 0;
-    add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_OK, "");
+    tell_peer(peer, EPT_OK);
   }
 }
 
@@ -172,8 +172,8 @@ void ept_instance::broke(Channel *channel, const std::string &why, bool pause) {
   if (peer->state == Peer::State::kUp && !peer->suspect && !peer->usable()) {
     peer->suspect = true;
     peer->unusable_since_ns = time;
-    add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, EPT_LATER,
-                format("channel %u to rank %u broke and is made anew: %s", channel->number, peer->rank, why.c_str()));
+    tell_peer(peer, EPT_LATER,
+              format("channel %u to rank %u broke and is made anew: %s", channel->number, peer->rank, why.c_str()));
   }
 }
 
@@ -260,8 +260,11 @@ void ept_instance::fail_operation(Peer *peer, uint32_t rail, Operation *operatio
   release(operation);
   if (!told) return;
   ++counters[rail].errors;
-  add_pending(EPT_EVENT_ERROR, peer->rank, peer->epoch, rail, operation->cookie, code, text);
-  pending.back().event.provider_errno = number;
+  ept_event *event = events.add(EPT_EVENT_ERROR, peer->rank, peer->epoch, text);
+  event->rail = rail;
+  event->cookie = operation->cookie;
+  event->code = code;
+  event->provider_errno = number;
 }
 
 void ept_instance::bury(Channel *channel) {
@@ -269,14 +272,4 @@ void ept_instance::bury(Channel *channel) {
   channel->destroy();
   for (; channel->base < channel->next; ++channel->base)
     fail_operation(peer, rail_of(*channel), &channel->at(channel->base), peer->code, peer->number, peer->text);
-}
-
-// A completion queue or a whole NIC is gone: nobody can say what was consumed on it.
-void ept_instance::nic_failed(Nic *nic, const std::string &why) {
-  if (!nic->broken.empty()) return;
-  nic->broken = format("%s: %s", nic->port.device.c_str(), why.c_str());
-  log(EPT_LOG_ERROR, format("verbs: rank %u: %s", params.rank, nic->broken.c_str()));
-  for (auto &peer : peers)
-    if (peer != nullptr && nic->number < peer->nics)
-      end_peer(peer.get(), EPT_E_PEER_LOST, 0, format("rank %u is lost: %s", peer->rank, nic->broken.c_str()), true);
 }

@@ -13,8 +13,6 @@ using namespace verbs;
 
 namespace {
 
-constexpr uint64_t kFirstPause = 5'000'000;  // between two Hellos; doubled each time
-constexpr uint64_t kLongestPause = 500'000'000;
 // Within kFarewellNs of verbs.cc, so that a process that ends at once says goodbye all the same.
 constexpr uint64_t kGrace = 200'000'000;  // what is under way to a peer that is closed may take so long to end well
 
@@ -100,7 +98,7 @@ int32_t ept_instance::peer_open(uint32_t rank, uint32_t epoch, const void *addre
     return code;
   }
   while (peer->opening == 0) host->random(host->context, &peer->opening, sizeof peer->opening);
-  peer->hello_pause_ns = kFirstPause;
+  peer->hello_pause_ns = kFirstHelloPause;
   if (epoch > 0) close_exports_of(rank, epoch - 1);
   plugin::bind_exports(&exports, rank, epoch);
   closed_epochs.erase(rank);
@@ -123,135 +121,6 @@ int32_t ept_instance::peer_state(uint32_t rank) {
   return fail(EPT_LATER, "peer_state", rank, 0,
               "verbs: rank %u is not connected yet: %td of %zu queue pairs are up; %s", rank, up, peer->channels.size(),
               peer->last_try.c_str());
-}
-
-// ---- what is said ---------------------------------------------------------------------------------------------------
-
-bool ept_instance::say(Peer *peer, MessageType type) {
-  Message message{};
-  message.magic = kMessageMagic;
-  message.version = kVersion;
-  message.type = static_cast<uint8_t>(type);
-  message.channels = static_cast<uint8_t>(peer->channels.size());
-  message.from = params.rank;
-  message.from_epoch = params.epoch;
-  message.to = peer->rank;
-  message.to_epoch = peer->epoch;
-  message.world = params.world;
-  message.qps = settings.qps;
-  message.max_send = kMaxSend;
-  message.opening = peer->opening;
-  message.heard = peer->its_opening;
-  for (size_t i = 0; i < peer->channels.size(); ++i) message.entries[i] = peer->channels[i]->say();
-  seal(credentials, peer->address.nonce, &message);
-  // Another NIC each time, so that one of them that is dead does not silence this rank.
-  for (uint32_t i = 0; i < peer->nics; ++i) {
-    const uint32_t number = peer->tries++ % peer->nics;
-    Nic *nic = nics[number].get();
-    if (!nic->up || !nic->broken.empty()) continue;
-    Ah &way = peer->ways[number];
-    if (!way) {
-      ibv_ah_attr attributes = nic->way_to(peer->address.nics[number], settings);
-      way = {library.get(), library->create_ah(nic->pd.get(), &attributes)};
-      if (!way) {
-        const int status = errno;
-        peer->last_try =
-            format("%s finds no way to it: %s (errno %d)", nic->port.device.c_str(), strerror(status), status);
-        continue;
-      }
-    }
-    if (nic->say(way.get(), peer->address.nics[number], message, RequestId{UINT16_MAX, 0, Request::kSaid, 0}.pack()))
-      return true;
-  }
-  return false;
-}
-
-void ept_instance::greet(Peer *peer) {
-  say(peer, MessageType::kHello);
-  peer->hello_due_ns = now() + peer->hello_pause_ns;
-  peer->hello_pause_ns = std::min(2 * peer->hello_pause_ns, kLongestPause);
-  time_due_ns = std::min(time_due_ns, peer->hello_due_ns);
-}
-
-void ept_instance::stranger(const char *what) {
-  if (strangers++ == 0)
-    log(EPT_LOG_WARNING, format("verbs: rank %u: a message from a stranger: %s", params.rank, what));
-}
-
-void ept_instance::on_datagram(Nic *nic, uint32_t buffer, uint32_t length) {
-  Message message;
-  if (!parse(nic->datagram(buffer), length, &message)) return stranger("it is not of this protocol");
-  if (message.from >= params.world || message.to != params.rank || message.to_epoch != params.epoch)
-    return stranger("it is for another rank, or for another life of this one");
-  Peer *peer = peers[message.from].get();
-  if (peer == nullptr || peer->epoch != message.from_epoch) return;  // not opened yet: it will say it again
-  switch (judge(credentials, peer->address.nonce, message)) {
-    case Trust::kStranger:
-      return stranger("it proves nothing");
-    case Trust::kMember:
-      if (peer->state == Peer::State::kEnded) return;
-      say(peer, MessageType::kHello);  // so that it sees the same from over there
-      return end_peer(
-          peer, EPT_E_AUTH, 0,
-          format("rank %u does not hold the same secret of the job (EPT_SECRET) as rank %u", peer->rank, params.rank),
-          true);
-    case Trust::kProven:
-      break;
-  }
-  if (peer->state != Peer::State::kEnded)
-    on_greeting(peer, message);
-  else if (static_cast<MessageType>(message.type) == MessageType::kHello && message.opening == peer->its_opening)
-    say(peer, MessageType::kGivenUp);  // it goes on with a link that has ended here: and that may have been lost
-}
-
-void ept_instance::on_greeting(Peer *peer, const Message &message) {
-  if (!same_bytes(message.job, credentials.job.data(), sizeof message.job))
-    return end_peer(peer, EPT_E_MISMATCH, 0,
-                    format("rank %u belongs to another job than rank %u", peer->rank, params.rank), true);
-  if (message.world != params.world)
-    return end_peer(
-        peer, EPT_E_MISMATCH, 0,
-        format("world is %u at rank %u and %u at rank %u", message.world, peer->rank, params.world, params.rank), true);
-  if (message.opening == 0 || (message.heard != 0 && message.heard != peer->opening)) return;  // of an opening before
-  const auto type = static_cast<MessageType>(message.type);
-  if (type == MessageType::kBye || type == MessageType::kGivenUp) {
-    // Of a link that this rank has not heard of yet, or of this one.
-    if (peer->its_opening != 0 && peer->its_opening != message.opening) return;
-    if (type == MessageType::kBye) return end_peer(peer, EPT_E_CLOSED, 0, format("rank %u left", peer->rank), true);
-    return end_peer(peer, EPT_E_PEER_LOST, 0,
-                    format("rank %u has given this rank up: it was masked there, or taken for dead", peer->rank), true);
-  }
-  if (message.channels != peer->channels.size()) return stranger("it counts other queue pairs than its address");
-  if (peer->its_opening != message.opening) {
-    // It has closed and opened this rank since. A link that was up is not the one that it speaks of; one that was not
-    // yet, is, and begins anew.
-    if (peer->state == Peer::State::kUp)
-      return end_peer(peer, EPT_E_PEER_LOST, 0, format("rank %u has closed this link and opened another", peer->rank),
-                      true);
-    if (peer->its_opening != 0) {
-      for (auto &channel : peer->channels) {
-        std::erase(retiring, channel.get());
-        channel->base = channel->next = channel->consumed = 0;
-        channel->theirs = {};
-        if (channel->renew(1, *host) != EPT_OK)
-          return end_peer(peer, last_error().code, last_error().provider_errno, last_error().text, true);
-      }
-    }
-    peer->its_opening = message.opening;
-  }
-  bool changed = false;
-  for (auto &channel : peer->channels) {
-    changed = on_state(channel.get(), message.entries[channel->number]) || changed;
-    if (peer->state == Peer::State::kEnded) return;
-  }
-  if (peer->state == Peer::State::kConnecting) peer->last_try = "it was heard, and its queue pairs are being connected";
-  if (changed) peer->hello_pause_ns = kFirstPause;
-  if (type == MessageType::kHello)
-    say(peer, MessageType::kAck);
-  else if (changed)
-    greet(peer);
-  peer->hello_due_ns = peer->settled() ? 0 : std::max<uint64_t>(peer->hello_due_ns, 1);
-  if (peer->hello_due_ns != 0) time_due_ns = std::min(time_due_ns, peer->hello_due_ns);
 }
 
 // ---- by the clock ---------------------------------------------------------------------------------------------------
@@ -318,10 +187,7 @@ void ept_instance::end_peer(Peer *peer, int32_t code, int number, std::string te
   peer->text = std::move(text);
   peer->hello_due_ns = 0;
   peer->suspect = false;
-  if (announce) {
-    add_pending(EPT_EVENT_PEER, peer->rank, peer->epoch, 0, 0, code, peer->text);
-    pending.back().event.provider_errno = number;
-  }
+  if (announce) tell_peer(peer, code, peer->text)->provider_errno = number;
   stop(peer);
 }
 
@@ -391,8 +257,8 @@ void ept_instance::abandon() {
 }
 
 void ept_instance::farewell(uint64_t most_ns) {
-  ept_event events[16];
-  for (ept_event &event : events) event.size = sizeof event;
+  ept_event last[16];
+  for (ept_event &event : last) event.size = sizeof event;
   auto speaking = [&] {
     for (const auto &nic : nics)
       if (nic->broken.empty() && nic->free_said.size() < kSaid) return true;
@@ -400,7 +266,7 @@ void ept_instance::farewell(uint64_t most_ns) {
   };
   for (const uint64_t end = now() + most_ns; speaking() && now() < end;) {
     time_due_ns = 0;
-    poll(events, 16);
+    poll(last, 16);
   }
 }
 
@@ -467,27 +333,20 @@ void ept_instance::give_fenced() {
     const Peer *peer = peers[fence.rank].get();
     const auto rails = static_cast<uint32_t>(counters.size());
     for (uint32_t rail = 0; rail < rails; ++rail) {
-      add_pending(EPT_EVENT_FENCED, fence.rank, fence.epoch, rail, fence.cookie, EPT_OK, "");
+      ept_event *event = events.add(EPT_EVENT_FENCED, fence.rank, fence.epoch);
+      event->rail = rail;
+      event->cookie = fence.cookie;
       if (peer == nullptr || peer->epoch > fence.epoch) continue;
       for (const auto &channel : peer->channels)
         if (!channel->messages && rail_of(*channel) == rail)
-          pending.back().event.immediate = static_cast<uint32_t>(channel->consumed);
+          event->immediate = static_cast<uint32_t>(channel->consumed);
     }
     return true;
   });
 }
 
-void ept_instance::add_pending(int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail, uint64_t cookie,
-                               int32_t code, std::string text) {
-  Pending entry{};
-  entry.event.size = sizeof entry.event;
-  entry.event.kind = kind;
-  entry.event.peer = peer;
-  entry.event.epoch = epoch;
-  entry.event.rail = rail;
-  entry.event.cookie = cookie;
-  entry.event.code = code;
-  entry.has_text = !text.empty();
-  entry.text = std::move(text);
-  pending.push_back(std::move(entry));
+ept_event *ept_instance::tell_peer(const Peer *peer, int32_t code, std::string text) {
+  ept_event *event = events.add(EPT_EVENT_PEER, peer->rank, peer->epoch, std::move(text));
+  event->code = code;
+  return event;
 }

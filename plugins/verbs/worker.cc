@@ -9,8 +9,8 @@
 //  - Requests of one call of post to one queue pair are one chain, with one doorbell, and the last of a chain is
 //    signalled: so at most kBatch - 1 requests stand unsignalled, and every one is covered by a completion to come. On
 //    one queue pair completions come in order: one that came says the same of all before it.
-//  - An event is given straight from a completion queue only while nothing older waits in `pending`; so a peer's PEER
-//    event comes before what follows from it.
+//  - Events come out in the order in which they were found (../events.h): so a peer's PEER event comes before what
+//    follows from it.
 #include <arpa/inet.h>
 #include <sys/epoll.h>
 #include <sys/timerfd.h>
@@ -28,7 +28,6 @@ namespace {
 
 constexpr size_t kReadAtOnce = 32;    // entries of a completion queue
 constexpr uint32_t kClockEvery = 64;  // polls between two looks at clock and events
-constexpr uint64_t kTick = 5'000'000;
 
 }  // namespace
 
@@ -204,11 +203,8 @@ void ept_instance::release(Operation *operation) {
 
 // ---- poll -----------------------------------------------------------------------------------------------------------
 
-int32_t ept_instance::poll(ept_event *events, size_t capacity) {
-  if (!texts.empty()) texts.clear();
-  if (!shown.empty()) shown.clear();
-  Output out{events, capacity, 0};
-  if (!pending.empty()) give_pending(&out);
+int32_t ept_instance::poll(ept_event *into, size_t capacity) {
+  events.begin(into, capacity);
   if (armed) {
     armed = false;
     since_clock = kClockEvery;
@@ -229,33 +225,32 @@ int32_t ept_instance::poll(ept_event *events, size_t capacity) {
   }
   // The first to be read changes, so that a busy NIC does not starve the others where the caller has little room.
   const auto count = static_cast<uint32_t>(nics.size());
-  for (uint32_t i = 0; i < count && !out.full(); ++i) read_queue(nics[(next_nic + i) % count].get(), &out);
+  for (uint32_t i = 0; i < count && !events.full(); ++i) read_queue(nics[(next_nic + i) % count].get());
   if (++next_nic >= count) next_nic = 0;
   if (!retiring.empty() || !fences.empty()) mend();
   if (replaying > 0) replay();
   if (!leaving.empty()) reap();
   if (!quiesces.empty()) give_quiesced();
-  if (!pending.empty()) give_pending(&out);
-  return static_cast<int32_t>(out.count);
+  return events.end();
 }
 
-void ept_instance::read_queue(Nic *nic, Output *out) {
+void ept_instance::read_queue(Nic *nic) {
   if (!nic->stash.empty()) {
     const std::vector<ibv_wc> stash = std::move(nic->stash);
     nic->stash.clear();
-    for (const ibv_wc &completion : stash) completed(nic, completion, out);
+    for (const ibv_wc &completion : stash) completed(nic, completion);
   }
   ibv_wc completions[kReadAtOnce];
-  while (!out->full() && nic->broken.empty()) {
-    const size_t room = std::min(kReadAtOnce, out->capacity - out->count);
+  while (!events.full() && nic->broken.empty()) {
+    const size_t room = std::min(kReadAtOnce, events.room());
     const int count = ibv_poll_cq(nic->cq.get(), static_cast<int>(room), completions);
     if (count < 0) return nic_failed(nic, "its completion queue can't be read any more");
-    for (int i = 0; i < count; ++i) completed(nic, completions[i], out);
+    for (int i = 0; i < count; ++i) completed(nic, completions[i]);
     if (count < static_cast<int>(room)) break;
   }
 }
 
-void ept_instance::completed(Nic *nic, const ibv_wc &completion, Output *out) {
+void ept_instance::completed(Nic *nic, const ibv_wc &completion) {
   const RequestId id = RequestId::of(completion.wr_id);
   if (id.kind == Request::kSaid) return nic->free_said.push_back(id.low);
   if (id.kind == Request::kHeard) {
@@ -269,7 +264,7 @@ void ept_instance::completed(Nic *nic, const ibv_wc &completion, Output *out) {
   if (channel == nullptr || channel->serial != id.serial || !channel->qp) return;  // of a queue pair that is gone
   if (id.kind == Request::kReceive) {
     --channel->out;
-    if (completion.status == IBV_WC_SUCCESS) return received(channel, completion, id.low, out);
+    if (completion.status == IBV_WC_SUCCESS) return received(channel, completion, id.low);
     return broke(channel,
                  format("a receive failed: %s (%d)", library->wc_status_str(completion.status), completion.status),
                  false);
@@ -277,17 +272,17 @@ void ept_instance::completed(Nic *nic, const ibv_wc &completion, Output *out) {
   const uint64_t ordinal = channel->base + ((id.low - static_cast<uint32_t>(channel->base)) & RequestId::kLowMask);
   if (ordinal >= channel->next) return;  // an unsignalled one before a signalled one that came already, flushed late
   if (completion.status == IBV_WC_SUCCESS) {
-    acknowledge(channel, ordinal + 1, out);
+    acknowledge(channel, ordinal + 1);
     if (channel->state == Channel::State::kConnected) went_up(channel);
   } else if (completion.status == IBV_WC_WR_FLUSH_ERR) {
     broke(channel, "its queue pair was stopped by the NIC", false);
   } else {
-    acknowledge(channel, ordinal, out);
+    acknowledge(channel, ordinal);
     refused(channel, ordinal, completion);
   }
 }
 
-void ept_instance::received(Channel *channel, const ibv_wc &completion, uint32_t buffer, Output *out) {
+void ept_instance::received(Channel *channel, const ibv_wc &completion, uint32_t buffer) {
   Peer *peer = channel->peer;
   ++channel->consumed;
   const bool probe = completion.opcode == IBV_WC_RECV && (completion.wc_flags & IBV_WC_WITH_IMM) != 0;
@@ -298,22 +293,16 @@ void ept_instance::received(Channel *channel, const ibv_wc &completion, uint32_t
     if (!channel->messages) {
       ++counters[rail].rx_operations;
       counters[rail].rx_bytes += completion.byte_len;
-      ept_event *event = emit(out, EPT_EVENT_IMM, peer->rank, peer->epoch, rail);
+      ept_event *event = events.add(EPT_EVENT_IMM, peer->rank, peer->epoch);
+      event->rail = rail;
       event->immediate = ntohl(completion.imm_data);
       event->length = completion.byte_len;
     } else {
       ++counters[rail].rx_sends;
-      ept_event *event = emit(out, EPT_EVENT_RECV, peer->rank, peer->epoch, rail);
-      event->length = completion.byte_len;
       const uint8_t *bytes = channel->buffer(buffer);
-      std::vector<uint8_t> copy(bytes, bytes + completion.byte_len);
-      if (!pending.empty() && event == &pending.back().event) {
-        pending.back().data = std::move(copy);
-        pending.back().has_data = true;
-      } else {
-        shown.push_back(std::move(copy));
-        event->data = shown.back().data();
-      }
+      ept_event *event = events.add(EPT_EVENT_RECV, peer->rank, peer->epoch, {}, {bytes, bytes + completion.byte_len});
+      event->rail = rail;
+      event->length = completion.byte_len;
     }
   }
   if (channel->state == Channel::State::kRetiring) return;
@@ -323,8 +312,8 @@ void ept_instance::received(Channel *channel, const ibv_wc &completion, uint32_t
     channel->return_receives(1);
 }
 
-// Operations below `up_to` are done. `out` nullptr: told by the next poll.
-void ept_instance::acknowledge(Channel *channel, uint64_t up_to, Output *out) {
+// Operations below `up_to` are done.
+void ept_instance::acknowledge(Channel *channel, uint64_t up_to) {
   Peer *peer = channel->peer;
   const uint32_t rail = rail_of(*channel);
   for (; channel->base < up_to; ++channel->base) {
@@ -339,87 +328,10 @@ void ept_instance::acknowledge(Channel *channel, uint64_t up_to, Output *out) {
       continue;
     }
     release(&operation);
-    if (out != nullptr) {
-      ept_event *event = emit(out, EPT_EVENT_LOCAL_DONE, peer->rank, peer->epoch, rail);
-      event->cookie = operation.cookie;
-      event->length = operation.length;
-    } else {
-      add_pending(EPT_EVENT_LOCAL_DONE, peer->rank, peer->epoch, rail, operation.cookie, EPT_OK, "");
-      pending.back().event.length = operation.length;
-    }
-  }
-}
-
-// What a NIC says of itself.
-void ept_instance::read_events(Nic *nic) {
-  ibv_async_event event{};
-  while (nic->broken.empty() && library->get_async_event(nic->context.get(), &event) == 0) {
-    Channel *channel = nullptr;
-    std::string fatal;
-    const uint8_t port = static_cast<uint8_t>(event.element.port_num);
-    switch (event.event_type) {
-      case IBV_EVENT_QP_FATAL:
-      case IBV_EVENT_QP_REQ_ERR:
-      case IBV_EVENT_QP_ACCESS_ERR:
-        for (Channel *candidate : slots)
-          if (candidate != nullptr && candidate->qp.get() == event.element.qp) channel = candidate;
-        break;
-      case IBV_EVENT_CQ_ERR:
-        fatal = "its completion queue was overrun or failed";
-        break;
-      case IBV_EVENT_DEVICE_FATAL:
-        fatal = "the NIC failed (or was reset or removed)";
-        break;
-      case IBV_EVENT_PORT_ERR:
-      case IBV_EVENT_PORT_ACTIVE:
-        if (port != nic->port.number) break;
-        nic->up = event.event_type == IBV_EVENT_PORT_ACTIVE;
-        log(EPT_LOG_WARNING, format("verbs: rank %u: port %u of %s is %s", params.rank, port, nic->port.device.c_str(),
-                                    nic->up ? "up again" : "down"));
-        break;
-      default:
-        break;
-    }
-    const auto type = event.event_type;
-    library->ack_async_event(&event);  // before a queue pair that it names may be destroyed
-    if (channel != nullptr) broke(channel, format("the NIC reported event %d", static_cast<int>(type)), false);
-    if (!fatal.empty()) return nic_failed(nic, fatal);
-    for (auto &peer : peers) {
-      if (peer == nullptr || (type != IBV_EVENT_PORT_ERR && type != IBV_EVENT_PORT_ACTIVE)) continue;
-      for (auto &each : peer->channels) {
-        if (each->nic != nic || port != nic->port.number) continue;
-        each->failures = 0;
-        if (!nic->up) broke(each.get(), "the port went down", false);
-        if (nic->up) each->connect_due_ns = std::max<uint64_t>(1, std::min<uint64_t>(each->connect_due_ns, now()));
-      }
-      peer->hello_pause_ns = kTick;
-      peer->hello_due_ns = std::min<uint64_t>(peer->hello_due_ns, 1);
-      time_due_ns = 0;
-    }
-  }
-}
-
-ept_event *ept_instance::emit(Output *out, int32_t kind, uint32_t peer, uint32_t epoch, uint32_t rail) {
-  if (pending.empty() && !out->full()) return out->add(kind, peer, epoch, rail);
-  add_pending(kind, peer, epoch, rail, 0, EPT_OK, "");
-  return &pending.back().event;
-}
-
-void ept_instance::give_pending(Output *out) {
-  while (!pending.empty() && !out->full()) {
-    Pending &entry = pending.front();
-    ept_event *event = out->add(entry.event.kind, 0, 0, 0);
-    *event = entry.event;
-    event->size = sizeof *event;
-    if (entry.has_text) {
-      texts.push_back(std::move(entry.text));
-      event->text = texts.back().c_str();
-    }
-    if (entry.has_data) {
-      shown.push_back(std::move(entry.data));
-      event->data = shown.back().data();
-    }
-    pending.pop_front();
+    ept_event *event = events.add(EPT_EVENT_LOCAL_DONE, peer->rank, peer->epoch);
+    event->rail = rail;
+    event->cookie = operation.cookie;
+    event->length = operation.length;
   }
 }
 
@@ -427,7 +339,7 @@ void ept_instance::give_pending(Output *out) {
 
 int32_t ept_instance::arm(int32_t *descriptor) {
   *descriptor = -1;
-  if (!pending.empty() || !fences.empty() || !quiesces.empty() || !retiring.empty()) return EPT_LATER;
+  if (events.waiting() > 0 || !fences.empty() || !quiesces.empty() || !retiring.empty()) return EPT_LATER;
   for (auto &nic : nics) {
     read_events(nic.get());
     if (!nic->stash.empty()) return EPT_LATER;
@@ -441,7 +353,7 @@ int32_t ept_instance::arm(int32_t *descriptor) {
       return EPT_LATER;
     }
   }
-  if (!pending.empty() || !retiring.empty()) return EPT_LATER;
+  if (events.waiting() > 0 || !retiring.empty()) return EPT_LATER;
   const uint64_t next = next_deadline();
   if (next != timer_set_ns) {
     if (next != 0) time_due_ns = 0;  // the poll that it wakes looks at the clock
@@ -478,7 +390,7 @@ void ept_instance::give_quiesced() {
       if (busy(peer.get())) return false;
     for (const auto &peer : leaving)
       if (busy(peer.get())) return false;
-    add_pending(EPT_EVENT_QUIESCED, entry.rank, 0, 0, entry.cookie, EPT_OK, "");
+    events.add(EPT_EVENT_QUIESCED, entry.rank, 0)->cookie = entry.cookie;
     return true;
   });
 }
