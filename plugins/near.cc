@@ -2,11 +2,13 @@
 #include "near.h"
 
 #include <algorithm>
+#include <cctype>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <numeric>
 
-namespace libfabric {
+namespace plugin {
 namespace {
 
 namespace fs = std::filesystem;
@@ -65,7 +67,54 @@ std::vector<std::string> gpus(const fs::path &devices) {
   return found;
 }
 
+template <class Function>
+bool take(const ept_host &host, const char *name, Function **function) {
+  void *symbol = host.cuda(host.context, name);
+  memcpy(function, &symbol, sizeof symbol);
+  return symbol != nullptr;
+}
+
+// Calls of the CUDA driver: 0 is success, a device is an int.
+struct Cuda {
+  int (*context_device)(int *) = nullptr;
+  int (*device_count)(int *) = nullptr;
+  int (*primary_state)(int, unsigned *, int *) = nullptr;
+  int (*pci_address)(char *, int, int) = nullptr;
+
+  bool bind(const ept_host &host) {
+    return take(host, "cuCtxGetDevice", &context_device) && take(host, "cuDeviceGetCount", &device_count) &&
+           take(host, "cuDevicePrimaryCtxGetState", &primary_state) && take(host, "cuDeviceGetPCIBusId", &pci_address);
+  }
+
+  // -1: none, or it can't be told which.
+  int device() const {
+    int current = -1, count = 0, found = -1;
+    if (context_device(&current) == 0) return current;
+    if (device_count(&count) != 0) return -1;
+    for (int device = 0; device < count; ++device) {
+      unsigned flags = 0;
+      int active = 0;
+      if (primary_state(device, &flags, &active) != 0 || active == 0) continue;
+      if (found >= 0) return -1;
+      found = device;
+    }
+    return found;
+  }
+};
+
 }  // namespace
+
+std::string gpu_of(const ept_host &host) {
+  Cuda cuda;
+  if (host.cuda == nullptr || !cuda.bind(host)) return "";
+  char text[32] = {};
+  const int device = cuda.device();
+  if (device < 0 || cuda.pci_address(text, sizeof text, device) != 0) return "";
+  std::string pci = text;
+  // The kernel's files have small letters.
+  std::transform(pci.begin(), pci.end(), pci.begin(), [](unsigned char c) { return static_cast<char>(tolower(c)); });
+  return pci;
+}
 
 std::vector<size_t> nics_near(const std::vector<std::string> &nics, const std::string &gpu, const std::string &sysfs) {
   const fs::path devices = fs::path(sysfs) / "bus" / "pci" / "devices";
@@ -87,4 +136,4 @@ std::vector<size_t> nics_near(const std::vector<std::string> &nics, const std::s
   return share;
 }
 
-}  // namespace libfabric
+}  // namespace plugin

@@ -12,11 +12,17 @@
 #include <string>
 #include <vector>
 
-namespace libfabric {
+#include "eptransport/backend.h"
+
+namespace plugin {
+
+// The PCI address (0000:53:00.0) of the GPU whose context is current in this thread, or else of the one GPU of which
+// this process has a primary context. Empty: no driver, no context (none is made), or several and none is current.
+std::string gpu_of(const ept_host &host);
 
 // Indices into `nics` (PCI addresses as 0000:5a:00.0), ascending: those to use for the GPU at `gpu`. Nearest is who
 // shares most bridges with it; where none shares any, those of its NUMA node; where that isn't known either, all.
 // `sysfs` is /sys, or a test's. All where `gpu` is empty.
 std::vector<size_t> nics_near(const std::vector<std::string> &nics, const std::string &gpu, const std::string &sysfs);
 
-}  // namespace libfabric
+}  // namespace plugin

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "../checks.h"
+#include "../near.h"
 #include "../table.h"
 #include "burial.h"
 #include "host.h"
@@ -90,7 +91,7 @@ int32_t choose(const ept_host *host, const ept_value *values, size_t count, uint
     choice->mend = "correct EPT_LIBFABRIC_STRICT";
     return code;
   }
-  code = choose_rails(*library, *settings, gpu, {gpu_of(*host), "/sys"}, choice);
+  code = choose_rails(*library, *settings, gpu, {plugin::gpu_of(*host), "/sys"}, choice);
   if (code == EPT_OK && choice->setting == "shm") {
     choice->traits.loses_empty_delivery = FI_MAJOR((*library)->version()) < 2;
     const uint64_t room = shared_memory_room(), wanted = kShmEndpoint * choice->rails.size();

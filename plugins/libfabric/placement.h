@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// placement.h: of what a provider offers, what is near the GPU that this rank uses. near.h has the rule; here is what
-// it is asked with: the GPU that CUDA names, and the cards behind libfabric's entries.
+// placement.h: of what a provider offers, what is near the GPU that this rank uses. ../near.h has the rule; here is
+// what it is asked with: the cards behind libfabric's entries.
 #pragma once
 
 #include <rdma/fabric.h>
@@ -9,13 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "eptransport/backend.h"
-
 namespace libfabric {
-
-// The PCI address (0000:53:00.0) of the GPU whose context is current in this thread, or else of the one GPU of which
-// this process has a primary context. Empty: no driver, no context (none is made), or several and none is current.
-std::string gpu_of(const ept_host &host);
 
 // The PCI address of the card behind an entry; empty where it is no card.
 std::string pci_of(const fi_info &info);

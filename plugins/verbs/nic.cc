@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "../near.h"
+
 namespace verbs {
 namespace {
 
@@ -63,14 +65,6 @@ std::string look_at(Library &library, const Settings &settings, ibv_context *con
   return "";
 }
 
-// By the NUMA node that this process runs on; among equals as the library lists them.
-void nearest_first(std::vector<Port> *ports) {
-  unsigned cpu = 0, node = 0;
-  if (getcpu(&cpu, &node) != 0) return;
-  std::stable_partition(ports->begin(), ports->end(),
-                        [&](const Port &port) { return port.numa == static_cast<int32_t>(node); });
-}
-
 int to_ready(Library *library, ibv_qp *qp, uint8_t port, uint32_t qkey) {
   ibv_qp_attr attributes{};
   attributes.qp_state = IBV_QPS_INIT;
@@ -116,7 +110,23 @@ int32_t make_buffers(Nic *nic, size_t bytes, unsigned access, Buffers *buffers) 
 
 uint32_t bytes_of(ibv_mtu mtu) { return 128u << mtu; }
 
-int32_t find_ports(Library &library, const Settings &settings, std::vector<Port> *ports, std::string *mend) {
+void nearest_first(std::vector<Port> *ports, const std::string &gpu, const std::string &sysfs) {
+  std::vector<std::string> cards, mine;
+  for (const Port &port : *ports)
+    if (!port.pci.empty() && std::find(cards.begin(), cards.end(), port.pci) == cards.end()) cards.push_back(port.pci);
+  for (const size_t card : plugin::nics_near(cards, gpu, sysfs)) mine.push_back(cards[card]);
+  unsigned cpu = 0, node = 0;
+  const bool known = getcpu(&cpu, &node) == 0;
+  auto distance = [&](const Port &port) {
+    if (!gpu.empty() && std::find(mine.begin(), mine.end(), port.pci) != mine.end()) return 0;
+    return known && port.numa == static_cast<int32_t>(node) ? 1 : 2;
+  };
+  std::stable_sort(ports->begin(), ports->end(),
+                   [&](const Port &one, const Port &other) { return distance(one) < distance(other); });
+}
+
+int32_t find_ports(Library &library, const Settings &settings, const std::string &gpu, std::vector<Port> *ports,
+                   std::string *mend) {
   std::vector<WantedPort> wanted;
   std::string why;
   *mend =
@@ -164,7 +174,7 @@ int32_t find_ports(Library &library, const Settings &settings, std::vector<Port>
   for (const WantedPort &port : wanted) all = look(port) && all;
   if (wanted.empty()) {
     for (int i = 0; i < count; ++i) look({library.get_device_name(list[i]), 1});
-    nearest_first(ports);
+    nearest_first(ports, gpu, library.sysfs());
     if (ports->size() > settings.nics) ports->resize(settings.nics);
   }
   library.free_device_list(list);

@@ -131,8 +131,13 @@ struct Nic {
   bool take_notices();
 };
 
-// All ports that will do here, the chosen ones; or the reason why there is none, with the mend.
-int32_t find_ports(Library &library, const Settings &settings, std::vector<Port> *ports, std::string *mend);
+// All ports that will do here, the chosen ones; or the reason why there is none, with the mend. `gpu`: the PCI address
+// of the GPU that this rank uses, or empty.
+int32_t find_ports(Library &library, const Settings &settings, const std::string &gpu, std::vector<Port> *ports,
+                   std::string *mend);
+// A rank's share of the cards near its GPU (../near.h), then those of the NUMA node that this process runs on, then the
+// others; among equals as they come. `sysfs` is /sys, or a test's.
+void nearest_first(std::vector<Port> *ports, const std::string &gpu, const std::string &sysfs);
 
 struct Room {
   uint32_t peers;         // ranks, 1 at least

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "../checks.h"
+#include "../near.h"
 #include "../table.h"
 #include "instance.h"
 
@@ -42,15 +43,15 @@ void fill_caps(const Settings &settings, bool dmabuf, ept_caps *caps) {
 }
 
 // Settings, library and ports: all that probe and open have in common.
-int32_t choose(const ept_value *values, size_t count, Settings *settings, std::shared_ptr<Library> *library,
-               std::vector<Port> *ports, std::string *mend) {
+int32_t choose(const ept_host &host, const ept_value *values, size_t count, Settings *settings,
+               std::shared_ptr<Library> *library, std::vector<Port> *ports, std::string *mend) {
   *mend = "correct that setting";
   const int32_t code = read_settings(values, count, settings);
   if (code != EPT_OK) return code;
   std::string why;
   *library = open_library(settings->library, &why, mend);
   if (*library == nullptr) return fail(EPT_E_UNAVAILABLE, "open", -1, 0, "verbs: %s", why.c_str());
-  return find_ports(**library, *settings, ports, mend);
+  return find_ports(**library, *settings, plugin::gpu_of(host), ports, mend);
 }
 
 std::string words_of(const Port &port) {
@@ -61,14 +62,14 @@ std::string words_of(const Port &port) {
 
 // ---- opening --------------------------------------------------------------------------------------------------------
 
-int32_t verbs_probe(const ept_host *, const ept_value *values, size_t value_count, ept_probe *report) {
+int32_t verbs_probe(const ept_host *host, const ept_value *values, size_t value_count, ept_probe *report) {
   return guarded("probe", [&]() -> int32_t {
     report->summary[0] = report->mend[0] = 0;
     Settings settings;
     std::shared_ptr<Library> library;
     std::vector<Port> ports;
     std::string mend;
-    const int32_t code = choose(values, value_count, &settings, &library, &ports, &mend);
+    const int32_t code = choose(*host, values, value_count, &settings, &library, &ports, &mend);
     fill_caps(settings, library != nullptr && library->has_dmabuf(), &report->caps);
     if (code != EPT_OK) {
       snprintf(report->summary, sizeof report->summary, "%.255s", last_error().text);
@@ -115,7 +116,7 @@ int32_t verbs_open(const ept_host *host, const ept_open_params *params, ept_inst
     instance->params = *params;
     std::vector<Port> ports;
     std::string mend;
-    code = choose(params->values, params->value_count, &instance->settings, &instance->library, &ports, &mend);
+    code = choose(*host, params->values, params->value_count, &instance->settings, &instance->library, &ports, &mend);
     if (code != EPT_OK) return code;
     Settings &settings = instance->settings;
     if (ports.size() * (settings.qps + 1) > kMostChannels)

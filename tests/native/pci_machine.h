@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../plugins/libfabric/near.h"
+#include "../../plugins/near.h"
 #include "check.h"
 
 namespace pci {
@@ -40,7 +40,7 @@ class Machine {
   void node(int number, const std::string &cores) {
     put(root_ / "devices/system/node" / ("node" + std::to_string(number)) / "cpulist", cores);
   }
-  std::vector<size_t> near(const std::string &gpu) const { return libfabric::nics_near(nics, gpu, root_.string()); }
+  std::vector<size_t> near(const std::string &gpu) const { return plugin::nics_near(nics, gpu, root_.string()); }
   std::string sysfs() const { return root_.string(); }
   std::string system() const { return (root_ / "devices/system").string(); }
 

@@ -54,7 +54,7 @@ std::string gpu(const Driver &state) {
   ept_host host{};
   host.size = sizeof host;
   host.cuda = symbol;
-  return libfabric::gpu_of(host);
+  return plugin::gpu_of(host);
 }
 
 void the_gpu_is_the_one_in_use() {
@@ -67,7 +67,7 @@ void the_gpu_is_the_one_in_use() {
   CHECK_EQ(gpu({true, true, -1, {}}), std::string());
   CHECK_EQ(gpu({true, false, -1, {}}), std::string());
   CHECK_EQ(gpu({false, true, 0, {}}), std::string());
-  CHECK_EQ(libfabric::gpu_of(ept_host{}), std::string());
+  CHECK_EQ(plugin::gpu_of(ept_host{}), std::string());
 }
 
 // An entry of fi_getinfo; `card` is empty for one that is no card.

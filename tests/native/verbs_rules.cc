@@ -5,10 +5,12 @@
 // fenced.
 #include <arpa/inet.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "../../native/engine/sha256.h"
-#include "../../plugins/verbs/ports.h"
+#include "../../plugins/verbs/nic.h"
+#include "pci_machine.h"
 #include "verbs_net.h"
 
 using plugin::Rank;
@@ -45,6 +47,39 @@ class Group {
  private:
   std::vector<std::unique_ptr<Rank>> ranks_;
 };
+
+// ---- which NIC ------------------------------------------------------------------------------------------------------
+
+// On a machine of 8 GPUs with a NIC each under their switches, all on one NUMA node: each rank's first NIC is its GPU's
+// own, whatever the order in which libibverbs lists them; the others stand behind it. Two ports of one card are one.
+void nics_near_a_gpu() {
+  pci::Machine machine;
+  pci::switches(&machine, 8, 1, 1);
+  std::vector<verbs::Port> listed;
+  for (size_t i = 0; i < machine.nics.size(); ++i)
+    for (uint8_t number : {1, 2}) {
+      listed.emplace_back();
+      listed.back().device = "mlx5_" + std::to_string(i);
+      listed.back().number = number;
+      listed.back().pci = machine.nics[i];
+    }
+  std::rotate(listed.begin(), listed.begin() + 6, listed.end());
+  for (size_t gpu = 0; gpu < machine.gpus.size(); ++gpu) {
+    std::vector<verbs::Port> ports = listed;
+    verbs::nearest_first(&ports, machine.gpus[gpu], machine.sysfs());
+    CHECK_EQ(ports.size(), listed.size());
+    for (size_t i = 0; i < 2; ++i) {
+      CHECK_EQ(ports[i].device, "mlx5_" + std::to_string(gpu));
+      CHECK_EQ(ports[i].number, i + 1);
+    }
+  }
+  // Without a GPU, or where the files tell nothing of it, they stay as they are.
+  for (const char *unknown : {"", "0000:99:00.0"}) {
+    std::vector<verbs::Port> ports = listed;
+    verbs::nearest_first(&ports, unknown, machine.sysfs());
+    for (size_t i = 0; i < ports.size(); ++i) CHECK_EQ(ports[i].device, listed[i].device);
+  }
+}
 
 // ---- which address --------------------------------------------------------------------------------------------------
 
@@ -322,6 +357,7 @@ int main() {
   };
   plugin::log_level = EPT_LOG_ERROR;
   plugin::clock = [] { return time_ns += 1000; };
+  nics_near_a_gpu();
   gids();
   what_is_missing();
   requests();
