@@ -99,6 +99,16 @@ std::string load(Driver &d) {
   get(d.cuEventElapsedTime, "cuEventElapsedTime");
   get(d.cuFuncLoad, "cuFuncLoad", false);
   get(d.cuMemGetHandleForAddressRange, "cuMemGetHandleForAddressRange", false);
+  get(d.cuMemGetAllocationGranularity, "cuMemGetAllocationGranularity", false);
+  get(d.cuMemCreate, "cuMemCreate", false);
+  get(d.cuMemRelease, "cuMemRelease", false);
+  get(d.cuMemAddressReserve, "cuMemAddressReserve", false);
+  get(d.cuMemAddressFree, "cuMemAddressFree", false);
+  get(d.cuMemMap, "cuMemMap", false);
+  get(d.cuMemUnmap, "cuMemUnmap", false);
+  get(d.cuMemSetAccess, "cuMemSetAccess", false);
+  get(d.cuMemExportToShareableHandle, "cuMemExportToShareableHandle", false);
+  get(d.cuMemImportFromShareableHandle, "cuMemImportFromShareableHandle", false);
   return get.missing;
 }
 

@@ -38,6 +38,8 @@ enum Attribute : int {  // CUdevice_attribute, those in use
   kComputeMinor = 76,
   kCanUseHostPointer = 91,  // of registered host memory: its device address is the host's
   kMaxSharedPerBlock = 97,  // with opt-in
+  kGpuDirectVirtual = 110,  // NICs reach virtual memory too
+  kWritesOrdering = 118,    // of GPUDirect RDMA: below kOwnerOrdering, kernels may see old bytes behind a signal
   kDmabufSupported = 124,
   kVirtualMemory = 102,
   kFileDescriptorHandles = 103,
@@ -46,6 +48,27 @@ enum FunctionAttribute : int { kFunctionRegisters = 4, kFunctionLocalBytes = 3, 
 constexpr unsigned kHostPortable = 1, kHostMapped = 2;  // cuMemHostAlloc, cuMemHostRegister
 constexpr unsigned kIpcLazyPeerAccess = 1;              // cuIpcOpenMemHandle
 constexpr int kHandleDmabuf = 1;                        // cuMemGetHandleForAddressRange: the handle is an int
+constexpr int kOwnerOrdering = 100;                     // CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
+constexpr int kPinnedAllocation = 1, kOnDevice = 1, kDescriptor = 1, kReadWrite = 3;  // of virtual memory
+using Allocation = unsigned long long;                                                // CUmemGenericAllocationHandle
+struct Location {                                                                     // CUmemLocation
+  int type, id;
+};
+struct AllocationOptions {  // CUmemAllocationProp
+  int type, handles;
+  Location location;
+  void *windows;
+  struct {
+    unsigned char compression, gpu_direct;
+    unsigned short usage;
+    unsigned char reserved[4];
+  } flags;
+};
+static_assert(sizeof(AllocationOptions) == 32);
+struct AccessTo {  // CUmemAccessDesc
+  Location location;
+  int flags;
+};
 constexpr unsigned kEventDisableTiming = 2, kStreamNonBlocking = 1;
 
 // The table: one function pointer an entry, named as in cuda.h; where the driver's symbol has a version, driver.cc
@@ -106,6 +129,17 @@ struct Driver {
   // NULL where the driver is too old for them.
   Result (*cuFuncLoad)(Function);
   Result (*cuMemGetHandleForAddressRange)(void *handle, Pointer, size_t, int type, unsigned long long flags);
+  // Virtual memory (CUDA 10.2 and later); asked for by has_virtual_memory.
+  Result (*cuMemGetAllocationGranularity)(size_t *, const AllocationOptions *, int option);
+  Result (*cuMemCreate)(Allocation *, size_t, const AllocationOptions *, unsigned long long flags);
+  Result (*cuMemRelease)(Allocation);
+  Result (*cuMemAddressReserve)(Pointer *, size_t bytes, size_t alignment, Pointer where, unsigned long long flags);
+  Result (*cuMemAddressFree)(Pointer, size_t);
+  Result (*cuMemMap)(Pointer, size_t, size_t offset, Allocation, unsigned long long flags);
+  Result (*cuMemUnmap)(Pointer, size_t);
+  Result (*cuMemSetAccess)(Pointer, size_t, const AccessTo *, size_t count);
+  Result (*cuMemExportToShareableHandle)(void *handle, Allocation, int type, unsigned long long flags);
+  Result (*cuMemImportFromShareableHandle)(Allocation *, void *handle, int type);
 };
 
 // The driver, initialised. NULL: UNAVAILABLE, and `error` says what is missing and how to get it.
@@ -128,6 +162,11 @@ class Primary {
   Device device() const { return device_; }
   Context context() const { return context_; }
   int attribute(Attribute which) const;  // 0 where the driver doesn't know it
+  // Memory of it can be given to other processes as a descriptor.
+  bool has_virtual_memory() const {
+    return driver_.cuMemCreate && driver_.cuMemImportFromShareableHandle && attribute(kVirtualMemory) &&
+           attribute(kFileDescriptorHandles);
+  }
   int capability() const { return attribute(kComputeMajor) * 10 + attribute(kComputeMinor); }
 
  private:

@@ -18,15 +18,19 @@ namespace {
 
 constexpr uint64_t kGranule = 2 << 20;
 constexpr uint32_t kMagic = 0x4d475045;  // "EPGM"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
+// A peer answers from a thread that waits for nothing else; a machine whose cores are all busy takes its time.
+constexpr uint64_t kAnswers = 60'000'000'000;
 
 struct Blob {
   uint32_t magic, version;
   char boot[40];        // of the machine's kernel: IPC handles mean nothing elsewhere
   uint64_t process[2];  // drawn when the process first needs it; a pid may be another's by now
   uint64_t address, bytes;
-  uint64_t offset;  // of the memory in the allocation that the handle names
+  uint32_t sharing, reserved;  // ipc or descriptors
+  uint64_t offset;             // IPC: of the memory in the allocation that the handle names
   IpcHandle handle;
+  HandoverTicket ticket;
 };
 
 std::array<char, 40> boot() {
@@ -68,22 +72,43 @@ Described::~Described() {
 }
 
 int32_t DeviceMemory::allocate(std::shared_ptr<Primary> primary, uint64_t bytes, std::unique_ptr<DeviceMemory> *memory,
-                               ept_error *error) {
+                               ept_error *error, Sharing sharing) {
   const Driver &d = primary->driver();
   Entered entered(*primary);
   const uint64_t rounded = (std::max<uint64_t>(bytes, 1) + kGranule - 1) / kGranule * kGranule;
-  Pointer address = 0;
-  if (int32_t code =
-          checked(d.cuMemAlloc(&address, rounded), "gpu_memory", size_of("GPU memory", rounded).c_str(), error)) {
-    return code;
+  if (sharing != Sharing::descriptors) {
+    Pointer address = 0;
+    if (int32_t code =
+            checked(d.cuMemAlloc(&address, rounded), "gpu_memory", size_of("GPU memory", rounded).c_str(), error)) {
+      return code;
+    }
+    std::unique_ptr<DeviceMemory> made(new DeviceMemory(primary, address, rounded));
+    IpcHandle handle;
+    const bool shows =
+        sharing == Sharing::ipc || !primary->has_virtual_memory() || d.cuIpcGetMemHandle(&handle, address) == kSuccess;
+    if (shows) {
+      if (int32_t code = made->zero(error)) return code;
+      *memory = std::move(made);
+      return EPT_OK;
+    }
   }
-  memory->reset(new DeviceMemory(primary, address, rounded));
-  // On a stream of its own: waiting for the whole context would wait for kernels of other ranks of this process, which
-  // may wait for this one.
+  std::unique_ptr<VirtualMemory> of;
+  if (int32_t code = VirtualMemory::create(primary, rounded, &of, error)) return code;
+  std::unique_ptr<DeviceMemory> made(new DeviceMemory(primary, of->address(), of->bytes()));
+  made->virtual_ = std::move(of);
+  if (int32_t code = made->zero(error)) return code;
+  *memory = std::move(made);
+  return EPT_OK;
+}
+
+// On a stream of its own: waiting for the whole context would wait for kernels of other ranks of this process, which
+// may wait for this one.
+int32_t DeviceMemory::zero(ept_error *error) const {
+  const Driver &d = primary_->driver();
   Stream stream = nullptr;
   Result zeroed = d.cuStreamCreate(&stream, kStreamNonBlocking);
   if (zeroed == kSuccess) {
-    zeroed = d.cuMemsetD8Async(address, 0, rounded, stream);
+    zeroed = d.cuMemsetD8Async(address_, 0, bytes_, stream);
     if (zeroed == kSuccess) zeroed = d.cuStreamSynchronize(stream);
     (void)d.cuStreamDestroy(stream);
   }
@@ -91,11 +116,12 @@ int32_t DeviceMemory::allocate(std::shared_ptr<Primary> primary, uint64_t bytes,
 }
 
 DeviceMemory::~DeviceMemory() {
+  if (virtual_) return;
   Entered entered(*primary_);
   (void)primary_->driver().cuMemFree(address_);
 }
 
-int32_t DeviceMemory::blob(std::string *out, ept_error *error) const {
+int32_t DeviceMemory::blob(std::string *out, ept_error *error) {
   const Driver &d = primary_->driver();
   Entered entered(*primary_);
   Blob blob{};
@@ -106,16 +132,28 @@ int32_t DeviceMemory::blob(std::string *out, ept_error *error) const {
   std::memcpy(blob.process, here.id, sizeof blob.process);
   blob.address = address_;
   blob.bytes = bytes_;
-  Pointer base = 0;
-  size_t whole = 0;
-  if (int32_t code = checked(d.cuMemGetAddressRange(&base, &whole, address_), "gpu_memory",
-                             "finding the allocation of GPU memory", error)) {
-    return code;
-  }
-  blob.offset = address_ - base;
-  if (int32_t code = checked(d.cuIpcGetMemHandle(&blob.handle, address_), "gpu_memory",
-                             "exporting GPU memory to other processes (CUDA IPC)", error)) {
-    return code;
+  blob.sharing = uint32_t(sharing());
+  if (virtual_) {
+    if (!handover_) {
+      int descriptor = -1;
+      if (int32_t code = virtual_->descriptor(&descriptor, error)) return code;
+      if (int32_t code = Handover::open(descriptor, &handover_, error)) return code;
+    }
+    blob.ticket = handover_->ticket();
+  } else {
+    Pointer base = 0;
+    size_t whole = 0;
+    if (int32_t code = checked(d.cuMemGetAddressRange(&base, &whole, address_), "gpu_memory",
+                               "finding the allocation of GPU memory", error)) {
+      return code;
+    }
+    blob.offset = address_ - base;
+    if (int32_t code = checked(d.cuIpcGetMemHandle(&blob.handle, address_), "gpu_memory",
+                               "exporting GPU memory to other processes (CUDA IPC; EPT_GPU_SHARE=descriptors takes "
+                               "another way)",
+                               error)) {
+      return code;
+    }
   }
   out->assign(reinterpret_cast<const char *>(&blob), sizeof blob);
   return EPT_OK;
@@ -180,11 +218,19 @@ int32_t MappedMemory::open(std::shared_ptr<Primary> primary, const std::string &
   const Process here = this_process();
   if (std::memcmp(blob.process, here.id, sizeof blob.process) == 0) {
     made->address_ = blob.address;
+  } else if (blob.sharing == uint32_t(Sharing::descriptors)) {
+    int descriptor = -1;
+    if (int32_t code = take_over(blob.ticket, kAnswers, &descriptor, error)) return code;
+    const int32_t code = VirtualMemory::import(made->primary_, descriptor, blob.bytes, &made->virtual_, error);
+    close(descriptor);
+    if (code) return code;
+    made->address_ = made->virtual_->address();
   } else {
     Entered entered(*made->primary_);
-    if (int32_t code =
-            checked(made->primary_->driver().cuIpcOpenMemHandle(&made->opened_, blob.handle, kIpcLazyPeerAccess),
-                    "gpu_memory", "mapping a peer's GPU memory (CUDA IPC)", error)) {
+    if (int32_t code = checked(
+            made->primary_->driver().cuIpcOpenMemHandle(&made->opened_, blob.handle, kIpcLazyPeerAccess), "gpu_memory",
+            "mapping a peer's GPU memory (CUDA IPC; EPT_GPU_SHARE=descriptors on all ranks takes another way)",
+            error)) {
       return code;
     }
     made->address_ = made->opened_ + blob.offset;

@@ -3,8 +3,8 @@
 // memory.h: memory that kernels and peers, or kernels and a network, both reach. Each piece has an owner that gives it
 // back; which kind a network takes is asked of its caps (home_of).
 //
-//   DeviceMemory   on one GPU; other processes of the machine map it by a blob (CUDA IPC: no privileges are needed)
-//   MappedMemory   a blob's memory, here: another process's through IPC, this process's as it stands
+//   DeviceMemory   on one GPU; other processes of the machine map it by a blob (Sharing: no way needs privileges)
+//   MappedMemory   a blob's memory, here: another process's, or this process's as it stands
 //   PinnedMemory   on the host, for networks that take no other, rings and signals; kernels store into it directly
 //   PinnedRange    memory that is there already, pinned and shown to kernels
 #pragma once
@@ -12,6 +12,8 @@
 #include <string>
 
 #include "cuda/driver.h"
+#include "cuda/handover.h"
+#include "cuda/virtual.h"
 
 namespace ept::cuda {
 
@@ -30,11 +32,18 @@ class Described {
   ept_memory memory{};  // fd -1 but for a dmabuf
 };
 
+// How other processes get at it. What is allocated for one way can't be shown by the other.
+enum class Sharing : uint32_t {
+  automatic = 0,   // by IPC where that works for this process, else by descriptors
+  ipc = 1,         // CUDA IPC
+  descriptors = 2  // virtual memory, whose descriptors go over a Unix socket (handover.h)
+};
+
 class DeviceMemory {
  public:
   // Zeroed. Rounded up to 2 MiB, CUDA's own granule, so that a blob never shows a neighbour's memory.
   static int32_t allocate(std::shared_ptr<Primary> primary, uint64_t bytes, std::unique_ptr<DeviceMemory> *memory,
-                          ept_error *error);
+                          ept_error *error, Sharing sharing = Sharing::ipc);
   ~DeviceMemory();
   DeviceMemory(const DeviceMemory &) = delete;
   DeviceMemory &operator=(const DeviceMemory &) = delete;
@@ -44,7 +53,8 @@ class DeviceMemory {
   const Primary &primary() const { return *primary_; }
   // What MappedMemory opens on the same machine, in any process. Opaque; whoever holds it can read and write all of
   // the memory, so it goes to members of the group alone. It is good until the memory goes.
-  int32_t blob(std::string *out, ept_error *error) const;
+  int32_t blob(std::string *out, ept_error *error);
+  Sharing sharing() const { return virtual_ ? Sharing::descriptors : Sharing::ipc; }
   // All of it for the networks with these caps: a dmabuf where both they and the driver have those, else the address,
   // for networks that take it (with nvidia-peermem). UNSUPPORTED: it can't be registered there.
   int32_t describe(const ept_caps &caps, Described *out, ept_error *error) const;
@@ -52,9 +62,12 @@ class DeviceMemory {
  private:
   DeviceMemory(std::shared_ptr<Primary> primary, Pointer address, uint64_t bytes)
       : primary_(std::move(primary)), address_(address), bytes_(bytes) {}
+  int32_t zero(ept_error *error) const;
   std::shared_ptr<Primary> primary_;
   const Pointer address_;
   const uint64_t bytes_;
+  std::unique_ptr<VirtualMemory> virtual_;  // NULL: cuMemAlloc's
+  std::unique_ptr<Handover> handover_;      // since the first blob of such
 };
 
 class MappedMemory {
@@ -68,12 +81,13 @@ class MappedMemory {
 
   uint64_t address() const { return address_; }
   uint64_t bytes() const { return bytes_; }
-  bool same_process() const { return !opened_; }
+  bool same_process() const { return !opened_ && !virtual_; }
 
  private:
   MappedMemory() = default;
   std::shared_ptr<Primary> primary_;
-  Pointer opened_ = 0;  // 0: this process's own
+  Pointer opened_ = 0;  // by IPC
+  std::unique_ptr<VirtualMemory> virtual_;
   uint64_t address_ = 0, bytes_ = 0;
 };
 

@@ -37,10 +37,23 @@ LaneMemory::LaneMemory(ept_engine *engine, uint64_t bytes) : engine_(engine), by
   check(code, error);
 }
 
+LaneMemory::LaneMemory(ept_engine *engine, const ept_memory &described, std::shared_ptr<void> owned)
+    : engine_(engine),
+      owned_(std::move(owned)),
+      base_(static_cast<char *>(described.address)),
+      bytes_(described.length) {
+  Error error;
+  check(ept_memory_register(engine, &described, &id_, &error), error);
+}
+
 LaneMemory::~LaneMemory() {
   Error error;
   // Where the engine still reads from it, the pages must stay: they leak rather than change under a NIC.
-  if (ept_memory_deregister(engine_, id_, &error) == EPT_OK) munmap(base_, bytes_);
+  if (ept_memory_deregister(engine_, id_, &error) != EPT_OK) {
+    if (owned_) new std::shared_ptr<void>(std::move(owned_));
+  } else if (!owned_) {
+    munmap(base_, bytes_);
+  }
 }
 
 Arena::Arena(ept_engine *of) : engine(of), metrics(metrics_of(of)), spans(spans_of(of)) {
@@ -88,14 +101,14 @@ std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<
   const auto count = uint32_t(std::max<size_t>(lanes.size(), object->config.lanes));
   const bool grows = count > lanes.size() || larger.bytes(1) != map.bytes(1);
   if (all_map(places)) {
-    if (lanes.empty()) grow({kAlign, kAlign, kAlign, kAlign}, 1, with, deadline, "to make a lane for resets");
+    if (lanes.empty()) grow({kAlign, kAlign, kAlign, kAlign}, 1, with, deadline, "to make a lane for resets", nullptr);
     bring_sides(places, with, deadline, side);
     object->number = ++objects_;
     if (expected_) expected_--;
     return object;
   }
   refuse_drivers(places, with, grows);
-  if (grows) grow(larger, count, with, deadline, "to enlarge the arena");
+  if (grows) grow(larger, count, with, deadline, "to enlarge the arena", side);
   bring_sides(places, with, deadline, side);
   driver_ = side ? Driver::kernels : Driver::calls;
   object->number = ++objects_;

@@ -23,15 +23,19 @@ namespace ept::moe {
 class LaneMemory {
  public:
   LaneMemory(ept_engine *engine, uint64_t bytes);
+  // A GPU's, which no CPU may touch; `owned` is let go of when nobody uses it any more.
+  LaneMemory(ept_engine *engine, const ept_memory &described, std::shared_ptr<void> owned);
   ~LaneMemory();
   LaneMemory(const LaneMemory &) = delete;
   LaneMemory &operator=(const LaneMemory &) = delete;
 
   char *base() const { return base_; }
   ept_memory_id id() const { return id_; }
+  bool on_gpu() const { return owned_ != nullptr; }
 
  private:
   ept_engine *engine_;
+  std::shared_ptr<void> owned_;
   char *base_ = nullptr;
   uint64_t bytes_ = 0;
   ept_memory_id id_ = 0;
@@ -98,7 +102,8 @@ struct Arena {
   void refuse_drivers(const std::vector<Place> &places, const Members &with, bool larger) const;
   void bring_sides(const std::vector<Place> &places, const Members &with, const Deadline &deadline, Side *side);
   Holds until_idle(const Members &with, const Deadline &deadline, const char *what);
-  void grow(const LaneMap &larger, uint32_t lanes, const Members &with, const Deadline &deadline, const char *what);
+  void grow(const LaneMap &larger, uint32_t lanes, const Members &with, const Deadline &deadline, const char *what,
+            Side *side);
 
   std::mutex collective_;
   std::vector<std::unique_ptr<LaneMemory>> memories_;  // [lanes]

@@ -27,7 +27,7 @@ struct Arena::Growth {
     const size_t old = arena.lanes.size();
     return index < old ? *arena.lanes[index] : *fresh[index - old];
   }
-  void make(const LaneMap &map, uint32_t lanes);
+  void make(const LaneMap &map, uint32_t lanes, Side *side);
   std::string offer(uint32_t to, const LaneMap &map);
   void accept(uint32_t from, Bytes &bytes);
 };
@@ -56,13 +56,16 @@ Arena::Growth::~Growth() {
     for (Link &link : lane->links) release(arena.engine, link);
 }
 
-void Arena::Growth::make(const LaneMap &map, uint32_t lanes) {
+void Arena::Growth::make(const LaneMap &map, uint32_t lanes, Side *side) {
   const bool larger = map.bytes(1) != arena.map.bytes(1);
   for (uint32_t i = 0; i < lanes; i++) {
     regions.emplace_back(arena.world, 0);
     const bool is_new = i >= arena.lanes.size();
     const bool needs = is_new || larger || !arena.memories_[i];
-    memories.push_back(needs ? std::make_unique<LaneMemory>(arena.engine, map.bytes(page_bytes())) : nullptr);
+    memories.push_back(nullptr);
+    if (needs && side) memories.back() = side->lane_memory(arena, map.bytes(page_bytes()));
+    if (needs && !memories.back())
+      memories.back() = std::make_unique<LaneMemory>(arena.engine, map.bytes(page_bytes()));
     if (!is_new) continue;
     fresh.push_back(std::make_unique<Lane>(arena, i));
     for (uint32_t r = 0; r < arena.world; r++) {
@@ -152,14 +155,14 @@ Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline, co
   }
 }
 
-void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, const Deadline &deadline,
-                 const char *what) {
+void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, const Deadline &deadline, const char *what,
+                 Side *side) {
   const Holds holds = until_idle(with, deadline, what);
   Growth growth(*this, with);
   Failure failed{Error()};
   std::vector<std::string> offers(world);
   try {
-    growth.make(larger, count);
+    growth.make(larger, count, side);
     for (uint32_t r = 0; r < world; r++)
       if (r != rank && with.has(r)) offers[r] = growth.offer(r, larger);
   } catch (const Failure &failure) {
@@ -190,6 +193,7 @@ void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, con
     if (!growth.memories[i]) continue;
     lanes[i]->memory_id = growth.memories[i]->id();
     lanes[i]->base = growth.memories[i]->base();
+    lanes[i]->on_gpu = growth.memories[i]->on_gpu();
     for (uint32_t r = 0; r < world; r++) {
       Error error;
       if (lanes[i]->links[r].region) ept_region_drop(engine, lanes[i]->links[r].region, &error);

@@ -224,6 +224,7 @@ class Lane {
   std::vector<Link> links;  // [world]; that of this rank has the local signals
   ept_memory_id memory_id = 0;
   char *base = nullptr;
+  bool on_gpu = false;              // base is of a GPU, and only its kernels read there
   std::atomic<uint64_t> next[2]{};  // generation; read without the lane by Arena::step
   Exchange exchanges[2][2];         // [phase][slot]
   bool committed = false;           // a call is past the point where its failure leaves the lane as it was

@@ -17,6 +17,7 @@
 namespace ept::moe {
 
 struct Arena;
+class LaneMemory;
 
 // Who drives a rank's lanes. They have one sequence of generations, so it is one of the two for good.
 enum class Driver : uint32_t { none, calls, kernels };
@@ -53,6 +54,8 @@ class Side {
   virtual ~Side() = default;
   // All of these throw Failure, which every rank then raises.
   virtual Place place() = 0;
+  // A lane's memory where it is to be no host memory; NULL: it is. After place().
+  virtual std::unique_ptr<LaneMemory> lane_memory(Arena &arena, uint64_t bytes) = 0;
   // The lanes are there: what the other GPU ranks need to map our memory.
   virtual std::string offer(Arena &arena, const std::vector<Place> &places) = 0;
   // What they offered, [world]; empty of a rank that is on no GPU.

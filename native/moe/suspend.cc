@@ -46,7 +46,7 @@ void Arena::resume(uint64_t timeout) {
   const Deadline deadline(timeout == UINT64_MAX ? timeout_ns : timeout);
   const std::shared_ptr<const Members> with = members_of_step();
   begin_attempt(*with);
-  grow(map, uint32_t(lanes.size()), *with, deadline, "to resume the group");
+  grow(map, uint32_t(lanes.size()), *with, deadline, "to resume the group", nullptr);
   suspended_ = false;
   set(metrics.page()->suspended, 0);
 }

@@ -130,15 +130,20 @@ class Adversary final : public Route {
     flight.op.region = nullptr;
     flight.peer = peer;
     flight.fails = schedule_.fails() && op.kind == EPT_OP_WRITE;  // a lost message or grant would cost the peer
-    const bool early = schedule_.early() && !flight.fails && verdict == Verdict::kLanded;
+    bool early = schedule_.early() && !flight.fails && verdict == Verdict::kLanded;
     const uint64_t bytes = op.kind == EPT_OP_WRITE ? op.length : 0;
     if (op.kind == EPT_OP_SEND) flight.message = copy_of(op.source, op.length);
     if (early && bytes) {
       uint8_t *const destination = peer.port->exports[op.region->slot].base + op.offset;
-      flight.parcel = std::make_shared<Parcel>(
-          Parcel{peer.link, op.region->slot, destination, copy_of(op.source, bytes), bytes, false});
-      flight.op.source = flight.parcel->bytes.get();
-      peer.port->parcels.push_back(flight.parcel);
+      std::unique_ptr<char[]> held(new char[bytes]);
+      if (move(held.get(), op.source, bytes)) {
+        flight.parcel =
+            std::make_shared<Parcel>(Parcel{peer.link, op.region->slot, destination, std::move(held), bytes, false});
+        flight.op.source = flight.parcel->bytes.get();
+        peer.port->parcels.push_back(flight.parcel);
+      } else {
+        early = false, flight.fails = true;
+      }
     }
     flight.sure = early;
     for (const auto &[offset, length] : schedule_.cut(bytes)) {

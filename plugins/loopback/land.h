@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "gpu.h"
 #include "instance.h"
 
 namespace loopback {
@@ -15,7 +16,7 @@ namespace loopback {
 // Copies up to here are shorter than what a second round trip to the lock costs other posters: 32 KiB take 0.6 us.
 constexpr uint64_t kCopyUnderLock = 32 << 10;
 
-enum class Verdict { kLanded, kFull, kConnecting, kLost, kKey, kBounds };
+enum class Verdict { kLanded, kFull, kConnecting, kLost, kKey, kBounds, kCopy };
 
 // Waits until no long copy into the export of `slot` is under way; new ones don't begin, for the link is down or the
 // key revoked.
@@ -54,15 +55,14 @@ inline Verdict land(const Port &own, const Peer &peer, std::unique_lock<std::mut
   Port &target = *peer.port;
   uint8_t *const destination = target.exports[region.slot].base + offset;
   if (length <= kCopyUnderLock) {
-    memcpy(destination, source, length);
-    return verdict;
+    return move(destination, source, length) ? verdict : Verdict::kCopy;
   }
   ++target.exports[region.slot].pins;
   hold.unlock();
-  memcpy(destination, source, length);
+  const bool moved = move(destination, source, length);
   hold.lock();
   if (--target.exports[region.slot].pins == 0) target.unpinned.notify_all();
-  return check_link(*peer.link);
+  return moved ? check_link(*peer.link) : Verdict::kCopy;
 }
 
 // The event at the target, after all bytes of the operation. With its lock held, and room there.

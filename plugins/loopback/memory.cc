@@ -22,18 +22,26 @@ struct Blob {
   Key key;
 };
 
+bool is_gpu(const ept_memory &memory) { return memory.kind == EPT_MEMORY_CUDA || memory.kind == EPT_MEMORY_DMABUF; }
+
 }  // namespace
 
 int32_t mem_register(ept_instance *instance, const ept_memory *memory, ept_mem **mem) {
   return guard("mem_register", [&] {
-    const uint32_t kinds = EPT_MEMORY_HOST | EPT_MEMORY_PINNED | EPT_MEMORY_SHM;
+    const uint32_t kinds = capabilities(instance->settings).memory_kinds;
     if (memory->kind <= 0 || !(static_cast<uint32_t>(memory->kind) & kinds)) {
-      return fail(EPT_E_UNSUPPORTED, "mem_register", -1,
-                  "loopback mem_register: memory of kind %d; HOST, PINNED and SHM can be copied to", memory->kind);
+      return fail(
+          EPT_E_UNSUPPORTED, "mem_register", -1,
+          "loopback mem_register: memory of kind %d; HOST, PINNED and SHM can be copied to, and GPU memory where "
+          "the setting `gpu` says so",
+          memory->kind);
     }
     if (!memory->address && memory->length) {
       return fail(EPT_E_INVALID, "mem_register", -1, "loopback mem_register: %llu bytes without an address",
                   static_cast<unsigned long long>(memory->length));
+    }
+    if (is_gpu(*memory)) {
+      if (const int32_t code = keep_gpu(instance->host, *memory); code != EPT_OK) return code;
     }
     *mem = new ept_mem{instance, *memory, {}};
     return static_cast<int32_t>(EPT_OK);
@@ -106,7 +114,7 @@ int32_t revoke(ept_mem *mem, uint32_t rank, uint64_t name) {
     drain(own, hold, slot);
     std::erase_if(own.parcels, [&](const std::shared_ptr<Parcel> &parcel) {
       if (parcel->slot != slot) return false;
-      if (parcel->link->state == LinkState::kUp) memcpy(parcel->destination, parcel->bytes.get(), parcel->length);
+      if (parcel->link->state == LinkState::kUp) move(parcel->destination, parcel->bytes.get(), parcel->length);
       return parcel->landed = true;
     });
     own.unused.push_back(slot);
@@ -133,6 +141,7 @@ int32_t mem_deregister(ept_mem *mem) {
       const uint64_t name = mem->keys.back();
       revoke(mem, instance->port->exports[static_cast<uint32_t>(name)].rank, name);
     }
+    if (is_gpu(mem->memory)) forget_gpu(mem->memory);
     delete mem;
     return static_cast<int32_t>(EPT_OK);
   });

@@ -8,6 +8,7 @@ namespace loopback {
 const char *verb(int32_t kind) { return kind == EPT_OP_WRITE ? "write" : kind == EPT_OP_SIGNAL ? "signal" : "send"; }
 
 int32_t code_of(Verdict verdict) {
+  if (verdict == Verdict::kCopy) return EPT_E_IO;
   return verdict == Verdict::kKey || verdict == Verdict::kBounds ? EPT_E_ACCESS : EPT_E_PEER_LOST;
 }
 
@@ -19,6 +20,8 @@ std::string sentence(Verdict verdict, const ept_op &op, const Peer &peer) {
       return what + ": the key is not one that this rank and epoch may write with, or was revoked";
     case Verdict::kBounds:
       return what + ": it ends outside the region";
+    case Verdict::kCopy:
+      return what + ": CUDA refuses the copy";
     default:
       return what + ": " + peer.link->why;
   }

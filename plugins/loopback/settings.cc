@@ -29,6 +29,8 @@ constexpr ept_setting kSettings[] = {
     {sizeof(ept_setting), EPT_SETTING_BOOL, "mapped", "1", 0, 1, "hand out pointers into other ranks' memory"},
     {sizeof(ept_setting), EPT_SETTING_BOOL, "revocable", "1", 0, 1,
      "keys can be revoked and ranks fenced; 0: neither, as where memory is mapped into other processes"},
+    integer("gpu", "0", 0, 2,
+            "GPU memory that is taken, and copied through the host: 0: none, 1: by address, 2: as a dmabuf"),
     integer("adversary", "0", -1, INT64_MAX, "seed of a hostile schedule: reorders, splits, delays; 0 and -1: polite"),
     integer("delay", "16", 0, 254, "adversary: polls that one step is held, at most; one in 16 steps 16 times as long"),
     integer("chunks", "8", 1, 1024, "adversary: parts that the bytes of a write land in, at most"),
@@ -77,6 +79,7 @@ int32_t read_settings(const ept_value *values, size_t count, const char *operati
   settings->max_regions = static_cast<uint64_t>(found["max_regions"]);
   settings->mapped = found["mapped"] != 0;
   settings->revocable = found["revocable"] != 0;
+  settings->gpu = number("gpu");
   settings->malice = {static_cast<uint64_t>(found["adversary"]),
                       number("delay"),
                       number("chunks"),
@@ -93,6 +96,7 @@ int32_t read_settings(const ept_value *values, size_t count, const char *operati
 ept_caps capabilities(const Settings &settings) {
   ept_caps caps = {};
   caps.memory_kinds = EPT_MEMORY_HOST | EPT_MEMORY_PINNED | EPT_MEMORY_SHM;
+  if (settings.gpu) caps.memory_kinds |= settings.gpu == 1 ? EPT_MEMORY_CUDA : EPT_MEMORY_DMABUF;
   caps.max_message = settings.max_message;
   caps.max_send = settings.max_send;
   caps.max_iov = 1;

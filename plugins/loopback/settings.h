@@ -12,10 +12,10 @@ namespace loopback {
 constexpr uint32_t kOperationCostNs = 50;
 
 extern const ept_setting kSettings[];
-constexpr size_t kSettingCount = 18;
+constexpr size_t kSettingCount = 19;
 
 struct Settings {
-  uint32_t rails, tx_depth, cq_depth, max_send;
+  uint32_t rails, tx_depth, cq_depth, max_send, gpu;
   uint64_t max_message, max_regions;
   bool mapped, revocable, hostile;
   Malice malice;

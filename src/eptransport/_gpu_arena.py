@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from eptransport._call import call, ffi, lib, new_error, sized, timeout_ns
+from eptransport._call import call, ffi, lib, new_error, sized, text, timeout_ns
 from eptransport._guard import Guard
 from eptransport._process import process
 from eptransport.errors import InvalidArgument, LaneFault, PeerLost, Timeout, UnsupportedError
@@ -75,6 +75,12 @@ class GpuArena:
         """Whether that rank's memory is in this GPU's address space."""
         return bool(lib.ept_gpu_lanes_maps(self.pointer, rank))
 
+    def home(self) -> str:
+        """Where the lanes over the engine stand, and why; empty where there are none."""
+        sentence = ffi.new("char[]", 1200)
+        lib.ept_gpu_lanes_home(self.pointer, sentence, 1200)
+        return text(sentence)
+
     def fits(self, config: Any) -> bool:
         return bool(lib.ept_gpu_lanes_fit(self.pointer, config, new_error()) == 0)
 
@@ -128,6 +134,8 @@ def _native_config(group: Group, device: torch.device, fault: torch.Tensor) -> A
     native.process = int(process.token[:16], 16)
     native.group_fault = ffi.cast("int32_t *", fault.data_ptr()) if fault.device == device else ffi.NULL
     native.mapped = group.settings.intra != "off"
+    native.memory = ("auto", "device", "pinned").index(group.settings.gpu_memory)
+    native.share = ("auto", "ipc", "descriptors").index(group.settings.gpu_share)
     native.node = (group.settings.node or "").encode()
     return native
 
@@ -150,6 +158,8 @@ def _joined(group: Group, config: Any, native: Any, device: torch.device, fault:
     if known is not None and handle[0] == known.pointer:
         return known, number[0]
     arena = GpuArena(handle[0], device, fault, members)
+    if arena.over_engine:
+        logger.info("rank %d: lanes over the backend are %s", group.rank, arena.home())
     group._gpu_arenas.append(arena)
     engine.children[id(arena)] = arena.close
     return arena, number[0]

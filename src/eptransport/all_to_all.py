@@ -172,6 +172,9 @@ class AllToAll(Closing):
             for rank in range(group.world_size)
         )
         """How each rank is reached: its memory is mapped by this GPU, or the engine writes to it."""
+        self.lane_memory: str = on_gpu.arena.home() if on_gpu else ""
+        """Of a rank on a GPU: where the lanes stand that the backend writes into, on the GPU or pinned on the host, and
+        why. Empty where no rank is reached through the backend."""
         self._shapes = Shapes(
             types=types,
             world=group.world_size,

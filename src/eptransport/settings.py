@@ -93,6 +93,16 @@ class Settings(BaseSettings):
     gpu_blocks: int | None = Field(
         None, ge=1, le=4096, description="blocks of a GPU kernel of dispatch or combine; this rank's share if not given"
     )
+    gpu_memory: Literal["auto", "device", "pinned"] = Field(
+        "auto",
+        description="where a GPU rank's lanes stand that the backend reads and writes: on the GPU where backend and "
+        "GPU can, else pinned on the host (auto); on the GPU, or an error (device); pinned (pinned)",
+    )
+    gpu_share: Literal["auto", "ipc", "descriptors"] = Field(
+        "auto",
+        description="how processes of a node map each other's GPU memory: by CUDA IPC where this process has it, else "
+        "by descriptors (auto), or by one of them: ipc, descriptors (over a Unix socket)",
+    )
     stripe_bytes: int | None = Field(
         None, ge=4096, description="a longer write is cut over the rails, bytes; 896 KiB if not given"
     )

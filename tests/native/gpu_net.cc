@@ -41,6 +41,76 @@ void nodes() {
     for (uint32_t other = 0; other < 4; other++) CHECK_EQ(world.lanes[r].lanes->maps(other), on[r] == on[other]);
 }
 
+uint64_t copied() {
+  return reinterpret_cast<uint64_t (*)()>(ept::cuda::symbol("stand_in_copied"))();  // stand_in_driver.cc
+}
+
+// Lanes stand where the backend's caps, the GPU and the caller have it; wherever, the bits are the CPU's.
+void homes(const std::string &on, moe_test::Options options, const char *gpu, uint32_t wish, bool orders,
+           const char *says, uint64_t seed) {
+  check::running((std::string("lanes ") + says).c_str());
+  options.values.emplace_back("gpu", gpu);
+  const bool on_gpu = strstr(says, "on the GPU") != nullptr;
+  const uint64_t before = copied();
+  home_wished = wish;
+  gpu_orders_network = orders;
+  {
+    World world(moe_test::config_of(uint32_t(on.size()), 9, 3, 32, 20), seed, on, options);
+    const auto ranks = uint32_t(on.size() - size_t(std::count(on.begin(), on.end(), 'c')));
+    const uint32_t lanes = ranks * world.config.lanes;
+    CHECK_EQ(world.gpu->pins, on_gpu ? lanes : 2 * lanes);  // the words of signals are pinned, wherever rows are
+    CHECK_EQ(world.gpu->described, !on_gpu ? 0 : gpu[0] == '1' ? EPT_MEMORY_CUDA : EPT_MEMORY_DMABUF);
+    for (uint32_t r = 0; r < on.size(); r++) {
+      if (on[r] == 'c') continue;
+      char text[300];
+      ept_gpu_lanes_home(&world.lanes[r], text, sizeof text);
+      CHECK_HAS(text, says);
+    }
+    for (int i = 0; i < 3; i++) {
+      Step step = world.draw();
+      const std::vector<Got> expected = world.on_cpu(step);
+      world.compare(step, expected);
+    }
+    world.reset();
+    Step step = world.draw();
+    const std::vector<Got> expected = world.on_cpu(step);
+    world.compare(step, expected);
+  }
+  CHECK_EQ(copied() > before, on_gpu);
+  home_wished = 0;
+  gpu_orders_network = true;
+}
+
+// Told to every rank, and the group goes on.
+void no_home() {
+  check::running("GPU memory that is insisted on where there is none");
+  Group net(2);
+  const auto gpu = std::make_shared<simt::HostGpu>(1, 1000);
+  net.run([&](uint32_t r) {
+    ept_moe_config config = moe_test::config_of(2, 6, 2, 32, 7);
+    config.rank = r;
+    ept_gpu_config how{};
+    how.size = sizeof how;
+    how.threads = 64;
+    how.process = 7;
+    how.memory = r == 0;
+    for (int again = 0; again < 2; again++) {
+      uint32_t number = 0;
+      int32_t code = EPT_OK;
+      std::string text;
+      try {
+        (void)ept::moe::cuda::join(net.arenas[r]->arena, how, config, nullptr, [&](int32_t) { return gpu; }, &number);
+      } catch (const ept::moe::Failure &failure) {
+        code = failure.error.code;
+        text = failure.error.text;
+      }
+      CHECK_EQ(code, again ? EPT_OK : EPT_E_UNSUPPORTED);
+      if (!again) CHECK_HAS(text.c_str(), "EPT_GPU_MEMORY=device: the backend takes no GPU memory");
+      how.memory = 0;
+    }
+  });
+}
+
 ept_moe_config quantised(ept_moe_config config) {
   config.dispatch_dtype = EPT_DTYPE_E4M3;
   return config;
@@ -252,6 +322,13 @@ int main() {
     steps("the same under the adversary", padded, "mgmc", moe_test::adversary(seed), 4, 10 + seed);
   steps("fp8, 3 ranks, adversary", quantised(config_of(3, 6, 3, 272, 9)), "gcg", moe_test::adversary(7), 4, 20);
   steps("over tcp", quantised(config_of(3, 6, 3, 272, 9)), "gcg", over("tcp"), 4, 21);
+  homes("gg", polite, "1", 0, true, "on the GPU, shown to the backend by address", 30);
+  homes("gcg", moe_test::adversary(5), "2", 1, true, "on the GPU, shown to the backend as a dmabuf", 31);
+  homes("mgmc", moe_test::adversary(6), "1", 0, true, "on the GPU, shown to the backend by address", 32);
+  homes("gg", polite, "1", 2, true, "pinned on the host: EPT_GPU_MEMORY=pinned", 33);
+  homes("gg", polite, "0", 0, true, "pinned on the host: the backend takes no GPU memory", 34);
+  homes("gg", polite, "2", 0, false, "pinned on the host: this GPU doesn't order", 35);
+  no_home();
   abandoned("gg", polite, 50);
   abandoned("gc", polite, 51);
   abandoned("gcg", moe_test::adversary(9), 52);

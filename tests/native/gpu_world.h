@@ -82,6 +82,10 @@ struct Got {
 inline bool is_two(int32_t layout) { return layout == EPT_LAYOUT_BY_RANK || layout == EPT_LAYOUT_MASKED; }
 inline bool is_per_expert(int32_t layout) { return layout == EPT_LAYOUT_CONTIGUOUS || layout == EPT_LAYOUT_MASKED; }
 
+// Of lanes over an engine: ept_gpu_config.memory of the worlds that are made next.
+inline uint32_t home_wished = 0;
+inline bool gpu_orders_network = true;
+
 struct World {
   ept_moe_config config;
   Group cpu;
@@ -145,6 +149,7 @@ struct World {
     how.timeout_ns = timeout_ns;
     how.process = 7;
     how.mapped = mapped;
+    how.memory = home_wished;
     return how;
   }
   // As ept_gpu_lanes_join, on this GPU of fibers.
@@ -528,6 +533,7 @@ struct World {
         open(given.world, std::vector<uint8_t>(given.lanes)),
         up(given.world, 1),
         random(seed) {
+    gpu->orders = gpu_orders_network;
     for (uint32_t r = 0; r < given.world; r++) local.push_back(ept::moe::Object(config_of(r)).local());
   }
   void open_object(uint32_t r, uint32_t number) {

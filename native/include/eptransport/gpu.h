@@ -30,8 +30,12 @@ typedef struct ept_gpu_config {
   uint64_t process;     /* a number of this process, different in every other */
   int32_t *group_fault; /* on the device: set to the ept_code of a fault; or NULL */
   uint32_t mapped;      /* 0: peers go through the engine that could map this rank's memory (EPT_INTRA=off) */
+  uint32_t memory;      /* of lanes over the engine. 0: GPU memory where backend and GPU take it, else pinned host
+                           memory; 1: GPU memory; 2: pinned (EPT_GPU_MEMORY) */
+  char node[32];        /* EPT_NODE; ranks map each other's memory only where it is the same. Ends in 0 */
+  uint32_t share;       /* of memory that peers map. 0: by CUDA IPC where that works, else 2; 1: by CUDA IPC; 2: by file
+                           descriptors over a Unix socket (EPT_GPU_SHARE) */
   uint32_t reserved;
-  char node[32]; /* EPT_NODE; ranks map each other's memory only where it is the same. Ends in 0 */
 } ept_gpu_config;
 
 /* Collective with ept_moe_create: an AllToAll of ranks on GPUs and CPUs. `known`: what an earlier call with this arena
@@ -50,6 +54,8 @@ void ept_gpu_lanes_watch(ept_gpu_lanes *lanes);
 int32_t ept_gpu_lanes_fit(const ept_gpu_lanes *lanes, const ept_moe_config *moe, ept_error *error);
 /* With no kernel under way of any lanes of the arena: ept_moe_reset, for its AllToAlls on CPU and GPU alike. */
 int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, uint64_t timeout_ns, ept_error *error);
+/* Where the lanes over the engine stand, and why, in a sentence; empty where there are none. */
+void ept_gpu_lanes_home(const ept_gpu_lanes *lanes, char *text, size_t capacity);
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes);
 /* Device timestamps (ns of the GPU's clock) of the kernels that are launched, or captured, from now on, into `times` on
  * the device; NULL: no more. Words in all; for each lane, one after another:

@@ -19,7 +19,9 @@ const char *const kernel_names[kKernels] = {"moe_dispatch_send", "moe_dispatch_w
 
 namespace {
 
+using ept::cuda::DeviceMemory;
 using ept::cuda::Entered;
+using ept::cuda::MappedMemory;
 using ept::cuda::Module;
 using ept::cuda::Pointer;
 using ept::cuda::Primary;
@@ -84,6 +86,15 @@ class DriverGpu final : public Gpu {
     return pointer(memory);
   }
   void release(void *memory) override {
+    {
+      std::unique_ptr<DeviceMemory> its;
+      const std::lock_guard<std::mutex> lock(sharing_);
+      if (const auto found = shared_.find(memory); found != shared_.end()) {
+        its = std::move(found->second);
+        shared_.erase(found);
+        return;
+      }
+    }
     const Entered entered(*primary_);
     (void)driver().cuMemFree(number(memory));
   }
@@ -135,26 +146,42 @@ class DriverGpu final : public Gpu {
     want(driver().cuStreamSynchronize(static_cast<Stream>(stream)), "cuStreamSynchronize");
   }
 
-  std::string share(void *memory) override {
-    const Entered entered(*primary_);
-    ept::cuda::IpcHandle handle;
-    want(driver().cuIpcGetMemHandle(&handle, number(memory)), "cuIpcGetMemHandle");
-    return std::string(handle.bytes, sizeof handle.bytes);
+  void *allocate_shared(uint64_t bytes, ept::cuda::Sharing sharing) override {
+    std::unique_ptr<DeviceMemory> memory;
+    Error error;
+    check(DeviceMemory::allocate(primary_, bytes, &memory, &error, sharing), error);
+    void *const at = pointer(memory->address());
+    const std::lock_guard<std::mutex> lock(sharing_);
+    shared_[at] = std::move(memory);
+    return at;
   }
-  void *open(const std::string &shared) override {
-    const Entered entered(*primary_);
-    ept::cuda::IpcHandle handle;
-    if (shared.size() != sizeof handle.bytes)
-      fail(EPT_E_MISMATCH, -1, "a handle of CUDA memory of %zu bytes; this one's are %zu", shared.size(),
-           sizeof handle.bytes);
-    memcpy(handle.bytes, shared.data(), sizeof handle.bytes);
-    Pointer memory = 0;
-    want(driver().cuIpcOpenMemHandle(&memory, handle, ept::cuda::kIpcLazyPeerAccess), "cuIpcOpenMemHandle");
-    return pointer(memory);
+  std::string share(void *memory) override {
+    std::string blob;
+    Error error;
+    check(shared(memory).blob(&blob, &error), error);
+    return blob;
+  }
+  void *open(const std::string &blob) override {
+    std::unique_ptr<MappedMemory> memory;
+    Error error;
+    check(MappedMemory::open(primary_, blob, &memory, &error), error);
+    void *const at = pointer(memory->address());
+    const std::lock_guard<std::mutex> lock(sharing_);
+    opened_[at] = std::move(memory);
+    return at;
   }
   void close(void *opened) override {
-    const Entered entered(*primary_);
-    (void)driver().cuIpcCloseMemHandle(number(opened));
+    std::unique_ptr<MappedMemory> memory;
+    const std::lock_guard<std::mutex> lock(sharing_);
+    memory = std::move(opened_[opened]);
+    opened_.erase(opened);
+  }
+  void describe(void *memory, const ept_caps &caps, ept::cuda::Described *out) override {
+    Error error;
+    check(shared(memory).describe(caps, out, &error), error);
+  }
+  bool orders_network() const override {
+    return primary_->attribute(ept::cuda::kWritesOrdering) >= ept::cuda::kOwnerOrdering;
   }
 
   void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
@@ -175,8 +202,15 @@ class DriverGpu final : public Gpu {
     Error error;
     check(ept::cuda::checked(result, "cuda", what, &error), error);
   }
+  DeviceMemory &shared(void *memory) {
+    const std::lock_guard<std::mutex> lock(sharing_);
+    return *shared_.at(memory);
+  }
   std::shared_ptr<Primary> primary_;
   std::unique_ptr<Module> module_;
+  std::mutex sharing_;
+  std::map<void *, std::unique_ptr<DeviceMemory>> shared_;
+  std::map<void *, std::unique_ptr<MappedMemory>> opened_;
 };
 
 }  // namespace

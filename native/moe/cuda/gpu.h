@@ -9,6 +9,8 @@
 #include <memory>
 #include <string>
 
+#include "cuda/memory.h"
+
 namespace ept::moe::cuda {
 
 enum Kernel : uint32_t {
@@ -39,7 +41,7 @@ class Gpu {
 
   // All of these throw Failure. Memory is zeroed. They are for set-up and reset: none is called in a step.
   virtual void *allocate(uint64_t bytes) = 0;
-  virtual void release(void *memory) = 0;
+  virtual void release(void *memory) = 0;  // of allocate and allocate_shared
   virtual void *allocate_pinned(uint64_t bytes) = 0;
   virtual void release_pinned(void *memory) = 0;
   // Host memory that is there already, for kernels: where they see it. It is unpinned before it goes.
@@ -49,10 +51,15 @@ class Gpu {
   virtual void copy_out(void *to, const void *from, uint64_t bytes) = 0;
   virtual void clear(void *memory, uint64_t bytes) = 0;
   virtual void synchronise(void *stream) = 0;
-  // Memory of `allocate` for another process, and the other end of it.
+  // Memory for another process as well, what tells it, and the other end of it.
+  virtual void *allocate_shared(uint64_t bytes, ept::cuda::Sharing sharing) = 0;
   virtual std::string share(void *memory) = 0;
   virtual void *open(const std::string &shared) = 0;
   virtual void close(void *opened) = 0;
+  // All of such memory as a network with these caps takes it. Throws UNSUPPORTED where it can't.
+  virtual void describe(void *memory, const ept_caps &caps, ept::cuda::Described *out) = 0;
+  // Kernels that have seen a signal see what a NIC wrote into this GPU's memory before it was raised.
+  virtual bool orders_network() const = 0;
 
   // `shared`: bytes of dynamic shared memory. Waits for nothing; allowed during a capture.
   virtual void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,

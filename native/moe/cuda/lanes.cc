@@ -16,9 +16,9 @@ struct Blob {
   uint32_t magic, world, lanes, rank;
   uint64_t process, base, bytes, lane_bytes;
   char gpu[16];
-  char handle[64];
+  // what Gpu::share tells follows
 };
-constexpr uint32_t kMagic = 0x47545045;  // "EPTG"
+constexpr uint32_t kMagic = 0x48545045;  // "EPTH"
 
 constexpr uint32_t kThreads = 512;
 // Where a combine's blocks have a multiprocessor each and two tokens or more: they wait for memory, and all threads
@@ -59,7 +59,7 @@ Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_m
     fail(EPT_E_INVALID, -1, "threads is %u; a block has a multiple of %u of them, from %u to 1024", threads_, kWarp,
          2 * kWarp);
   try {
-    memory_ = static_cast<char *>(gpu_->allocate(bytes()));
+    memory_ = static_cast<char *>(gpu_->allocate_shared(bytes(), ept::cuda::Sharing(config.share)));
     told_ = static_cast<Told *>(gpu_->allocate_pinned(sizeof(Told) * count_));
     progress_ = static_cast<ept_device_progress *>(gpu_->allocate_pinned(sizeof(ept_device_progress) * world_));
     bool calls = false;
@@ -101,16 +101,15 @@ std::string Lanes::exported() const {
   blob.base = uint64_t(reinterpret_cast<uintptr_t>(memory_));
   blob.bytes = bytes();
   blob.lane_bytes = lane_bytes_;
-  const std::string gpu = gpu_->identity(), handle = gpu_->share(memory_);
+  const std::string gpu = gpu_->identity();
   memcpy(blob.gpu, gpu.data(), std::min(gpu.size(), sizeof blob.gpu));
-  memcpy(blob.handle, handle.data(), std::min(handle.size(), sizeof blob.handle));
-  return std::string(reinterpret_cast<const char *>(&blob), sizeof blob);
+  return std::string(reinterpret_cast<const char *>(&blob), sizeof blob) + gpu_->share(memory_);
 }
 
 void Lanes::connect(uint32_t rank, const std::string &given) {
   Blob blob{};
-  if (given.size() != sizeof blob)
-    fail(EPT_E_MISMATCH, int32_t(rank), "rank %u's lanes come in %zu bytes; %zu are known", rank, given.size(),
+  if (given.size() < sizeof blob)
+    fail(EPT_E_MISMATCH, int32_t(rank), "rank %u's lanes come in %zu bytes; at least %zu are known", rank, given.size(),
          sizeof blob);
   memcpy(&blob, given.data(), sizeof blob);
   if (blob.magic != kMagic || rank >= world_ || blob.rank != rank)
@@ -136,7 +135,7 @@ void Lanes::connect(uint32_t rank, const std::string &given) {
            rank_, rank);
     peer.base = reinterpret_cast<char *>(uintptr_t(blob.base));
   } else {
-    peer.opened = gpu_->open(std::string(blob.handle, sizeof blob.handle));
+    peer.opened = gpu_->open(given.substr(sizeof blob));
     peer.base = static_cast<char *>(peer.opened);
   }
   peer.blob = given;

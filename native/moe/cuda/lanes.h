@@ -84,6 +84,8 @@ class Lanes final : public Follower {
   Gpu &gpu() const { return *gpu_; }
   std::shared_ptr<Gpu> shared_gpu() const { return gpu_; }
   void watch() { arena_->watch(); }
+  // Where the lanes over the engine stand, and why (home.h); empty where there are none.
+  std::string home;
 
  private:
   struct Peer {

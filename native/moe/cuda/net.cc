@@ -36,7 +36,7 @@ Net::Net(std::shared_ptr<Gpu> gpu, Arena &arena, bool calls)
   try {
     for (uint32_t l = 0; l < pinned_.size(); l++) {
       const Lane &lane = *arena_.lanes[l];
-      pinned_[l].memory = gpu_->pin(lane.base, arena_.map.bytes(page_bytes()));
+      pinned_[l].memory = lane.on_gpu ? lane.base : gpu_->pin(lane.base, arena_.map.bytes(page_bytes()));
       pinned_[l].words = reinterpret_cast<uint64_t *>(gpu_->pin(lane.words.all(), lane.words.bytes()));
     }
     const uint32_t capacity = capacity_for(uint32_t(pinned_.size()), world_);
@@ -65,7 +65,7 @@ Net::~Net() { give_back(); }
 void Net::give_back() {
   proxy_.reset();
   for (uint32_t l = 0; l < pinned_.size(); l++) {
-    if (pinned_[l].memory) gpu_->unpin(arena_.lanes[l]->base);
+    if (pinned_[l].memory && !arena_.lanes[l]->on_gpu) gpu_->unpin(arena_.lanes[l]->base);
     if (pinned_[l].words) gpu_->unpin(arena_.lanes[l]->words.all());
   }
   if (ring_) gpu_->release(ring_);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // net.h: a rank's lanes on a GPU over an engine, for the peers that no mapping reaches. The arena's lanes are a CPU
-// rank's (memory, regions, signals and how they are agreed on), pinned and shown to the GPU: kernels pack rows straight
-// into a lane's staging and push a command, the proxy posts the write, and what peers write lands in the lane, where
-// kernels read it. So a peer can't tell a GPU from a CPU.
+// rank's (memory, regions, signals and how they are agreed on), on the GPU (home.h) or pinned: kernels pack rows
+// straight into a lane's staging and push a command, the proxy posts the write, and what peers write lands in the lane,
+// where kernels read it. So a peer can't tell a GPU from a CPU.
 //
 // INVARIANTS
 //  - Between Arena::create and the end of the lanes, and but for a reset, nobody but kernels, the engine and this

@@ -9,6 +9,7 @@
 #include "engine/boot.h"
 #include "eptransport/gpu.h"
 #include "moe/check.h"
+#include "moe/cuda/home.h"
 #include "moe/cuda/lanes.h"
 #include "moe/cuda/shared.h"
 #include "moe/fail.h"
@@ -333,11 +334,15 @@ class GpuSide final : public Side {
     memcpy(place.node, config_.node, sizeof place.node);
     return place;
   }
+  std::unique_ptr<LaneMemory> lane_memory(Arena &arena, uint64_t bytes) override {
+    return device_home(gpu_, arena.engine, Home(config_.memory), bytes, &home_);
+  }
   std::string offer(Arena &, const std::vector<Place> &places) override {
     places_ = places;
     if (lanes && lanes->over_engine() == all_map(places)) lanes = nullptr;
     if (lanes) return {};
     lanes = std::make_shared<Lanes>(gpu_, config_, moe_, arena_, places);
+    lanes->home = home_;
     fresh_ = true;
     return lanes->exported();
   }
@@ -358,6 +363,7 @@ class GpuSide final : public Side {
   const Open open_;
   std::shared_ptr<Gpu> gpu_;
   std::vector<Place> places_;
+  std::string home_;
   bool fresh_ = false;
 };
 
@@ -377,6 +383,9 @@ int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const
                            const ept_gpu_lanes *known, ept_gpu_lanes **lanes, uint32_t *number, ept_error *error) {
   return guarded("moe_create", error, [&] {
     if (!config || config->size != sizeof *config || !moe) fail(EPT_E_INVALID, -1, "ept_gpu_config is of another size");
+    if (config->memory > 2 || config->share > 2)
+      fail(EPT_E_INVALID, -1, "ept_gpu_config has memory %u and share %u; each is 0, 1 or 2", config->memory,
+           config->share);
     const std::shared_ptr<Lanes> joined =
         join(arena->arena, *config, *moe, known ? known->lanes : nullptr, driver_gpu, number);
     *lanes = known && joined == known->lanes ? const_cast<ept_gpu_lanes *>(known) : new ept_gpu_lanes{joined};
@@ -393,6 +402,10 @@ int32_t ept_gpu_lanes_over_engine(const ept_gpu_lanes *lanes) { return lanes->la
 
 void ept_gpu_lanes_watch(ept_gpu_lanes *lanes) {
   (void)guarded("watch", nullptr, [&] { lanes->lanes->watch(); });
+}
+
+void ept_gpu_lanes_home(const ept_gpu_lanes *lanes, char *text, size_t capacity) {
+  snprintf(text, capacity, "%s", lanes->lanes->home.c_str());
 }
 
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes) { return lanes->lanes->blocks(); }

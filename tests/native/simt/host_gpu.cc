@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "../check.h"
 #include "kernels.h"
@@ -28,6 +29,24 @@ void HostGpu::release(void *memory) {
 }
 void HostGpu::copy_in(void *to, const void *from, uint64_t bytes) { memcpy(to, from, bytes); }
 void HostGpu::clear(void *memory, uint64_t bytes) { memset(memory, 0, bytes); }
+// Its "GPU" memory has a descriptor that names it where that is asked for.
+void HostGpu::describe(void *memory, const ept_caps &caps, ept::cuda::Described *out) {
+  out->memory = {};
+  out->memory.size = sizeof out->memory;
+  out->memory.kind = caps.memory_kinds & EPT_MEMORY_DMABUF ? EPT_MEMORY_DMABUF : EPT_MEMORY_CUDA;
+  out->memory.address = memory;
+  out->memory.length = shared.at(memory);
+  out->memory.fd = out->memory.kind == EPT_MEMORY_DMABUF ? memfd_create("a dmabuf of fibers", MFD_CLOEXEC) : -1;
+  out->memory.role = EPT_ROLE_DATA;
+  out->memory.access = EPT_ACCESS_LOCAL | EPT_ACCESS_REMOTE_WRITE;
+  described = out->memory.kind;
+}
+void *HostGpu::allocate_shared(uint64_t bytes, ept::cuda::Sharing) {
+  void *const memory = allocate(bytes);
+  const std::lock_guard<std::mutex> lock(sharing_);
+  shared[memory] = bytes;
+  return memory;
+}
 void HostGpu::launch(ept::moe::cuda::Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
                      void *argument) {
   const char *bytes = static_cast<const char *>(argument);

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <map>
+#include <mutex>
 
 #include "machine.h"
 #include "moe/cuda/gpu.h"
@@ -24,25 +25,36 @@ class HostGpu final : public ept::moe::cuda::Gpu {
   void release(void *memory) override;
   void *allocate_pinned(uint64_t bytes) override { return allocate(bytes); }
   void release_pinned(void *memory) override { release(memory); }
-  char *pin(void *host, uint64_t) override { return static_cast<char *>(host); }
+  char *pin(void *host, uint64_t) override {
+    pins++;
+    return static_cast<char *>(host);
+  }
   void unpin(void *) override {}
   void copy_in(void *to, const void *from, uint64_t bytes) override;
   void copy_out(void *to, const void *from, uint64_t bytes) override { copy_in(to, from, bytes); }
   void clear(void *memory, uint64_t bytes) override;
   void synchronise(void *) override { machine.run(); }
+  void *allocate_shared(uint64_t bytes, ept::cuda::Sharing) override;
   std::string share(void *) override { return {}; }
   void *open(const std::string &) override { return nullptr; }  // all its ranks are of one process
   void close(void *) override {}
+  void describe(void *memory, const ept_caps &caps, ept::cuda::Described *out) override;
+  bool orders_network() const override { return orders; }
   void launch(ept::moe::cuda::Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
               void *argument) override;
 
   Machine machine;
   std::atomic<uint32_t> allocations = 0;
   uint32_t streams = 32;  // kept apart
+  bool orders = true;
+  std::atomic<uint32_t> pins = 0;      // of host memory, so far
+  std::atomic<int32_t> described = 0;  // to a network last: the kind of memory; 0: none
+  std::map<void *, uint64_t> shared;   // that peers or networks are shown, and its bytes
 
  private:
   const uint32_t room_;
   std::atomic<uint32_t> held_ = 0;
+  std::mutex sharing_;
 };
 
 }  // namespace simt
