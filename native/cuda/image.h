@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// image.h: the GPU kernels that were compiled into this library (compile.py), and how they get onto a GPU. A Module
-// loads all of its kernels when it is made: a kernel that the driver loads at its first launch waits until the GPU is
-// idle, and it never is beside kernels that wait for one another.
+// image.h: the GPU kernels that were compiled into this library (src/eptransport/_compile.py), and how they get onto a
+// GPU. A Module loads all of its kernels when it is made: a kernel that the driver loads at its first launch waits
+// until the GPU is idle, and it never is beside kernels that wait for one another.
 #pragma once
 
 #include <memory>
@@ -23,6 +23,10 @@ struct Image {
 extern const Image images[];         // ends with a NULL name
 extern const char *const no_images;  // NULL, or why there are none and how to get them
 
+// Kernels that were compiled after this library was: a copy of them is looked for as those above, and first. For GPUs
+// that are used afterwards.
+void add_image(const char *name, int arch, const void *data, size_t size);
+
 // The image of `name` for a GPU of `capability` (90: 9.0): code of its own generation and not newer than it is, else
 // PTX. NULL: UNAVAILABLE, with the reason.
 const Image *image_for(const char *name, int capability, ept_error *error);
@@ -31,6 +35,9 @@ class Module {
  public:
   // With all of `kernels` loaded. UNAVAILABLE: built without kernels, or the GPU is too old. INVALID: no such kernel.
   static int32_t load(std::shared_ptr<Primary> primary, const char *name, const std::vector<std::string> &kernels,
+                      std::unique_ptr<Module> *module, ept_error *error);
+  // The same of an image that the caller has, for as long as the module lives.
+  static int32_t load(std::shared_ptr<Primary> primary, const Image &image, const std::vector<std::string> &kernels,
                       std::unique_ptr<Module> *module, ept_error *error);
   ~Module();
   Module(const Module &) = delete;

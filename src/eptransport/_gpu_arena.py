@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from eptransport._call import call, ffi, lib, new_error, sized, text, timeout_ns
 from eptransport._guard import Guard
+from eptransport._kernels import add_missing, for_shape
 from eptransport._process import process
 from eptransport.errors import InvalidArgument, LaneFault, PeerLost, Timeout, UnsupportedError
 
@@ -118,11 +119,14 @@ class NativeGpuMoe:
 
 def create_gpu_moe(group: Group, config: Any, device: torch.device) -> NativeGpuMoe:
     """Collective. A rank that fails here tells the others why."""
+    add_missing(group.settings, device)
     fault = _fault_of(group, device)
     native = _native_config(group, device, fault)
     arena, number = _joined(group, config, native, device, fault)
     handle = ffi.new("ept_gpu_moe **")
-    call(lib.ept_gpu_moe_create, arena.pointer, config, number, handle)
+    image = for_shape(group.settings, device, config)
+    buffer = ffi.NULL if image is None else ffi.from_buffer(image)
+    call(lib.ept_gpu_moe_create, arena.pointer, config, number, buffer, len(image or b""), handle)
     return NativeGpuMoe(group, arena, handle[0], config.scale_format == lib.EPT_SCALES_UE8M0)
 
 

@@ -422,7 +422,7 @@ class GpuSteps:
 
         def look() -> tuple[int, Counts] | None:
             seen = sized("ept_gpu_counts")
-            counts = torch.empty(experts, dtype=torch.int32)
+            counts = torch.empty(experts, dtype=torch.int32, device="cpu")  # whatever torch makes by default
             native.guard.enter()
             try:
                 there = ffi.cast("int32_t *", counts.data_ptr())

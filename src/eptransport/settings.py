@@ -103,6 +103,19 @@ class Settings(BaseSettings):
         description="how processes of a node map each other's GPU memory: by CUDA IPC where this process has it, else "
         "by descriptors (auto), or by one of them: ipc, descriptors (over a Unix socket)",
     )
+    gpu_compile: Literal["auto", "off", "shape"] = Field(
+        "auto",
+        description="GPU kernels that are compiled at run time, by eptransport[nvrtc]: for a GPU that the package has "
+        "no machine code for (auto), none (off), or for the shape of each AllToAll (shape)",
+    )
+    gpu_cache: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of such kernels, absolute; $XDG_CACHE_HOME/eptransport/kernels if not given",
+    )
+    gpu_nvrtc: str | None = Field(
+        None, min_length=1, description="their compiler, libnvrtc of CUDA 12.9; that of eptransport[nvrtc] if not given"
+    )
     stripe_bytes: int | None = Field(
         None, ge=4096, description="a longer write is cut over the rails, bytes; 896 KiB if not given"
     )

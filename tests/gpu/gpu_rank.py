@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import moe_model as model
 import torch
@@ -18,9 +19,11 @@ import eptransport as ept
 
 
 def steps(
-    rank: int, n: int, folder: Path, count: int, intra: str | None, nodes: str | None = None
+    rank: int, n: int, folder: Path, count: int, intra: str | None, nodes: str | None = None, share: Any = "auto"
 ) -> tuple[tuple[str, ...], int]:
-    settings = ept.Settings(backend="tcp", timeout_s=60.0, threads=1, intra=intra, node=nodes and nodes[rank])
+    settings = ept.Settings(
+        backend="tcp", timeout_s=60.0, threads=1, intra=intra, node=nodes and nodes[rank], gpu_share=share
+    )
     torch.cuda.set_device(rank % torch.cuda.device_count())
     with ept.Group(settings, store=FileStore(str(folder / "store"), n), rank=rank, world_size=n) as group:
         return exchange(group, count)

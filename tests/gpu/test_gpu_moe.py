@@ -151,14 +151,15 @@ class Replayed:
         return (2 * x * ranks[:, None]).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("intra", [None, "off"])
-def test_graphs_replayed_in_other_orders(make_world: Make, intra: str | None) -> None:
+@pytest.mark.parametrize(("intra", "gpu"), [(None, 0), ("off", 0), ("off", 1)], ids=["mapped", "pinned", "on the GPU"])
+def test_graphs_replayed_in_other_orders(make_world: Make, intra: str | None, gpu: int) -> None:
     """Eight graphs of different sizes in two lanes, replayed in any order with new inputs, ranks on different ones,
     eager steps between; one has no tokens. EPT_GPU_REPLAYS=10000 is the long run of tests/gpu/run."""
     rng = np.random.default_rng(9)
     config = model.Config(4, 8, 2, 64)
-    world = make_world(4, intra=intra)
+    world = make_world(4, intra=intra, options={"loopback.gpu": gpu})
     moes = world.all_to_alls(config, max_tokens=16, lanes=2)
+    assert ("on the GPU" in moes[0].lane_memory) == bool(gpu)
     sizes = [(16, 0), (3, 0), (7, 0), (1, 0), (9, 1), (0, 1), (12, 1), (5, 1)]
     run_all(Scenario(config, make_batches(config, (4, 4, 4, 4), 0), ["rows"] * 4), moes, world)
     graphs = [[Replayed(world, r, moes[r], config, *size) for size in sizes] for r in range(4)]

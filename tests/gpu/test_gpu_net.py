@@ -60,6 +60,35 @@ def test_over_the_engine(make_world: Make, devices: list[str], intra: str | None
         run_all(config, batches, layouts, moes, world, lane=step % 2, halves=step % 3 == 0)
 
 
+@pytest.mark.parametrize("adversary", [None, 5])
+@pytest.mark.parametrize("devices", [[DEVICE, DEVICE], [DEVICE, CPU, DEVICE]], ids=["on the GPU", "one on the CPU"])
+@pytest.mark.parametrize(("gpu", "says"), [(1, "by address"), (2, "as a dmabuf")])
+def test_lanes_on_the_gpu(make_world: Make, gpu: int, says: str, devices: list[str], adversary: int | None) -> None:
+    """The backend reads and writes GPU memory, which no CPU could touch."""
+    n = len(devices)
+    config = model.Config(n, 13, 3, 272, "bf16", "e4m3", alignment=8)
+    world = make_world(n, intra="off", gpu_memory="device", adversary=adversary, options={"loopback.gpu": gpu})
+    moes = world.all_to_alls(config, devices, max_tokens=40)
+    for rank, device in enumerate(devices):
+        assert (says in moes[rank].lane_memory) == (device != CPU), moes[rank].lane_memory
+    for step in range(6):
+        layouts = [LAYOUTS[(rank + step) % 4] for rank in range(n)]
+        tokens = [(11 * (rank + step)) % 41 for rank in range(n)]
+        run_all(config, make_batches(config, tokens, step, none=0.3), layouts, moes, world, halves=step % 3 == 0)
+        if step == 3:
+            world.on_ranks(lambda rank: moes[rank].reset())
+
+
+def test_lanes_that_no_backend_takes_on_the_gpu(make_world: Make) -> None:
+    config = model.Config(2, 6, 2, 64)
+    for wish, says in (("auto", "takes no GPU memory"), ("pinned", "EPT_GPU_MEMORY=pinned")):
+        moes = make_world(2, intra="off", gpu_memory=wish).all_to_alls(config, max_tokens=8)
+        assert says in moes[0].lane_memory
+        assert moes[0].lane_memory.startswith("pinned")
+    with pytest.raises(ept.UnsupportedError, match="EPT_GPU_MEMORY=device: the backend takes no GPU memory"):
+        make_world(2, intra="off", gpu_memory="device").all_to_alls(config, max_tokens=8)
+
+
 def test_many_tokens(make_world: Make) -> None:
     config = model.Config(2, 32, 8, 512)
     world = make_world(2, intra="off")

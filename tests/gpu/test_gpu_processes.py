@@ -33,6 +33,12 @@ def test_processes(spawn: Spawn, n: int, intra: str | None) -> None:
     reached(spawn(n, gpu_rank.steps, 4, intra), "abcd"[:n] if intra else "a" * n)
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_memory_by_descriptors(spawn: Spawn, n: int) -> None:
+    """Virtual memory, whose descriptors go over Unix sockets, instead of CUDA IPC."""
+    reached(spawn(n, gpu_rank.steps, 4, None, None, "descriptors"), "a" * n)
+
+
 @pytest.mark.parametrize("nodes", ["aabb", "abab"])
 def test_two_nodes(spawn: Spawn, nodes: str) -> None:
     """Both ways in one step: by CUDA IPC inside a node, over tcp between them."""

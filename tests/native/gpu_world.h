@@ -539,7 +539,7 @@ struct World {
   void open_object(uint32_t r, uint32_t number) {
     const ept_moe_config mine = config_of(r);
     Error error;
-    OK(ept_gpu_moe_create(&lanes[r], &mine, number, &objects[r], &error), error);
+    OK(ept_gpu_moe_create(&lanes[r], &mine, number, nullptr, 0, &objects[r], &error), error);
   }
 };
 

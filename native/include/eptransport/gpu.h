@@ -66,8 +66,17 @@ uint64_t ept_gpu_lanes_times(ept_gpu_lanes *lanes, uint64_t *times);
 /* No kernel of any rank may use them any more. */
 void ept_gpu_lanes_close(ept_gpu_lanes *lanes);
 
-int32_t ept_gpu_moe_create(ept_gpu_lanes *lanes, const ept_moe_config *config, uint32_t number, ept_gpu_moe **moe,
-                           ept_error *error);
+/* Kernels that were compiled at run time for GPUs of that architecture (90: sm_90), and are taken by GPUs that are
+ * first used after this. Copied; they stay until the process ends. */
+int32_t ept_gpu_image_add(uint32_t arch, const void *image, uint64_t bytes, ept_error *error);
+/* Whether there is machine code for GPUs of that capability (90: 9.0); else the driver compiles PTX, or there is none.
+ */
+int32_t ept_gpu_has_code(uint32_t capability);
+
+/* image: kernels that were compiled for this shape and GPU, or NULL: those of the library. UNSUPPORTED where their
+ * blocks would not all be on the GPU at once. */
+int32_t ept_gpu_moe_create(ept_gpu_lanes *lanes, const ept_moe_config *config, uint32_t number, const void *image,
+                           uint64_t image_bytes, ept_gpu_moe **moe, ept_error *error);
 void ept_gpu_moe_close(ept_gpu_moe *moe);
 void ept_gpu_moe_local_experts(const ept_gpu_moe *moe, int32_t *ids /* [plan.local_experts] */);
 

@@ -13,6 +13,17 @@ namespace ept::moe::cuda {
 
 constexpr uint32_t kWarp = 32;
 
+// Kernels that are compiled at run time for one shape (src/eptransport/_kernels.py) are given its numbers; 0: they are
+// read from the tables, which have the same.
+#ifndef EPT_FIXED_WORLD
+#define EPT_FIXED_WORLD 0
+#define EPT_FIXED_TOP_K 0
+#define EPT_FIXED_LOCAL 0
+#define EPT_FIXED_HIDDEN 0
+#define EPT_FIXED_PAYLOAD 0
+#endif
+EPT_HD constexpr uint32_t fixed_or(uint32_t fixed, uint64_t value) { return fixed ? fixed : uint32_t(value); }
+
 // Gives out one piece of memory in parts, in the same order on both sides.
 class Carve {
  public:

@@ -63,10 +63,10 @@ class CombineSender {
         s(shared),
         object(args.object),
         generation(args.lane.state->sent[EPT_PHASE_COMBINE]),
-        world(args.lane.world),
-        top_k(args.object.top_k),
+        world(fixed_or(EPT_FIXED_WORLD, args.lane.world)),
+        top_k(fixed_or(EPT_FIXED_TOP_K, args.object.top_k)),
         row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, args.row_weights.data != nullptr)),
-        groups(args.object.hidden / kGroup) {}
+        groups(fixed_or(EPT_FIXED_HIDDEN, args.object.hidden) / kGroup) {}
 
   EPT_DEVICE void run() {
     note(t, kCombineSend, 0);
@@ -271,10 +271,10 @@ class CombineReceiver {
         object(args.object),
         generation(args.lane.state->received[EPT_PHASE_COMBINE]),
         membership(args.lane.state->membership[EPT_PHASE_COMBINE]),
-        world(args.lane.world),
+        world(fixed_or(EPT_FIXED_WORLD, args.lane.world)),
         fan(uint32_t(args.object.shape.fan())),
         row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, 0)),
-        groups(args.object.hidden / kGroup),
+        groups(fixed_or(EPT_FIXED_HIDDEN, args.object.hidden) / kGroup),
         parts(parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), groups, 4)) {}
 
   EPT_DEVICE void run() {

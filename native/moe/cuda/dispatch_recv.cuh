@@ -81,13 +81,13 @@ class DispatchReceiver {
         object(args.object),
         generation(args.lane.state->received[EPT_PHASE_DISPATCH]),
         membership(args.lane.state->membership[EPT_PHASE_DISPATCH]),
-        world(args.lane.world),
-        top_k(args.object.top_k),
-        local(args.object.local),
+        world(fixed_or(EPT_FIXED_WORLD, args.lane.world)),
+        top_k(fixed_or(EPT_FIXED_TOP_K, args.object.top_k)),
+        local(fixed_or(EPT_FIXED_LOCAL, args.object.local)),
         leading(uint32_t(args.leading)),
         per_expert(args.layout == kContiguous || args.layout == kMasked),
         row_bytes(uint32_t(ept_row_bytes(args.object.payload, args.scale_bytes, args.object.top_k))),
-        vectors(uint32_t(args.object.payload / 16)) {}
+        vectors(fixed_or(EPT_FIXED_PAYLOAD, args.object.payload) / 16) {}
 
   EPT_DEVICE void run() {
     note(t, kDispatchRecv, 0);

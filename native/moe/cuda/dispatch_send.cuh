@@ -28,11 +28,11 @@ class DispatchSender {
         t(args.lane),
         s(shared),
         generation(args.lane.state->sent[EPT_PHASE_DISPATCH]),
-        world(args.lane.world),
-        top_k(args.object.top_k),
+        world(fixed_or(EPT_FIXED_WORLD, args.lane.world)),
+        top_k(fixed_or(EPT_FIXED_TOP_K, args.object.top_k)),
         fan(uint32_t(args.object.shape.fan())),
         row_bytes(uint32_t(ept_row_bytes(args.object.payload, args.scale_bytes, args.object.top_k))),
-        vectors(uint32_t(args.object.payload / 16)),
+        vectors(fixed_or(EPT_FIXED_PAYLOAD, args.object.payload) / 16),
         parts(parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), vectors, 2)),
         units(parts + ((args.tokens + gridDim.x - 1) / gridDim.x * (parts + 1) <= warps() ? 1 : 0)) {
     const uint32_t each = a.tokens / gridDim.x, more = a.tokens % gridDim.x;

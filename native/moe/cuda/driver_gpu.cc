@@ -31,24 +31,91 @@ using ept::cuda::Stream;
 Pointer number(void *memory) { return Pointer(reinterpret_cast<uintptr_t>(memory)); }
 void *pointer(Pointer memory) { return reinterpret_cast<void *>(uintptr_t(memory)); }
 
+void want(Result result, const char *what) {
+  Error error;
+  check(ept::cuda::checked(result, "cuda", what, &error), error);
+}
+
+class DriverKernels final : public Kernels {
+ public:
+  // Of the library, or those of `image`.
+  DriverKernels(std::shared_ptr<Primary> primary, std::string image)
+      : primary_(std::move(primary)), image_(std::move(image)) {
+    Error error;
+    const Entered entered(*primary_);
+    std::vector<std::string> names(kernel_names, kernel_names + kKernels);
+    if (image_.empty()) {
+      check(Module::load(primary_, "moe", names, &module_, &error), error);
+    } else {
+      own_ = {"moe", primary_->capability(), false, reinterpret_cast<const unsigned char *>(image_.data()),
+              image_.size()};
+      check(Module::load(primary_, own_, names, &module_, &error), error);
+    }
+    const ept::cuda::Driver &d = primary_->driver();
+    const int most = primary_->attribute(ept::cuda::kMaxSharedPerBlock);
+    for (uint32_t k = 0; k < kKernels; k++)
+      want(d.cuFuncSetAttribute(module_->kernel(k), ept::cuda::kMaxDynamicShared, most), "cuFuncSetAttribute");
+    // Each kernel runs once, without a lane: what the driver does at a first launch may wait until the GPU is idle, and
+    // it never is beside kernels that wait for one another.
+    Stream stream = nullptr;
+    want(d.cuStreamCreate(&stream, ept::cuda::kStreamNonBlocking), "cuStreamCreate");
+    for (uint32_t k = 0; k < kKernels; k++) {
+      alignas(16) char nothing[4096] = {};
+      launch(Kernel(k), 1, 32, 0, stream, nothing);
+    }
+    const Result ran = d.cuStreamSynchronize(stream);
+    (void)d.cuStreamDestroy(stream);
+    want(ran, "cuStreamSynchronize");
+  }
+
+  uint32_t room(uint32_t threads) const override {
+    const Entered entered(*primary_);
+    int least = 1 << 30;
+    for (uint32_t k = 0; k < kKernels; k++) {
+      int blocks = 0;
+      const size_t shared = kUsualShared + size_t(kAhead) * sizeof(Piece) * threads;
+      want(primary_->driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, module_->kernel(k), int(threads),
+                                                                          shared),
+           "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+      least = blocks < least ? blocks : least;
+    }
+    return uint32_t(least) * uint32_t(primary_->attribute(ept::cuda::kMultiprocessors));
+  }
+
+  void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
+              void *argument) override {
+    const Entered entered(*primary_);
+    Error error;
+    void *arguments[] = {argument};
+    check(module_->launch(kernel, blocks, threads, unsigned(shared), static_cast<Stream>(stream), arguments, &error),
+          error);
+  }
+
+ private:
+  // Beside the ring (shared.h), for the occupancy: a lane of 64 ranks and 256 experts takes less, but for long batches.
+  static constexpr size_t kUsualShared = 16384;
+
+  const std::shared_ptr<Primary> primary_;
+  const std::string image_;
+  ept::cuda::Image own_{};
+  std::unique_ptr<Module> module_;
+};
+
 class DriverGpu final : public Gpu {
  public:
   explicit DriverGpu(int32_t ordinal) {
     Error error;
     check(Primary::open(ordinal, &primary_, &error), error);
-    const Entered entered(*primary_);
-    std::vector<std::string> names(kernel_names, kernel_names + kKernels);
-    check(Module::load(primary_, "moe", names, &module_, &error), error);
-    const int most = primary_->attribute(ept::cuda::kMaxSharedPerBlock);
-    for (uint32_t k = 0; k < kKernels; k++)
-      want(driver().cuFuncSetAttribute(module_->kernel(k), ept::cuda::kMaxDynamicShared, most), "cuFuncSetAttribute");
-    // Each kernel runs once, without a lane: what the driver does at a first launch may wait until the GPU is idle, and
-    // it never is beside kernels that wait for one another.
-    for (uint32_t k = 0; k < kKernels; k++) {
-      alignas(16) char nothing[4096] = {};
-      launch(Kernel(k), 1, 32, 0, nullptr, nothing);
-    }
-    synchronise(nullptr);
+    kernels_ = std::make_unique<DriverKernels>(primary_, std::string());
+  }
+  std::shared_ptr<Kernels> load(const void *image, uint64_t bytes) override {
+    // One of an image, however many AllToAlls have its shape.
+    std::string held(static_cast<const char *>(image), bytes);
+    const std::lock_guard<std::mutex> lock(sharing_);
+    std::weak_ptr<Kernels> &known = loaded_[held];
+    std::shared_ptr<Kernels> kernels = known.lock();
+    if (!kernels) known = kernels = std::make_shared<DriverKernels>(primary_, std::move(held));
+    return kernels;
   }
 
   int32_t ordinal() const override { return primary_->ordinal(); }
@@ -65,18 +132,7 @@ class DriverGpu final : public Gpu {
     return given > 0 ? uint32_t(given) : 8;  // what CUDA has by itself
   }
 
-  uint32_t room(uint32_t threads) const override {
-    const Entered entered(*primary_);
-    int least = 1 << 30;
-    for (uint32_t k = 0; k < kKernels; k++) {
-      int blocks = 0;
-      const size_t shared = kUsualShared + size_t(kAhead) * sizeof(Piece) * threads;
-      want(driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, module_->kernel(k), int(threads), shared),
-           "cuOccupancyMaxActiveBlocksPerMultiprocessor");
-      least = blocks < least ? blocks : least;
-    }
-    return uint32_t(least) * uint32_t(primary_->attribute(ept::cuda::kMultiprocessors));
-  }
+  uint32_t room(uint32_t threads) const override { return kernels_->room(threads); }
 
   void *allocate(uint64_t bytes) override {
     const Entered entered(*primary_);
@@ -186,28 +242,18 @@ class DriverGpu final : public Gpu {
 
   void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
               void *argument) override {
-    const Entered entered(*primary_);
-    Error error;
-    void *arguments[] = {argument};
-    check(module_->launch(kernel, blocks, threads, unsigned(shared), static_cast<Stream>(stream), arguments, &error),
-          error);
+    kernels_->launch(kernel, blocks, threads, shared, stream, argument);
   }
 
  private:
-  // Beside the ring (shared.h), for the occupancy: a lane of 64 ranks and 256 experts takes less, but for long batches.
-  static constexpr size_t kUsualShared = 16384;
-
   const ept::cuda::Driver &driver() const { return primary_->driver(); }
-  void want(Result result, const char *what) const {
-    Error error;
-    check(ept::cuda::checked(result, "cuda", what, &error), error);
-  }
   DeviceMemory &shared(void *memory) {
     const std::lock_guard<std::mutex> lock(sharing_);
     return *shared_.at(memory);
   }
   std::shared_ptr<Primary> primary_;
-  std::unique_ptr<Module> module_;
+  std::unique_ptr<DriverKernels> kernels_;
+  std::map<std::string, std::weak_ptr<Kernels>> loaded_;
   std::mutex sharing_;
   std::map<void *, std::unique_ptr<DeviceMemory>> shared_;
   std::map<void *, std::unique_ptr<MappedMemory>> opened_;

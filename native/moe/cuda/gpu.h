@@ -28,9 +28,21 @@ enum Kernel : uint32_t {
 // As moe.cu names them, in that order.
 extern const char *const kernel_names[kKernels];
 
+// Kernels that were compiled for one shape (args.h, fixed_or), loaded.
+class Kernels {
+ public:
+  virtual ~Kernels() = default;
+  // As the Gpu's.
+  virtual uint32_t room(uint32_t threads) const = 0;
+  virtual void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
+                      void *argument) = 0;
+};
+
 class Gpu {
  public:
   virtual ~Gpu() = default;
+  // Throws where this GPU can't run the image, which is copied.
+  virtual std::shared_ptr<Kernels> load(const void *image, uint64_t bytes) = 0;
   virtual int32_t ordinal() const = 0;
   // Of the GPU, the same in every process that sees it.
   virtual std::string identity() const = 0;

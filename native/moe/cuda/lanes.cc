@@ -160,6 +160,17 @@ void Lanes::choose_blocks() {
          ranks, count_, std::max(blocks_, 1u), threads_, (unsigned long long)std::max(blocks_, 1u) * sharers, room);
 }
 
+void Lanes::refuse_wider(const Kernels &kernels) const {
+  uint32_t ranks = 0;
+  for (const Peer &peer : peers_) ranks += peer.same_gpu;
+  const uint64_t needed = uint64_t(blocks_) * ranks * count_;
+  for (const uint32_t threads : {threads_, wide_ ? kWide : threads_})
+    if (kernels.room(threads) < needed)
+      fail(EPT_E_UNSUPPORTED, -1,
+           "kernels compiled for this shape leave room for %u blocks of %u threads on the GPU; %llu are needed",
+           kernels.room(threads), threads, (unsigned long long)needed);
+}
+
 // Once to know how many bytes, and once more to know where.
 void Lanes::lay(char *begin) {
   Carve carve(begin);
@@ -530,9 +541,13 @@ void Lanes::check(uint32_t lane) const {
   }
 }
 
-GpuObject::GpuObject(std::shared_ptr<Lanes> of, const ept_moe_config &config, uint32_t number)
+GpuObject::GpuObject(std::shared_ptr<Lanes> of, const ept_moe_config &config, uint32_t number, const std::string &image)
     : lanes(std::move(of)), object(config), carried(config.lanes) {
   lanes->fit(object);
+  if (!image.empty()) {
+    kernels = lanes->gpu().load(image.data(), image.size());
+    lanes->refuse_wider(*kernels);
+  }
   object.number = number;
   std::vector<uint32_t> tables;
   for (uint32_t e = 0; e < config.num_experts; e++)

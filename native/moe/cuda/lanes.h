@@ -75,6 +75,8 @@ class Lanes final : public Follower {
   uint32_t world() const { return world_; }
   uint32_t blocks() const { return blocks_; }
   uint32_t threads() const { return threads_; }
+  // Throws where such kernels would not all be on the GPU at once (choose_blocks).
+  void refuse_wider(const Kernels &kernels) const;
   // Of a combine of so many tokens here.
   uint32_t combine_threads(uint64_t tokens) const;
   bool over_engine() const { return net_ != nullptr; }
@@ -153,12 +155,14 @@ std::shared_ptr<Lanes> join(std::shared_ptr<Arena> arena, const ept_gpu_config &
 // What one AllToAll is, on the GPU.
 class GpuObject {
  public:
-  GpuObject(std::shared_ptr<Lanes> lanes, const ept_moe_config &config, uint32_t number);
+  // `image`: kernels for this shape alone, or empty: the GPU's.
+  GpuObject(std::shared_ptr<Lanes> lanes, const ept_moe_config &config, uint32_t number, const std::string &image = {});
   ~GpuObject();
   GpuObject(const GpuObject &) = delete;
   GpuObject &operator=(const GpuObject &) = delete;
 
   const std::shared_ptr<Lanes> lanes;
+  std::shared_ptr<Kernels> kernels;  // NULL: the GPU's
   Object object;
   ObjectTable table{};
   // What a lane's dispatch under way carries, for its receiving half.

@@ -6,6 +6,7 @@
 #include <exception>
 #include <new>
 
+#include "cuda/image.h"
 #include "engine/boot.h"
 #include "eptransport/gpu.h"
 #include "moe/check.h"
@@ -75,7 +76,10 @@ RoutingArrays arrays(const GpuObject &moe, void *memory, uint64_t tokens) {
 
 void launch(const GpuObject &moe, Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
             void *argument) {
-  moe.lanes->gpu().launch(kernel, blocks, threads, shared, stream, argument);
+  if (moe.kernels)
+    moe.kernels->launch(kernel, blocks, threads, shared, stream, argument);
+  else
+    moe.lanes->gpu().launch(kernel, blocks, threads, shared, stream, argument);
 }
 
 template <class Make>
@@ -417,10 +421,21 @@ uint64_t ept_gpu_lanes_times(ept_gpu_lanes *lanes, uint64_t *times) {
 
 void ept_gpu_lanes_close(ept_gpu_lanes *lanes) { delete lanes; }
 
-int32_t ept_gpu_moe_create(ept_gpu_lanes *lanes, const ept_moe_config *config, uint32_t number, ept_gpu_moe **moe,
-                           ept_error *error) {
-  return guarded("moe_create", error,
-                 [&] { *moe = new ept_gpu_moe{std::make_unique<GpuObject>(lanes->lanes, *config, number)}; });
+int32_t ept_gpu_image_add(uint32_t arch, const void *image, uint64_t bytes, ept_error *error) {
+  return guarded("image_add", error, [&] { ept::cuda::add_image("moe", int(arch), image, bytes); });
+}
+
+int32_t ept_gpu_has_code(uint32_t capability) {
+  const ept::cuda::Image *const image = ept::cuda::image_for("moe", int(capability), nullptr);
+  return image && !image->ptx;
+}
+
+int32_t ept_gpu_moe_create(ept_gpu_lanes *lanes, const ept_moe_config *config, uint32_t number, const void *image,
+                           uint64_t image_bytes, ept_gpu_moe **moe, ept_error *error) {
+  return guarded("moe_create", error, [&] {
+    const std::string held(static_cast<const char *>(image), image ? image_bytes : 0);
+    *moe = new ept_gpu_moe{std::make_unique<GpuObject>(lanes->lanes, *config, number, held)};
+  });
 }
 
 void ept_gpu_moe_close(ept_gpu_moe *moe) { delete moe; }

@@ -17,6 +17,8 @@ class HostGpu final : public ept::moe::cuda::Gpu {
   HostGpu(uint64_t seed, uint32_t room) : machine(seed), room_(room) {}
   ~HostGpu() override;
 
+  // Images are a GPU's; fibers run what they were compiled with.
+  std::shared_ptr<ept::moe::cuda::Kernels> load(const void *, uint64_t) override { return nullptr; }
   int32_t ordinal() const override { return 0; }
   std::string identity() const override { return "GPU of fibers   "; }
   uint32_t connections() const override { return streams; }

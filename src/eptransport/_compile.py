@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the GPU kernels for the build, and puts them into one C++ file that the library is linked with.
+"""Compiles the GPU kernels: for the build, which puts them into one C++ file that the library is linked with, and at
+run time (_kernels.py). It imports nothing of the package, which isn't there yet when it is built.
 
-    compile.py find                                          prints which compiler it would take, or why there is none
-    compile.py embed OUT.cc INCLUDE_DIR[:INCLUDE_DIR] SOURCE.cu ...   no compiler: OUT.cc has no images, and the reason
-    compile.py none OUT.cc ...                               no images, since the build was told so
-    compile.py one SOURCE.cu ARCH OUT INCLUDE_DIR[:...]      one image into a file, for looking at it by hand
+    _compile.py find                                         prints which compiler it would take, or why there is none
+    _compile.py embed OUT.cc INCLUDE_DIR[:INCLUDE_DIR] SOURCE.cu ...  no compiler: OUT.cc has no images, and the reason
+    _compile.py none OUT.cc ...                              no images, since the build was told so
+    _compile.py one SOURCE.cu ARCH OUT INCLUDE_DIR[:...]     one image into a file, for looking at it by hand
 
 CUDA 12.9 and no other release: what it makes loads on drivers from R535 on, where 13.0's needs R580, and 12.9 is the
 first and last of the twelves that knows sm_100. Looked for: libnvrtc of the wheel nvidia-cuda-nvrtc-cu12 that the
@@ -48,6 +49,10 @@ class Unavailable(Exception):
     """No compiler of the right release."""
 
 
+class Refused(Exception):
+    """The compiler doesn't take it: a target that it doesn't know, or a fault in the source."""
+
+
 class Nvrtc:
     """The compiler as a library."""
 
@@ -58,8 +63,10 @@ class Nvrtc:
         if (major.value, minor.value) != RELEASE:
             raise Unavailable(f"NVRTC at {path} is of CUDA {major.value}.{minor.value}, not {RELEASE[0]}.{RELEASE[1]}")
         self.name = f"NVRTC {major.value}.{minor.value} ({path})"
+        self.release = f"{major.value}.{minor.value} {path.resolve().name} {path.stat().st_size}"
+        """Builds of one release differ in what they make, too."""
 
-    def compile(self, source: Path, target: str, include: list[str]) -> bytes:
+    def compile(self, source: Path, target: str, include: list[str], more: tuple[str, ...] = ()) -> bytes:
         call = self.library
         names = [name.encode() for name in HEADERS]
         texts = [text.encode() for text in HEADERS.values()]
@@ -74,15 +81,16 @@ class Nvrtc:
         )
         if made:
             raise RuntimeError(f"{source}: nvrtcCreateProgram answers {made}")
-        options = [*FLAGS, f"-arch={target}", *(f"-I{folder}" for folder in include)]
+        options = [*FLAGS, *more, f"-arch={target}", *(f"-I{folder}" for folder in include)]
         failed = call.nvrtcCompileProgram(
             program, len(options), (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         )
         log = self._get(program, "nvrtcGetProgramLog").rstrip(b"\0").decode().strip()
+        if failed:
+            call.nvrtcDestroyProgram(ctypes.byref(program))
+            raise Refused(f"{source} does not compile for {target} with {self.name}: {log or failed}")
         if log:
             print(log, file=sys.stderr)
-        if failed:
-            raise SystemExit(f"{source} does not compile for {target} with {self.name}")
         what = "nvrtcGetPTX" if target.startswith("compute_") else "nvrtcGetCUBIN"
         image = self._get(program, what)
         call.nvrtcDestroyProgram(ctypes.byref(program))
@@ -115,9 +123,18 @@ class Nvcc:
         flags = [flag for flag in FLAGS if flag != "-default-device"]
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "image"
-            command = [self.path, kind, f"-arch={target}", *flags, *(f"-I{i}" for i in include), source, "-o", out]
+            command: list[str | Path] = [
+                self.path,
+                kind,
+                f"-arch={target}",
+                *flags,
+                *(f"-I{i}" for i in include),
+                source,
+                "-o",
+                out,
+            ]
             if subprocess.run(command, check=False).returncode:
-                raise SystemExit(f"{source} does not compile for {target} with {self.name}")
+                raise Refused(f"{source} does not compile for {target} with {self.name}")
             return out.read_bytes()
 
 
@@ -125,8 +142,12 @@ Compiler = Nvrtc | Nvcc
 
 
 def _nvrtc_paths() -> list[Path]:
-    if given := os.environ.get("EPT_NVRTC"):
-        return [Path(given)]
+    given = os.environ.get("EPT_NVRTC")
+    return [Path(given)] if given else wheel_paths()
+
+
+def wheel_paths() -> list[Path]:
+    """Where the wheel nvidia-cuda-nvrtc-cu12 has it."""
     try:
         wheel = importlib.util.find_spec("nvidia.cuda_nvrtc")
     except ModuleNotFoundError:
@@ -169,7 +190,12 @@ def embed(out: Path, include: list[str], sources: list[Path], reason: str = "") 
                 images += [(source.stem, target, compiler.compile(source, target, include)) for target in TARGETS]
     except Unavailable as why:
         reason = str(why)
-    lines = ["// Made by native/cuda/compile.py.", '#include "cuda/image.h"', "namespace ept::cuda {", "namespace {"]
+    lines = [
+        "// Made by src/eptransport/_compile.py.",
+        '#include "cuda/image.h"',
+        "namespace ept::cuda {",
+        "namespace {",
+    ]
     for i, (_, _, data) in enumerate(images):
         lines.append(f"alignas(16) constexpr unsigned char image_{i}[] = {{")
         lines += [",".join(map(str, data[at : at + 64])) + "," for at in range(0, len(data), 64)]
@@ -204,4 +230,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except Refused as problem:
+        raise SystemExit(str(problem)) from None
