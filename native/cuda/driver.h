@@ -38,6 +38,7 @@ enum Attribute : int {  // CUdevice_attribute, those in use
   kComputeMinor = 76,
   kCanUseHostPointer = 91,  // of registered host memory: its device address is the host's
   kMaxSharedPerBlock = 97,  // with opt-in
+  kHostPageTables = 100,    // it reaches the host over C2C (Grace), which what NICs write may not come by
   kGpuDirectVirtual = 110,  // NICs reach virtual memory too
   kWritesOrdering = 118,    // of GPUDirect RDMA: below kOwnerOrdering, kernels may see old bytes behind a signal
   kDmabufSupported = 124,

@@ -237,7 +237,8 @@ class DriverGpu final : public Gpu {
     check(shared(memory).describe(caps, out, &error), error);
   }
   bool orders_network() const override {
-    return primary_->attribute(ept::cuda::kWritesOrdering) >= ept::cuda::kOwnerOrdering;
+    return primary_->attribute(ept::cuda::kWritesOrdering) >= ept::cuda::kOwnerOrdering &&
+           !primary_->attribute(ept::cuda::kHostPageTables);
   }
 
   void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
