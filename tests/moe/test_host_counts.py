@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import moe_model as model
 import pytest
@@ -73,3 +75,28 @@ def test_it_is_a_copy_and_says_what_it_lacks(make_groups: Make) -> None:
         moe.check()
 
     on_ranks(groups, run)
+
+
+def test_a_gpu_ranks_reader_is_the_hosts_whatever_torch_makes_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native code writes counts into a tensor that must not be of torch's default device."""
+    from eptransport import _gpu_steps
+    from eptransport._call import ffi
+
+    def told(_function: Any, _moe: Any, lane: int, seen: Any, per_expert: Any) -> int:
+        seen.epoch, seen.ticket, seen.rows = 5, 7, 6
+        for expert in range(3):
+            per_expert[expert] = expert + lane
+        return 0
+
+    monkeypatch.setattr(_gpu_steps, "call", told)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    group = SimpleNamespace(settings=ept.Settings(timeout_s=60.0))
+    guard = SimpleNamespace(enter=lambda: None, leave=lambda: None)
+    steps = SimpleNamespace(
+        _native=SimpleNamespace(pointer=ffi.NULL, guard=guard, group=group), _shapes=SimpleNamespace(local_experts=3)
+    )
+    mirror = _gpu_steps.GpuSteps._mirror(steps, 1, 7)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        seen = mirror.wait()
+    assert (seen.epoch, seen.num_rows, seen.faulted) == (5, 6, False)
+    assert seen.counts.tolist() == [1, 2, 3]
