@@ -81,6 +81,10 @@ struct Calls {
   static int32_t arm(Worker *worker, int32_t *descriptor) {
     return guarded("arm", [&] { return worker->instance->arm(descriptor); });
   }
+  // Of a plugin that has it.
+  static int32_t visible(Worker *worker, uint32_t rank, uint64_t cookie) {
+    return guarded("visible", [&] { return worker->instance->visible(rank, cookie); });
+  }
   static int32_t quiesce(Worker *worker, uint32_t rank, int32_t scope, uint64_t cookie) {
     return guarded("quiesce", [&] { return worker->instance->quiesce(rank, scope, cookie); });
   }

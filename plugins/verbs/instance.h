@@ -10,6 +10,7 @@
 //   greetings.cc  the datagrams by which two ranks connect their queue pairs, or hear of an end
 //   mending.cc    channels that break and are made anew
 //   nic_events.cc what a NIC says of itself: ports, failures
+//   visible.cc    when a GPU can read what has arrived
 //   worker.cc     post, poll, arm, quiesce
 //   memory.cc     memory, exports, keys
 //   shuffle.cc    completions in another order, by a setting, for tests
@@ -125,6 +126,8 @@ struct ept_instance {
   verbs::Fd epoll, timer;
   uint64_t timer_set_ns = 0, time_due_ns = 0;
   uint32_t since_clock = 0, next_nic = 0;
+  std::vector<const ept_mem *> gpu_memory;
+  verbs::Visibility visibility;
   uint32_t replaying = 0;  // operations in the replay of any peer
   bool armed = false;
 
@@ -168,6 +171,10 @@ struct ept_instance {
   void read_events(verbs::Nic *nic);
   void nic_failed(verbs::Nic *nic, const std::string &why);
 
+  // visible.cc
+  int32_t visible(uint32_t rank, uint64_t cookie);
+  void look_into_gpus();
+
   // worker.cc
   int32_t post(const ept_op *ops, size_t count, size_t *posted);
   int32_t poll(ept_event *into, size_t capacity);
@@ -190,6 +197,10 @@ struct ept_instance {
   static void let_go(ept_region *region);
 
  private:
+  // visible.cc
+  void look_again(verbs::Nic *nic);
+  void read_completed(verbs::Nic *nic, const verbs::RequestId &id, const ibv_wc &completion);
+  void all_visible();
   // peers.cc
   int32_t make_channels(verbs::Peer *peer);
   void reap();

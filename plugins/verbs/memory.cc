@@ -13,14 +13,18 @@ namespace {
 
 constexpr int32_t kHostKinds = EPT_MEMORY_HOST | EPT_MEMORY_PINNED | EPT_MEMORY_SHM;
 
-// `remote`: for writes of peers, into [address, address + length) and no further.
+// What for: as a source of ours, as a target of peers that reaches from address to address + length and no further, or
+// for reads of our own NIC.
+enum class Use { kSource, kTarget, kReadBack };
+
 int32_t register_range(ept_instance *instance, Nic *nic, const ept_memory &memory, uint8_t *address, uint64_t length,
-                       bool remote, Mr *mr) {
+                       Use use, Mr *mr) {
   Library *library = nic->library;
   unsigned access = 0;
-  if (remote) access |= IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
-  const bool relaxed =
-      remote && memory.role == EPT_ROLE_DATA && instance->settings.relaxed_ordering && library->has_relaxed_ordering();
+  if (use == Use::kTarget) access |= IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
+  if (use == Use::kReadBack) access |= IBV_ACCESS_REMOTE_READ;
+  const bool relaxed = use == Use::kTarget && memory.role == EPT_ROLE_DATA && instance->settings.relaxed_ordering &&
+                       library->has_relaxed_ordering();
   ibv_mr *made = nullptr;
   // A provider that knows no relaxed ordering ignores the flag; an old kernel may refuse it.
   for (const unsigned flags : {relaxed ? access | IBV_ACCESS_RELAXED_ORDERING : access, access}) {
@@ -71,8 +75,17 @@ int32_t ept_instance::mem_register(const ept_memory *memory, ept_mem **result) {
   mem->nics.resize(nics.size());
   for (size_t i = 0; i < nics.size(); ++i) {
     const int32_t code = register_range(this, nics[i].get(), *memory, static_cast<uint8_t *>(memory->address),
-                                        memory->length, false, &mem->nics[i]);
+                                        memory->length, Use::kSource, &mem->nics[i]);
     if (code != EPT_OK) return code;
+  }
+  if (!mem->inlines && memory->length > 0) {
+    mem->readable.resize(nics.size());
+    for (size_t i = 0; i < nics.size(); ++i) {
+      const int32_t code = register_range(this, nics[i].get(), *memory, static_cast<uint8_t *>(memory->address), 1,
+                                          Use::kReadBack, &mem->readable[i]);
+      if (code != EPT_OK) return code;
+    }
+    gpu_memory.push_back(mem.get());
   }
   *result = mem.release();
   return EPT_OK;
@@ -86,6 +99,7 @@ int32_t ept_instance::mem_deregister(ept_mem *mem) {
                 static_cast<unsigned long long>(mem->in_flight));
   for (auto entry = exports.begin(); entry != exports.end();)
     entry = entry->second.mem == mem ? exports.erase(entry) : std::next(entry);
+  std::erase(gpu_memory, mem);
   delete mem;
   return EPT_OK;
 }
@@ -115,7 +129,7 @@ int32_t ept_instance::region_export(ept_mem *mem, uint32_t rank, uint64_t offset
     uint8_t *first = length == 0 && offset == memory.length ? base - 1 : base;
     made.keys.emplace_back();
     const int32_t code =
-        register_range(this, nic.get(), memory, first, length != 0 ? length : 1, true, &made.keys.back());
+        register_range(this, nic.get(), memory, first, length != 0 ? length : 1, Use::kTarget, &made.keys.back());
     if (code != EPT_OK) return code;
     memcpy(out, &made.keys.back()->rkey, sizeof(uint32_t));
     out += sizeof(uint32_t);

@@ -39,6 +39,7 @@ struct ept_mem {
   uint64_t in_flight;  // operations that read from it
   bool inlines;        // the processor can read it
   std::vector<verbs::Mr> nics;
+  std::vector<verbs::Mr> readable;  // of GPU memory: its first byte, for visible.h
 };
 
 struct ept_region {

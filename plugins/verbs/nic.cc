@@ -87,7 +87,7 @@ Plan make_plan(const Settings &settings, const Room &room, const ibv_device_attr
   plan.message_receives = std::min(room.send_credits + kFreeMessages, deepest);
   plan.message_depth = plan.message_receives;
   const uint32_t heard = std::clamp(8 * room.peers, kLeastHeard, kMostHeard);
-  const uint64_t fixed = kSaid + heard + 1;
+  const uint64_t fixed = kSaid + heard + kMostGpus + 1;
   const uint64_t apart = uint64_t{plan.message_depth} + plan.message_receives + uint64_t{settings.qps} * plan.depth;
   // A card's queues may be shorter than what many ranks would want: then the engine grants fewer credits.
   const uint64_t limit = static_cast<uint64_t>(std::max(most.max_cqe, 1));

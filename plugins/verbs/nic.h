@@ -15,6 +15,7 @@
 #include "library.h"
 #include "ports.h"
 #include "shuffle.h"
+#include "visible.h"
 #include "wire.h"
 
 namespace verbs {
@@ -113,6 +114,8 @@ struct Nic {
   Mr messages;  // of the instance's send buffers
   Buffers heard, said;
   Qp datagrams;
+  Buffers seen;  // where reads of GPU memory end (visible.h)
+  Qp reader;     // by which they go; made when the first is
   uint32_t qkey = 0;
   std::vector<uint32_t> free_said;
 
@@ -127,6 +130,9 @@ struct Nic {
   void listen(uint32_t buffer, uint64_t wr_id);
   // The message of a datagram that came into `buffer`.
   const uint8_t *datagram(uint32_t buffer) const;
+  // visible.cc: reads a byte of this process's own memory. False: it could not be posted.
+  bool read(uint64_t address, uint32_t key, uint64_t wr_id, const ept_host &host, const Settings &settings);
+  bool make_reader(const ept_host &host, const Settings &settings);
   // Takes what notices there are; true: there were.
   bool take_notices();
 };

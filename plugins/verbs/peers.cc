@@ -148,6 +148,7 @@ void ept_instance::on_time(uint64_t time) {
     }
     if (!peer->settled() && time >= peer->hello_due_ns) greet(peer);
   }
+  if (visibility.due_ns != 0 && time >= visibility.due_ns) look_into_gpus();
   for (auto &peer : leaving) {
     if (peer->grace_due_ns == 0) continue;
     const bool quiet = std::all_of(peer->channels.begin(), peer->channels.end(), [](const auto &channel) {
@@ -174,6 +175,7 @@ uint64_t ept_instance::next_deadline() const {
       if (channel->nic->up) sooner(channel->connect_due_ns);
   }
   for (const auto &peer : leaving) sooner(peer->grace_due_ns);
+  sooner(visibility.due_ns);
   return next;
 }
 
@@ -254,6 +256,11 @@ void ept_instance::abandon() {
   for (auto &peer : peers)
     if (peer != nullptr) end_peer(peer.get(), EPT_E_CLOSED, 0, "the worker was closed here", false), forget(peer.get());
   for (auto &peer : leaving) forget(peer.get());
+  visibility.asked.clear();
+  visibility.covered = visibility.reads = 0;
+  ++visibility.round;
+  visibility.due_ns = 0;
+  for (auto &nic : nics) nic->reader.reset();
 }
 
 void ept_instance::farewell(uint64_t most_ns) {

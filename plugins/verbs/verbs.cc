@@ -39,6 +39,8 @@ void fill_caps(const Settings &settings, bool dmabuf, ept_caps *caps) {
   caps->wait_descriptor = 1;
   caps->can_revoke = 1;
   caps->can_replay = 1;
+  // needs_visible stays 0: whether a completion is enough is a matter of the GPU (some order a NIC's writes before what
+  // their kernels read behind its completion), which who places memory there has to ask. For others `visible` is here.
   caps->operation_cost_ns = kOperationCostNs;
 }
 
@@ -286,7 +288,7 @@ extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_
     .post = Calls::post,
     .poll = Calls::poll,
     .arm = Calls::arm,
-    .visible = nullptr,  // in host memory a completion comes after the bytes; GPU memory: docs/backends/verbs.md
+    .visible = Calls::visible,
     .quiesce = Calls::quiesce,
     .device_open = nullptr,  // kernels reach this network by the proxy
     .device_peer = nullptr,

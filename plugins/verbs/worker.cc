@@ -260,6 +260,7 @@ void ept_instance::completed(Nic *nic, const ibv_wc &completion) {
     if (completion.status != IBV_WC_WR_FLUSH_ERR) nic->listen(id.low, completion.wr_id);
     return;
   }
+  if (id.slot == UINT16_MAX) return read_completed(nic, id, completion);
   Channel *channel = id.slot < slots.size() ? slots[id.slot] : nullptr;
   if (channel == nullptr || channel->serial != id.serial || !channel->qp) return;  // of a queue pair that is gone
   if (id.kind == Request::kReceive) {

@@ -3,6 +3,7 @@
 
 #include <sys/eventfd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -405,6 +406,7 @@ void Net::move(Qp *qp) {
     return;
   }
   CHECK_EQ(target->first_expected, qp->first_sent);
+  if (send.request.opcode == IBV_WR_RDMA_READ) return move_read(qp, target);
   if (target->receives.empty()) {
     ++rnr;
     CHECK(faults.rnr);
@@ -428,7 +430,11 @@ void Net::move(Qp *qp) {
       return broke(IBV_WC_REM_ACCESS_ERR);
     }
     const bool lost = chance(faults.lost_request);
-    memcpy(reinterpret_cast<void *>(to), bytes, lost ? send.length / 2 : send.length);
+    const uint32_t length = lost ? send.length / 2 : send.length;
+    if (in_gpu(reinterpret_cast<void *>(to)))
+      on_the_way.push_back({qp->nic, reinterpret_cast<uint8_t *>(to), {bytes, bytes + length}});
+    else
+      memcpy(reinterpret_cast<void *>(to), bytes, length);
     if (lost) return broke(IBV_WC_RETRY_EXC_ERR);
   } else if (chance(faults.lost_request)) {
     return broke(IBV_WC_RETRY_EXC_ERR);
@@ -448,6 +454,38 @@ void Net::move(Qp *qp) {
   if (chance(faults.lost_answer)) return broke(IBV_WC_RETRY_EXC_ERR);
   if ((send.request.send_flags & IBV_SEND_SIGNALED) != 0)
     complete(qp, send.request.wr_id, IBV_WC_SUCCESS, write ? IBV_WC_RDMA_WRITE : IBV_WC_SEND, true, send.index);
+  qp->sends.pop_front();
+}
+
+bool Net::in_gpu(const void *address) const {
+  return std::any_of(gpus.begin(), gpus.end(),
+                     [&](const auto &gpu) { return address >= gpu.first && address < gpu.second; });
+}
+
+// Of a byte of this NIC's own process. Pushes what the NIC has written into that GPU before.
+void Net::move_read(Qp *qp, Qp *target) {
+  const Send &send = qp->sends.front();
+  const auto *from = reinterpret_cast<const uint8_t *>(send.request.wr.rdma.remote_addr);
+  const auto key = keys.find(send.request.wr.rdma.rkey);
+  const bool allowed = key != keys.end() && key->second->base.context == target->base.context &&
+                       (key->second->access & IBV_ACCESS_REMOTE_READ) != 0 && from >= key->second->base.addr &&
+                       from + send.length <= static_cast<uint8_t *>(key->second->base.addr) + key->second->base.length;
+  const uint64_t wr_id = send.request.wr_id, index = send.index;
+  if (!allowed || chance(faults.lost_request)) {
+    ++breaks;
+    qp->sends.pop_front();
+    complete(qp, wr_id, allowed ? IBV_WC_RETRY_EXC_ERR : IBV_WC_REM_ACCESS_ERR, IBV_WC_SEND, true, index);
+    return fail(qp);
+  }
+  CHECK(in_gpu(from));
+  ++reads;
+  std::erase_if(on_the_way, [&](const Posted &write) {
+    if (write.nic != qp->nic) return false;
+    memcpy(write.to, write.bytes.data(), write.bytes.size());
+    return true;
+  });
+  memcpy(const_cast<void *>(send.source), from, send.length);
+  complete(qp, wr_id, IBV_WC_SUCCESS, IBV_WC_RDMA_READ, true, index);
   qp->sends.pop_front();
 }
 

@@ -73,6 +73,13 @@ struct Region {
   unsigned access = 0;
 };
 
+// A write into a GPU, whose completion has passed it on the way.
+struct Posted {
+  uint32_t nic = 0;
+  uint8_t *to = nullptr;
+  std::vector<uint8_t> bytes;
+};
+
 // Chances in 1,000 that something happens to an operation, or to a datagram.
 struct Faults {
   uint32_t lost_request = 0;  // its queue pair breaks, and it was not executed, or half of its bytes were
@@ -105,6 +112,10 @@ struct Net {
   std::set<ibv_context *> contexts;
   std::set<uint32_t> dead_paths, down_ports;
   std::map<ibv_context *, std::deque<ibv_async_event>> events;
+  // Memory that stands for a GPU's: what a NIC writes there is seen when the same NIC has read there, and not before.
+  std::set<std::pair<const uint8_t *, const uint8_t *>> gpus;
+  std::deque<Posted> on_the_way;
+  uint64_t reads = 0;
   uint32_t next_number = 100;
   uint64_t rnr = 0, inlined = 0, relaxed = 0, executed = 0, breaks = 0, doorbells = 0, requests = 0;
   uint32_t most_unsignalled = 0;
@@ -112,6 +123,8 @@ struct Net {
   void complete(Qp *qp, uint64_t wr_id, ibv_wc_status status, ibv_wc_opcode opcode, bool send, uint64_t index);
   void fail(Qp *qp);
   void move(Qp *qp);
+  void move_read(Qp *qp, Qp *target);
+  bool in_gpu(const void *address) const;
   void move_datagram(Qp *qp);
 };
 

@@ -263,6 +263,64 @@ void a_dead_peer() {
   CHECK(time_ns - start < own.id.dead_ns + 1'000'000'000);
 }
 
+// A completion says nothing of bytes in a GPU: they are there when `visible` says so, over each of two NICs, and though
+// reads fail. What was asked before is answered once, and none is answered for what came later.
+void gpu_memory() {
+  Net net(9, 2);
+  Group group(2, {{"nics", "2"}});
+  constexpr size_t kBytes = 4096;
+  std::vector<uint8_t> source(kBytes, 1), gpu(kBytes);
+  net.gpus.insert({gpu.data(), gpu.data() + kBytes});
+  ept_mem *from = group[0].enroll(source.data(), kBytes, EPT_ACCESS_LOCAL), *to = nullptr;
+  ept_memory memory{};
+  memory.size = sizeof memory;
+  memory.address = gpu.data();
+  memory.length = kBytes;
+  memory.kind = EPT_MEMORY_CUDA;
+  memory.cuda_device = 0;
+  memory.fd = -1;
+  memory.role = EPT_ROLE_DATA;
+  memory.access = EPT_ACCESS_LOCAL | EPT_ACCESS_REMOTE_WRITE;
+  CHECK_OK(ept_backend_v1, ept_backend_v1.mem_register(group[1].instance, &memory, &to));
+  const auto [blob, key] = group[1].grant(to, 0, 0, kBytes);
+  ept_region *region = group[0].import(1, blob);
+  uint64_t cookie = 0;
+  for (uint32_t turn = 1; turn <= 40; ++turn) {
+    memset(source.data(), static_cast<int>(turn), kBytes);
+    for (uint32_t rail = 0; rail < 2; ++rail) {
+      ept_op op = Rank::write(1, from, source.data() + rail * 64, region, rail * 64, 64, rail, rail);
+      op.rail = rail;
+      CHECK_OK(ept_backend_v1, group[0].post(op));
+    }
+    for (uint32_t came = 0; came < 2;) {
+      time_ns += 50'000;
+      static_cast<void>(group[0].poll());
+      for (const plugin::Event &event : group[1].poll()) came += event.kind == EPT_EVENT_IMM;
+    }
+    CHECK(gpu[0] != turn && gpu[64] != turn);  // else this test shows nothing
+    net.faults.lost_request = turn % 4 == 0 ? 500 : 0;
+    const uint64_t first = cookie + 1;
+    for (int asked = 0; asked < 3; ++asked)
+      CHECK_OK(ept_backend_v1, ept_backend_v1.visible(group[1].worker, 0, ++cookie));
+    for (uint64_t next = first; next <= cookie;) {
+      time_ns += 1'000'000;
+      for (const plugin::Event &event : group[1].poll()) {
+        CHECK_EQ(event.kind, EPT_EVENT_VISIBLE);
+        CHECK_EQ(event.cookie, next++);
+        CHECK(gpu[0] == turn && gpu[64] == turn);
+      }
+    }
+    net.faults.lost_request = 0;
+    for (int i = 0; i < 100; ++i) static_cast<void>(group[0].poll());
+  }
+  CHECK(net.reads >= 40 * 2);
+  CHECK_OK(ept_backend_v1, ept_backend_v1.region_revoke(to, 0, key));
+  CHECK_OK(ept_backend_v1, ept_backend_v1.mem_deregister(to));
+  // Without GPU memory there is nothing to wait for.
+  CHECK_OK(ept_backend_v1, ept_backend_v1.visible(group[1].worker, 0, 7));
+  CHECK_EQ(group[1].expect(EPT_EVENT_VISIBLE).cookie, 7);
+}
+
 // After FENCED nothing of that epoch lands, and what was consumed is told; the next life of the peer is taken. Who was
 // fenced hears of it long before it would take the other side for dead, though the first word of it is lost.
 void a_fence() {
@@ -364,6 +422,7 @@ int main() {
   receives();
   another_secret();
   a_dead_peer();
+  gpu_memory();
   a_fence();
   a_failed_queue();
   strangers();
