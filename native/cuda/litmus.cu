@@ -123,13 +123,14 @@ extern "C" __global__ void litmus_flag(uint64_t *there, const uint64_t *back, ui
   *times = Hardware::now() - begin;
 }
 
-extern "C" __global__ void litmus_signal(const ept_path *path, const uint64_t *back, uint32_t rounds,
-                                         uint64_t timeout_ns, uint64_t *times, int32_t *wrong) {
+extern "C" __global__ void litmus_signal(const ept_path *at, const uint64_t *back, uint32_t rounds, uint64_t timeout_ns,
+                                         uint64_t *times, int32_t *wrong) {
+  const ept_path path = *at;  // in registers: a wait empties the L1, so each look at it there would go to the L2
   const uint64_t deadline = deadline_in(timeout_ns);
   const uint64_t base = Hardware::acquire_system(back), begin = Hardware::now();
   for (uint32_t i = 0; i < rounds; i++) {
-    const Put made = put(Thread(), *path, nullptr, 0, 0, 0, deadline);
-    const Seen seen = wait(back, base + i + 1, deadline, status(*path));
+    const Put made = put(Thread(), path, nullptr, 0, 0, 0, deadline);
+    const Seen seen = wait(back, base + i + 1, deadline, status(path));
     report(wrong, made.code ? made.code : seen.code);
     if (made.code || !seen.came()) return;
   }

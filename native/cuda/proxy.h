@@ -13,6 +13,15 @@
 //    peer that grants no credits fills the ring at last; until then it costs only the commands to itself.
 //  - `status` of a peer is set with the first error, before any later command to it is looked at, and stays until
 //    reopen: no kernel mistakes a failed put for one that is under way.
+//
+// THE TURN. A kernel's command, and a signal for a kernel, wait for the end of the turn in which they come in; so a
+// turn that finds nothing is as short as can be, and does what must be done now and then in each kLookTurns-th alone.
+//  - Every turn: one load from the ring (`end_` is moved by this thread alone, so that takes no lock), and one look at
+//    the network. The mutex is taken only where a command has come or is in hand; clock, peers, `stop`, `each` and what
+//    is left to publish have their turn every kLookTurns.
+//  - It spins until `spin_ns` after the last command *or arrival*, whoever saw that arrive: a rank that only receives
+//  has
+//    no commands, and where its engine's own thread wakes up for each signal, that is 6 us a signal (decisions.md).
 #pragma once
 
 #include <atomic>
@@ -32,14 +41,14 @@ namespace ept::cuda {
 // alive until the Proxy has gone.
 struct RingPlace {
   uint32_t capacity = 1024;  // a power of two, 4 or more
-  ept_command *slots = nullptr;
+  ept_command_slot *slots = nullptr;
   uint64_t *consumed = nullptr;
   ept_device_progress *progress = nullptr;  // [world]
   uint64_t slots_device = 0, consumed_device = 0, progress_device = 0;
   uint64_t ring_device = 0;  // of the ept_ring that header() gives, which the caller copies there before any push
 
   static uint64_t bytes(uint32_t capacity, uint32_t world) {
-    return uint64_t(capacity) * sizeof(ept_command) + 64 + uint64_t(world) * sizeof(ept_device_progress);
+    return uint64_t(capacity) * sizeof(ept_command_slot) + 64 + uint64_t(world) * sizeof(ept_device_progress);
   }
   // Everything but the ring's header out of `bytes` of pinned memory.
   static RingPlace in(void *pinned, uint64_t pinned_device, uint64_t ring_device, uint32_t capacity);
@@ -48,12 +57,12 @@ struct RingPlace {
 class Proxy {
  public:
   struct Options {
-    uint64_t spin_ns = 5'000'000;  // after the last command or event it looks without a pause: five steps of a model
+    uint64_t spin_ns = 5'000'000;  // after the last command or arrival it looks without a pause: five steps of a model
     uint64_t nap_ns = 50'000;      // then it sleeps so long between two looks: the most that a first command waits
     std::vector<int32_t> cpus;     // where the thread may run; empty: anywhere
     uint64_t first = 0;            // ticket; tests
     bool left_ends = true;  // a peer that has left in good order gets a status; its last messages may be on the way
-    std::function<void()> each;  // called in every turn of the thread, with no lock held
+    std::function<void()> each;  // called all the time (THE TURN), with no lock held
   };
   Proxy(ept_engine *engine, const RingPlace &place, Options options);
   Proxy(ept_engine *engine, const RingPlace &place) : Proxy(engine, place, Options()) {}

@@ -673,17 +673,19 @@ int32_t ept_engine_progress(ept_engine *engine, ept_error *error) {
 
 }  // extern "C"
 
-int32_t ept::drive(ept_engine *engine, ept_error *error) {
+int32_t ept::drive(ept_engine *engine, bool looks, ept_error *error) {
   return guarded(error, "drive", [&]() -> int32_t {
     Hold hold(engine->lock);
     if (int32_t code = engine->usable("drive", error)) return code;
     if (engine->driver == Driver::caller) return 0; /* who waits drives already */
-    const int32_t count = engine->step(error);
-    if (engine->progress_mode == EPT_PROGRESS_AUTO) engine->last_drive = engine->now;
+    const int32_t count = engine->step(error, looks);
+    if (engine->progress_mode == EPT_PROGRESS_AUTO) engine->last_drive.store(engine->now, std::memory_order_relaxed);
     if (count > 0 && engine->moved_waiters) engine->moved.notify_all();
     return count;
   });
 }
+
+uint64_t ept::last_arrival(ept_engine *engine) { return get(engine->metrics.page()->last_progress_ns); }
 
 extern "C" {
 

@@ -15,7 +15,10 @@ int32_t wait_signal_or_news(ept_engine *engine, ept_signal_id id, uint64_t targe
                             ept_error *error);
 
 /* As ept_engine_progress, by who calls it all the time: the engine's own thread (AUTO) stands aside meanwhile, and for
- * up to 4.5 ms after the last call. */
-int32_t drive(ept_engine *engine, ept_error *error);
+ * up to 4.5 ms after the last call. `looks`: the clock is read too where nothing came; not every turn needs that. */
+int32_t drive(ept_engine *engine, bool looks, ept_error *error);
+
+/* When an immediate came last, whoever drove; 0: never. Takes no lock. */
+uint64_t last_arrival(ept_engine *engine);
 
 }  // namespace ept

@@ -78,11 +78,14 @@ struct Port {
   const uint32_t rank, epoch, rails;
   const std::string secret;
 
-  std::mutex lock;
-  std::condition_variable unpinned;
-  Queue arrived;                      // what poll has not taken yet
-  size_t room = 0;                    // IMM and RECV wait in `arrived` up to here
-  std::atomic<uint32_t> waiting = 0;  // the size of `arrived`, for a poll that finds nothing; a hint, so relaxed
+  // Cache lines of their own: what the owner looks at in every poll, what each arrival changes, and what posters read.
+  // From one core to another a line takes 0.2 us, longer than all else that a post or a poll does.
+  alignas(64) std::atomic<uint32_t> waiting =
+      0;  // the size of `arrived`, for a poll that finds nothing; a hint: relaxed
+  alignas(64) std::mutex lock;
+  Queue arrived;    // what poll has not taken yet
+  size_t room = 0;  // IMM and RECV wait in `arrived` up to here
+  alignas(64) std::condition_variable unpinned;
   std::vector<Export> exports;
   std::vector<uint32_t> unused;                // free slots of `exports`
   std::vector<uint32_t> consumed;              // [rank * rails + rail] immediates of its present epoch

@@ -18,6 +18,7 @@ class Straight final : public Route {
     while (*posted < count && (code = admit(worker_, ops[*posted])) == EPT_OK) {
       const uint32_t rank = ops[*posted].peer;
       const Peer &peer = instance_.peers[rank];
+      __builtin_prefetch(&peer.port->room, 1);  // the second of the lines that the lock and `arrived` lie in
       std::unique_lock hold(peer.port->lock);
       do {
         const ept_op &op = ops[*posted];

@@ -31,7 +31,7 @@ struct Ring {
     path.signals = 100;
     path.signal_count = 2;
   }
-  std::vector<ept_command> slots;
+  std::vector<ept_command_slot> slots;
   ept_ring ring{};
   uint64_t consumed = 0;
   RingEnd end{};
@@ -69,7 +69,7 @@ void many_producers(uint64_t capacity, uint64_t first) {
       std::this_thread::yield();
       continue;
     }
-    CHECK_EQ(command.sequence, first + t++);
+    CHECK_EQ(command.ticket, first + t++);
     CHECK(command.peer < kProducers);
     CHECK_EQ(command.source, next[command.peer]++);
     CHECK_EQ(command.bytes, ~command.source);
@@ -113,10 +113,59 @@ void full(uint64_t first) {
   for (uint64_t i = 2; i < 9; i++) {
     CHECK(pop(r.end, got));
     CHECK_EQ(got.source, i);
-    CHECK_EQ(got.sequence, first + i);
+    CHECK_EQ(got.ticket, first + i);
   }
   CHECK(!pop(r.end, got));
   CHECK_EQ(r.consumed, first + 9);  // told, since there was nothing
+}
+
+// Every bit of a command comes out as it went in, in even rounds and odd ones: a slot's words keep a bit for
+// themselves.
+void every_bit() {
+  Ring r(4);
+  const auto through = [&](const ept_command &in) {
+    const Put put = push(r.path, in, soon());
+    CHECK_EQ(put.code, EPT_OK);
+    ept_command out;
+    CHECK(ready(r.end));
+    CHECK(pop(r.end, out));
+    CHECK(!ready(r.end));
+    CHECK_EQ(out.ticket, put.ticket);
+    CHECK_EQ(out.kind, in.kind);
+    CHECK_EQ(out.peer, in.peer);
+    CHECK_EQ(out.memory, in.memory);
+    CHECK_EQ(out.region, in.region);
+    CHECK_EQ(out.source, in.source);
+    CHECK_EQ(out.destination, in.destination);
+    CHECK_EQ(out.bytes, in.bytes);
+    CHECK_EQ(out.signal, in.signal);
+  };
+  for (int turn = 0; turn < 9; turn++) {  // another slot and round each
+    ept_command in{};
+    through(in);
+    for (int bit = 0; bit < 64; bit++) {
+      const uint64_t one = uint64_t(1) << bit;
+      in = {};
+      in.source = one;
+      through(in);
+      in = {};
+      in.destination = one;
+      through(in);
+      in = {};
+      in.bytes = one;
+      through(in);
+      in = {};
+      in.peer = uint32_t(one), in.memory = uint32_t(one >> 32);
+      through(in);
+      in = {};
+      in.signal = uint32_t(one), in.region = uint32_t(one) & 0x7fffffffu, in.kind = uint32_t(one >> 32) & 3;
+      through(in);
+    }
+    in.kind = EPT_COMMAND_VALUE, in.region = 0x7fffffffu;
+    in.peer = in.memory = in.signal = UINT32_MAX;
+    in.source = in.destination = in.bytes = UINT64_MAX;
+    through(in);
+  }
 }
 
 // What put makes of its arguments, and what it refuses: then nothing is written and nothing raised.
@@ -217,7 +266,7 @@ void flushes() {
     ept_command command;
     while (!pop(r.end, command)) std::this_thread::yield();
     r.rows[0] = char(r.rows[0] + 1);  // the network's last touch
-    Hardware::release_system(&r.progress.done, command.sequence + 1);
+    Hardware::release_system(&r.progress.done, command.ticket + 1);
   });
   CHECK(flush(r.path, put.ticket, generous()).came());
   r.rows[0] = 5;
@@ -233,6 +282,7 @@ int main() {
   RUN(many_producers(64, 0xffffffffull - 5000));
   RUN(many_producers(16, UINT64_MAX - 6000));
   for (uint64_t first : {uint64_t(0), uint64_t(0xfffffffc), UINT64_MAX - 3, UINT64_MAX}) RUN(full(first));
+  RUN(every_bit());
   RUN(puts());
   RUN(mapped(0));
   RUN(mapped(UINT64_MAX - 1000));

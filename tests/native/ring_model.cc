@@ -30,7 +30,7 @@ using namespace ept::device;
 
 namespace {
 
-constexpr size_t kThreads = 3, kWords = 12, kPlain = 12;
+constexpr size_t kThreads = 3, kWords = 16, kPlain = 12;
 
 // What a thread, or a store that releases, knows: of each word the oldest store it may return, and how many steps of
 // each thread have happened before.
@@ -63,7 +63,7 @@ struct Fiber {
   bool looked = false;  // it rests although it has seen what is newest
   bool begun = false;   // stands before an operation, no more before its first line
   size_t stores = 0;    // in all, when it went to rest
-  Knows knows;
+  Knows knows, fenced;
   // Hashes that are its whole state, with the scenario: of what its loads returned since it rested; of what it kept
   // from before. A thread that rests looks again at everything, as if for the first time.
   uint64_t heard = 0, kept = 0;
@@ -71,7 +71,8 @@ struct Fiber {
 
 struct Weak {  // one thing that is taken away
   bool publish = false, take = false, consumed = false, look = false, seen = false, know = false, full = false;
-  bool raise = false, wait = false, count_in = false, sequence = false, done = false;
+  bool raise = false, wait = false, count_in = false, done = false;
+  bool whose = false, half = false;  // pop's looks at the words' rounds: at all of them, at all but the last word's
 };
 
 struct Walk {
@@ -80,6 +81,7 @@ struct Walk {
   Body body;
   std::function<void()> begin, end;
   Weak weak;
+  bool apart = true;
 
   std::array<Fiber, kThreads> fibers;
   ucontext_t main;
@@ -125,10 +127,14 @@ struct Walk {
 
   uint64_t load(const void *address, bool acquire) {
     step();
+    return load_now(address, acquire, nullptr);
+  }
+  // `alike`: as old a store as that word's load has returned.
+  uint64_t load_now(const void *address, bool acquire, const void *alike) {
     const size_t w = word(address);
     const auto newest = uint32_t(history[w].size() - 1);
     const uint32_t oldest = self().fresh ? newest : self().knows.word[w];
-    const uint32_t pick = newest - choose(newest - oldest + 1);
+    const uint32_t pick = alike ? self().knows.word[word(alike)] : newest - choose(newest - oldest + 1);
     self().knows.word[w] = uint8_t(pick);
     const Store store = history[w][pick];
     if (acquire) self().knows.take(store.released);
@@ -148,6 +154,15 @@ struct Walk {
     step();
     add(word(address), value, release, {});
   }
+  // What a fence hands on by the relaxed stores after it.
+  Knows fence() {
+    const Knows before = self().knows;
+    self().knows.steps[size_t(running)]++;
+    return before;
+  }
+  void store_fenced(const void *address, uint64_t value, const Knows &at_fence) {
+    add(word(address), value, false, at_fence);
+  }
   // A read-modify-write continues the release sequence of the store that it replaces.
   template <class Change>
   uint64_t change(const void *address, bool acquire, bool release, Change &&next) {
@@ -162,14 +177,7 @@ struct Walk {
     return last.value;
   }
   void touch(const void *at_, bool write) {
-    Plain *p = nullptr;
-    for (Plain &each : plain)
-      if (each.at == at_ || !each.at) {
-        p = &each;
-        break;
-      }
-    CHECK(p);
-    p->at = at_;
+    Plain *p = &plain_of(at_);
     const auto me = size_t(running);
     Knows &knows = self().knows;
     if (p->writer >= 0 && size_t(p->writer) != me && knows.steps[size_t(p->writer)] < p->written)
@@ -182,6 +190,24 @@ struct Walk {
     } else {
       p->read[me] = knows.steps[me];
     }
+  }
+  // Memory of which each word says whose it is needs to be known by nobody that reads it; but who writes it again knows
+  // that it was read.
+  Plain &plain_of(const void *at_) {
+    for (Plain &each : plain) {
+      if (each.at && each.at != at_) continue;
+      each.at = at_;
+      return each;
+    }
+    CHECK(false);
+    return plain[0];
+  }
+  void took(const void *at_) { plain_of(at_).read[size_t(running)] = self().knows.steps[size_t(running)]; }
+  void refill(const void *at_) {
+    const Plain &p = plain_of(at_);
+    for (size_t t = 0; t < threads; t++)
+      if (int(t) != running && self().knows.steps[t] < p.read[t])
+        wrong("a race: it overwrites what another may still be reading");
   }
   void rest() {
     self().resting = true;
@@ -210,7 +236,7 @@ struct Walk {
       const Fiber &f = fibers[t];
       mix(f.heard), mix(f.begun), mix(f.done), mix(f.resting), mix(f.fresh), mix(f.looked),
           mix(f.resting && stores > f.stores), mix(f.kept);
-      mix_all(f.knows);
+      mix_all(f.knows), mix_all(f.fenced);
     }
     for (const auto &of : history) {
       mix(of.size());
@@ -234,7 +260,7 @@ struct Walk {
     for (size_t t = 0; t < threads; t++) {
       Fiber &f = fibers[t];
       f.done = f.resting = f.fresh = f.looked = f.begun = false;
-      f.stores = 0, f.heard = f.kept = 0, f.knows = {};
+      f.stores = 0, f.heard = f.kept = 0, f.knows = f.fenced = {};
       f.knows.steps[t] = 1;
 #if defined(__SANITIZE_ADDRESS__)
       __asan_unpoison_memory_region(f.stack.data(), f.stack.size());
@@ -302,7 +328,13 @@ void Walk::enter(int index) {
 struct Model {
   static uint64_t acquire_system(const uint64_t *at) {
     const Weak &w = walk->weak;
-    return walk->load(at, !(in_slots(at) ? w.take : at == consumed_word ? w.look : w.wait));
+    if (!in_slots(at)) return walk->load(at, !(at == consumed_word ? w.look : w.wait));
+    const int i = in_slot(at);
+    if (i == EPT_SLOT_WORDS - 1) walk->step();
+    const int first = walk->apart ? EPT_SLOT_WORDS - 2 : EPT_SLOT_WORDS - 1;
+    const uint64_t value = walk->load_now(at, !w.take, i < first ? at + (first - i) : nullptr);
+    if (!(w.whose || (w.half && i < EPT_SLOT_WORDS - 1))) return value;
+    return (value & ~(uint64_t(1) << 63)) | round_of(end->next, end->capacity);  // taken without a look at its bit
   }
   static int32_t relaxed_system(const int32_t *) { return 0; }
   static uint64_t acquire_device(const uint64_t *at) {
@@ -311,11 +343,7 @@ struct Model {
   }
   static uint64_t relaxed_device(const uint64_t *at) { return walk->load(at, false); }
   static void release_system(uint64_t *at, uint64_t value) {
-    if (walk->weak.sequence && in_slots(at)) value = 1;  // a mark that says full, not whose
-    walk->store(at, value,
-                !(in_slots(at)      ? walk->weak.publish
-                  : at == done_word ? walk->weak.done
-                                    : walk->weak.consumed));
+    walk->store(at, value, !(at == done_word ? walk->weak.done : walk->weak.consumed));
   }
   static void release_device(uint64_t *at, uint64_t value) { walk->store(at, value, !walk->weak.seen); }
   static void add_release_system(uint64_t *at, uint64_t more) {
@@ -331,25 +359,32 @@ struct Model {
   static uint64_t now() { return 0; }
   static void spin() { walk->rest(); }
   static void rest() { walk->rest(); }
-  static void write(ept_command *slot, const ept_command &from) {
-    walk->touch(slot, true);
-    std::memcpy(static_cast<void *>(slot), &from, 48);
+  static void fence() { walk->self().fenced = walk->weak.publish ? Knows{} : walk->fence(); }
+  // Who fills a slot knows that it was taken. That is more than its words need on a machine that makes no load wait for
+  // a later store. Six stores, and six loads, are one step each: since a load may return an old value, that shows all
+  // that stores one by one would. To keep the walk short all words but the one that pop looks at first are seen alike,
+  // as old as one another (`apart`), and in the scenario of two slots that one too.
+  static void fill(ept_command_slot *slot, const uint64_t (&words)[EPT_SLOT_WORDS]) {
+    walk->step();
+    walk->refill(slot);
+    for (int i = 0; i < EPT_SLOT_WORDS; i++) walk->store_fenced(&slot->words[i], words[i], walk->self().fenced);
   }
-  static void read(const ept_command *slot, ept_command &to) {
-    walk->touch(slot, false);
-    std::memcpy(static_cast<void *>(&to), slot, 48);
-    walk->hear(to.source);
-  }
+  static void taken(const ept_command_slot *slot) { walk->took(slot); }
 
   static bool in_slots(const uint64_t *at) {
     const auto *byte = reinterpret_cast<const char *>(at);
     return byte >= reinterpret_cast<const char *>(slots) && byte < reinterpret_cast<const char *>(slots + 8);
   }
-  static ept_command slots[8];
+  static int in_slot(const uint64_t *at) {
+    return int((at - slots[0].words) % ptrdiff_t(sizeof(ept_command_slot) / 8));
+  }
+  static ept_command_slot slots[8];
   static const uint64_t *consumed_word, *done_word;
+  static const RingEnd *end;
 };
-ept_command Model::slots[8];
+ept_command_slot Model::slots[8];
 const uint64_t *Model::consumed_word, *Model::done_word;
+const RingEnd *Model::end;
 
 // ---- scenarios ----
 
@@ -359,35 +394,51 @@ struct RingState {
   uint64_t consumed;
   RingEnd end;
   std::array<uint32_t, 8> got;
+  std::array<char, 8> rows;  // one a command: what the team stored before its push
   uint32_t count;
 };
 
+// Of command n; each field tells n, so that a command made of two is seen.
+ept_command command_of(uint64_t n) {
+  ept_command c{};
+  c.kind = 1, c.peer = uint32_t(n), c.memory = uint32_t(n + 1), c.region = uint32_t(n + 2), c.signal = uint32_t(n + 3);
+  c.source = n, c.destination = ~n, c.bytes = uint64_t(1) << 63 | n;
+  return c;
+}
+bool is_command_of(uint64_t n, const ept_command &c) {
+  const ept_command w = command_of(n);
+  return c.kind == w.kind && c.peer == w.peer && c.memory == w.memory && c.region == w.region && c.signal == w.signal &&
+         c.source == w.source && c.destination == w.destination && c.bytes == w.bytes;
+}
+
 constexpr uint64_t kNever = 1ull << 62;
 
-// `producers` push `each` commands into a ring of `capacity` whose first ticket is `first`; one thread pops them all.
-const char *ring(uint64_t capacity, uint32_t producers, uint32_t each, uint64_t first, Weak weak,
+// `producers` push `total` commands, `each` by all but the last, into a ring of `capacity` whose first ticket is
+// `first`; one thread pops them all.
+const char *ring(uint64_t capacity, uint32_t producers, uint32_t each, uint32_t total, uint64_t first, Weak weak,
                  uint64_t *executions) {
   static RingState s;
   Walk w;
   w.threads = producers + 1;
   w.weak = weak;
-  const uint32_t total = producers * each;
+  w.apart = capacity == 1;
   w.begin = [&] {
     s = {};
     s.ring.slots = reinterpret_cast<uintptr_t>(Model::slots);
     s.ring.consumed = reinterpret_cast<uintptr_t>(&s.consumed);
     s.ring.mask = uint32_t(capacity - 1);
     s.end = begin_ring(s.ring, Model::slots, &s.consumed, first);
+    Model::end = &s.end;
     s.path.kind = EPT_DEVICE_PROXY;
     s.path.ring = reinterpret_cast<uintptr_t>(&s.ring);
     Model::consumed_word = &s.consumed;
   };
   w.body = [&](int me) {
     if (uint32_t(me) < producers) {
-      for (uint32_t i = 0; i < each; i++) {
-        ept_command command{};
-        command.source = uint64_t(me) * each + i;
-        const Put put = push<Model>(s.path, command, kNever);
+      for (uint32_t i = 0; i < each && uint32_t(me) * each + i < total; i++) {
+        const uint64_t n = uint64_t(me) * each + i;
+        walk->touch(&s.rows[n], true);
+        const Put put = push<Model>(s.path, command_of(n), kNever);
         if (put.code != EPT_OK) walk->wrong("a push failed");
         walk->keep(i + 1);
       }
@@ -399,10 +450,12 @@ const char *ring(uint64_t capacity, uint32_t producers, uint32_t each, uint64_t 
         Model::rest();
         continue;
       }
-      if (command.sequence != first + s.count) walk->wrong("another ticket than the next");
+      if (command.ticket != first + s.count) walk->wrong("another ticket than the next");
       s.count++;
       walk->keep(command.source);
       if (command.source >= total || s.got[command.source]++) walk->wrong("a command twice, or one that nobody pushed");
+      if (!is_command_of(command.source, command)) walk->wrong("a command made of two");
+      walk->touch(&s.rows[command.source], false);
       for (uint64_t i = 0; i < command.source % each; i++) {
         if (!s.got[command.source - i - 1]) walk->wrong("a producer's commands out of order");
       }
@@ -526,14 +579,14 @@ void say(const char *name, const char *found, uint64_t executions) {
   const struct {
     const char *name;
     uint64_t capacity;
-    uint32_t producers, each;
+    uint32_t producers, each, total;
     uint64_t first;
-  } rings[] = {{"one slot, two producers", 1, 2, 1, 0},
-               {"one slot, over 2^64", 1, 1, 3, near_end},
-               {"one slot, over 2^32", 1, 1, 3, 0xffffffffull},
-               {"two slots, two producers", 2, 2, 2, near_end}};
+  } rings[] = {{"one slot, two producers", 1, 2, 1, 2, 0},
+               {"one slot, over 2^64", 1, 1, 3, 3, near_end},
+               {"one slot, over 2^32", 1, 1, 3, 3, 0xffffffffull},
+               {"two slots, two producers", 2, 2, 2, 3, near_end}};
   for (const auto &r : rings) {
-    const char *found = ring(r.capacity, r.producers, r.each, r.first, {}, &n);
+    const char *found = ring(r.capacity, r.producers, r.each, r.total, r.first, {}, &n);
     say(r.name, found, n);
     CHECK(!found);
   }
@@ -553,8 +606,8 @@ void say(const char *name, const char *found, uint64_t executions) {
     w = {};
     w.*what = true;
     uint64_t n = 0;
-    const char *found = ring(1, 2, 1, 0, w, &n);
-    if (!found) found = ring(1, 2, 2, 0, w, &n);
+    const char *found = ring(1, 2, 1, 2, 0, w, &n);
+    if (!found) found = ring(1, 2, 2, 4, 0, w, &n);
     say(name, found, n);
     CHECK(found);
   };
@@ -565,7 +618,8 @@ void say(const char *name, const char *found, uint64_t executions) {
   ring_needs("without the test for full", &Weak::full);
   ring_needs("without seen's release", &Weak::seen);
   ring_needs("without seen's acquire", &Weak::know);
-  ring_needs("with a mark for a ticket", &Weak::sequence);
+  ring_needs("without whose a word is", &Weak::whose);
+  ring_needs("with one word for all six", &Weak::half);
   w = {}, w.raise = true;
   CHECK(mapped(w, nullptr));
   w = {}, w.wait = true;

@@ -22,21 +22,25 @@
  *    Who is told that all others came before has all their stores before its own put, which so covers them.
  *  4 A source reused. The network's reading of the source -> its local completion => the proxy's store of `done` with
  *    release (system) => flush's load with acquire -> stores into the source.
- *  5 A slot of the ring: full. Producer's plain stores of a command -> its store of `sequence` with release (system)
- *    => the consumer's load of `sequence` with acquire -> its plain loads of the command. There is no other fence: the
- *    one release covers the rows and the command.
- *  6 A slot of the ring: empty again. Consumer's plain loads of a command -> its store of `consumed` with release
- *    => a producer's load of it with acquire (system) -> that producer's store of `seen` with release (device) =>
- *    another producer's load of `seen` with acquire (device) -> its stores of a new command into that slot. A producer
- *    that looks at `consumed` by itself needs no `seen`.
+ *  5 A slot of the ring: full. What the team stored -> barrier -> the leader's fence (release, system) -> its stores of
+ *    six words, relaxed, in any order (it takes its ticket between) => the consumer's loads of the six, each with
+ * acquire -> its reading of rows. The fence covers the rows alone, and waits for them alone. Words need no order among
+ * them, since each says whose it is; a word that says "now all others are there" would need a second fence, which waits
+ * until the others have crossed PCIe (half a microsecond, docs/decisions.md). 6 A slot of the ring: empty again.
+ * Consumer's loads of a command -> its store of `consumed` with release => a producer's load of it with acquire
+ * (system) -> that producer's store of `seen` with release (device) => another producer's load of `seen` with acquire
+ * (device) -> its stores of a new command into that slot. A producer that looks at `consumed` by itself needs no
+ * `seen`.
  *
  * THE RING'S INVARIANTS (arithmetic modulo 2^64, differences as signed numbers; C is the capacity)
  *    seen <= consumed <= next (the consumer's own) <= head <= consumed + C
  *  - head moves by one compare-and-swap a ticket, and only by a producer that has seen head < consumed + C. So a ticket
  *    is taken only when its slot is free already, and who has one never waits: a producer that gives up at its
  *    deadline leaves no hole. (An add of one would be cheaper, and leave a hole.)
- *  - The slot of ticket t is t mod C, its sequence is t + 1 once it is full, and t + 1 - C before, since only the
- *    ticket C before wrote there. So the consumer can't take an old command for a new one, nor a half-written one.
+ *  - The slot of ticket t is t mod C, and t belongs to round t / C, odd or even. Bit 63 of each of the slot's words is
+ *    its round mod 2: before t was pushed all six say the round before, since only the ticket C before wrote there and
+ *    it was taken whole; once it is full all six say t's; while its producer stores, some do. The consumer takes it
+ * when all six say t's round. So it takes no old command for a new one, nor half of one.
  *  - consumed is published when a quarter of the ring has been consumed, and when the consumer finds nothing. So a full
  *    ring always moves on: its consumer has C to take and publishes on the way.
  *  - One consumer. Two would both take `next`.
@@ -149,22 +153,52 @@ struct Hardware {
 
  public:
 #endif
-  /* Plain: what 5 and 6 order. All of a command but its sequence. */
-  static EPT_DEVICE void write(ept_command *slot, const ept_command &from) { copy(slot, &from); }
-  static EPT_DEVICE void read(const ept_command *slot, ept_command &to) { copy(&to, slot); }
-
- private:
-  /* By whole words of 16 bytes but the last, which is the sequence's neighbour. */
-  static EPT_DEVICE void copy(ept_command *to, const ept_command *from) {
+  /* All that this thread knows is there for who sees a word that it fills a slot with afterwards (5). */
+  static EPT_DEVICE void fence() {
 #ifdef __CUDACC__
-    auto *t = reinterpret_cast<ulonglong2 *>(to);
-    auto *f = reinterpret_cast<const ulonglong2 *>(from);
-    for (int i = 0; i < 3; i++) t[i] = f[i];
-#else
-    std::memcpy(static_cast<void *>(to), from, 48);
+    asm volatile("fence.acq_rel.sys;" : : : "memory");
 #endif
   }
+  static EPT_DEVICE void fill(ept_command_slot *slot, const uint64_t (&words)[EPT_SLOT_WORDS]) {
+#ifdef __CUDACC__
+    for (int i = 0; i < EPT_SLOT_WORDS; i += 2) {
+      asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};"
+                   :
+                   : "l"(&slot->words[i]), "l"(words[i]), "l"(words[i + 1])
+                   : "memory");
+    }
+#else
+    /* For `fence`, which TSan doesn't know. */
+    for (int i = 0; i < EPT_SLOT_WORDS; i++) ref(&slot->words[i]).store(words[i], std::memory_order_release);
+#endif
+  }
+  /* Who took a slot's words has read them (6): for the model. */
+  static EPT_DEVICE void taken(const ept_command_slot *) {}
 };
+
+/* Words of a command in a slot, but for bit 63. */
+EPT_DEVICE void pack(const ept_command &c, uint64_t (&words)[EPT_SLOT_WORDS]) {
+  words[0] = uint64_t(c.kind & 0x7fffffffu) << 32 | c.peer;
+  words[1] = uint64_t(c.region & 0x7fffffffu) << 32 | c.memory;
+  words[2] = (c.source >> 63) << 34 | (c.destination >> 63) << 33 | (c.bytes >> 63) << 32 | c.signal;
+  words[3] = c.source;
+  words[4] = c.destination;
+  words[5] = c.bytes;
+}
+EPT_DEVICE void unpack(const uint64_t (&words)[EPT_SLOT_WORDS], ept_command &c) {
+  constexpr uint64_t low = ~(uint64_t(1) << 63);
+  c.kind = uint32_t(words[0] >> 32) & 0x7fffffffu;
+  c.peer = uint32_t(words[0]);
+  c.region = uint32_t(words[1] >> 32) & 0x7fffffffu;
+  c.memory = uint32_t(words[1]);
+  c.signal = uint32_t(words[2]);
+  c.source = (words[3] & low) | (words[2] >> 34 & 1) << 63;
+  c.destination = (words[4] & low) | (words[2] >> 33 & 1) << 63;
+  c.bytes = (words[5] & low) | (words[2] >> 32 & 1) << 63;
+  c.reserved = 0;
+}
+/* Bit 63 of the words of a ticket's slot. */
+EPT_DEVICE uint64_t round_of(uint64_t ticket, uint64_t capacity) { return ticket & capacity ? uint64_t(1) << 63 : 0; }
 
 EPT_DEVICE bool reached(uint64_t count, uint64_t target) { return static_cast<int64_t>(count - target) >= 0; }
 template <class T>
@@ -251,6 +285,7 @@ EPT_DEVICE Put push(const ept_path &path, const ept_command &command, uint64_t d
   auto *ring = address<ept_ring>(path.ring);
   const uint64_t capacity = uint64_t(ring->mask) + 1;
   uint64_t head = M::relaxed_device(&ring->head);
+  M::fence(); /* here, so that it waits beside that look and not after the ticket is taken */
   while (true) {
     if (reached(head, M::acquire_device(&ring->seen) + capacity)) { /* full, as far as is known here */
       const uint64_t consumed = M::acquire_system(address<uint64_t>(ring->consumed));
@@ -270,9 +305,10 @@ EPT_DEVICE Put push(const ept_path &path, const ept_command &command, uint64_t d
     if (before == head) break;
     head = before;
   }
-  ept_command *slot = address<ept_command>(ring->slots) + (head & ring->mask);
-  M::write(slot, command);
-  M::release_system(&slot->sequence, head + 1);
+  uint64_t words[EPT_SLOT_WORDS];
+  pack(command, words);
+  for (auto &word : words) word = (word & ~(uint64_t(1) << 63)) | round_of(head, capacity);
+  M::fill(address<ept_command_slot>(ring->slots) + (head & ring->mask), words);
   return {EPT_OK, head};
 }
 
@@ -280,7 +316,7 @@ EPT_DEVICE Put push(const ept_path &path, const ept_command &command, uint64_t d
  */
 
 struct RingEnd {
-  const ept_command *slots; /* as the host sees them */
+  const ept_command_slot *slots; /* as the host sees them */
   uint64_t *consumed;
   uint64_t capacity;
   uint64_t next = 0, published = 0; /* tickets */
@@ -293,27 +329,37 @@ EPT_DEVICE void publish(RingEnd &ring) {
   ring.published = ring.next;
 }
 
-/* The next command and its ticket, in `sequence`; false: there is none now. */
+/* Has the next command come, as far as one look can tell? Then pop. */
+template <class M = Hardware>
+EPT_DEVICE bool ready(const RingEnd &ring) {
+  const ept_command_slot *slot = ring.slots + (ring.next & (ring.capacity - 1));
+  return M::acquire_system(&slot->words[EPT_SLOT_WORDS - 1]) >> 63 == round_of(ring.next, ring.capacity) >> 63;
+}
+
+/* The next command and its ticket; false: there is none now. */
 template <class M = Hardware>
 EPT_DEVICE bool pop(RingEnd &ring, ept_command &command) {
-  const ept_command *slot = ring.slots + (ring.next & (ring.capacity - 1));
-  if (M::acquire_system(&slot->sequence) != ring.next + 1) {
-    publish<M>(ring);
-    return false;
+  const ept_command_slot *slot = ring.slots + (ring.next & (ring.capacity - 1));
+  uint64_t words[EPT_SLOT_WORDS];
+  for (int i = EPT_SLOT_WORDS; i-- > 0;) { /* the last one first: once it has come the others are mostly there */
+    words[i] = M::acquire_system(&slot->words[i]);
+    if ((words[i] ^ round_of(ring.next, ring.capacity)) >> 63) {
+      publish<M>(ring);
+      return false;
+    }
   }
-  M::read(slot, command);
-  command.sequence = ring.next++;
+  M::taken(slot);
+  unpack(words, command);
+  command.ticket = ring.next++;
   if (ring.next - ring.published >= ring.capacity / 4) publish<M>(ring);
   return true;
 }
 
 /* Before anybody pushes: `ring` (its first line set), slots and `consumed` as the first ticket is `first`. */
-inline RingEnd begin_ring(ept_ring &ring, ept_command *slots, uint64_t *consumed, uint64_t first = 0) {
+inline RingEnd begin_ring(ept_ring &ring, ept_command_slot *slots, uint64_t *consumed, uint64_t first = 0) {
   const uint64_t capacity = uint64_t(ring.mask) + 1;
-  for (uint64_t i = 0; i < capacity; i++) {
-    slots[(first + i) & ring.mask] = ept_command{};
-    slots[(first + i) & ring.mask].sequence = first + i + 1 - capacity;
-  }
+  for (uint64_t i = 0; i < capacity; i++)
+    for (auto &word : slots[(first + i) & ring.mask].words) word = round_of(first + i - capacity, capacity);
   ring.head = ring.seen = *consumed = first;
   return {slots, consumed, capacity, first, first};
 }

@@ -51,22 +51,29 @@ typedef enum ept_command_kind {
   EPT_COMMAND_VALUE = 2 /* the 8 bytes of `source` itself to the region at `destination`; then the signal */
 } ept_command_kind;
 
-/* One cache line. `sequence` is written last, by itself: ticket + 1 says that the rest is ticket's. */
 typedef struct ept_command {
   uint32_t kind; /* ept_command_kind */
   uint32_t peer;
-  uint32_t memory, region; /* the proxy's numbers, from the path */
+  uint32_t memory, region; /* the proxy's numbers, from the path; the region's below 2^31 */
   uint64_t source;         /* offset in the memory, or the value */
   uint64_t destination;    /* offset in the region */
   uint64_t bytes;          /* may be 0: the signal alone */
   uint32_t signal;         /* the proxy's number, or EPT_NO_SIGNAL */
-  uint32_t reserved[3];
-  uint64_t sequence;
+  uint32_t reserved;
+  uint64_t ticket; /* its consumer's; a producer leaves it */
 } ept_command;
+
+/* A command as it lies in the ring: a cache line, of which six words are used. Bit 63 of each says whose it is, so that
+ * they may be stored in any order (device.cuh, the ring's invariants). */
+#define EPT_SLOT_WORDS 6
+typedef struct ept_command_slot {
+  uint64_t words[EPT_SLOT_WORDS];
+  uint64_t reserved[2];
+} ept_command_slot;
 
 /* In memory of the GPU that pushes (a CPU test: anywhere). The first line is set once, the second is the producers'. */
 typedef struct ept_ring {
-  uint64_t slots;    /* address of ept_command[capacity] in pinned host memory */
+  uint64_t slots;    /* address of ept_command_slot[capacity] in pinned host memory */
   uint64_t consumed; /* address of a uint64_t in pinned host memory: the ticket that the proxy takes next, published
                         lazily: never ahead of the truth */
   uint32_t mask;     /* capacity - 1; capacity is a power of two, 4 or more */
@@ -78,7 +85,7 @@ typedef struct ept_ring {
 
 #ifdef __cplusplus
 static_assert(sizeof(ept_device_progress) == 16 && sizeof(ept_path) == 80, "device layout");
-static_assert(sizeof(ept_command) == 64 && sizeof(ept_ring) == 128, "device layout");
+static_assert(sizeof(ept_command_slot) == 64 && sizeof(ept_ring) == 128, "device layout");
 #endif
 
 #endif
