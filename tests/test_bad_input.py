@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from test_group import LocalStore, close, hello, make, on_threads
 
 import eptransport as ept
-from eptransport.backends import choose, registry
+from eptransport.backends import Plugin, choose, registry
 
 Build = Callable[[str, str], Path]
 
@@ -71,8 +72,8 @@ def test_an_unknown_backend(name: str, meant: str) -> None:
 
 
 def test_a_backend_that_this_build_lacks() -> None:
-    with pytest.raises(ept.BackendUnavailable, match=r"nvshmem.*EPT_PLUGIN_PATH"):
-        choose(ept.Settings(backend="nvshmem"), 2)
+    with pytest.raises(ept.BackendUnavailable, match=r"mlx5.*EPT_PLUGIN_PATH"):
+        choose(ept.Settings(backend="mlx5"), 2)
 
 
 def test_a_backend_whose_library_is_missing_says_which_and_how_to_get_it(build_plugin: Build) -> None:
@@ -121,9 +122,29 @@ def test_a_plugin_of_an_entry_point(build_plugin: Build, monkeypatch: pytest.Mon
 def test_auto_says_why_the_better_ones_were_refused() -> None:
     chosen = choose(ept.Settings(), 2, one_process=False)
     assert chosen.name == "tcp"
-    assert [candidate.name for candidate in chosen.refused] == ["verbs", "libfabric", "ucx"]
+    assert [candidate.name for candidate in chosen.refused] == ["nvshmem", "verbs", "libfabric", "ucx"]
     assert all(candidate.why_not for candidate in chosen.refused)
     assert "verbs refused" in chosen.why
+
+
+def test_auto_takes_no_backend_that_waives_clauses_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = Plugin.probe
+    monkeypatch.setattr(Plugin, "probe", lambda self, options=None: replace(probe(self, options), waived=(9, 11)))
+    with pytest.raises(ept.BackendUnavailable, match="tcp: waives clause 9, 11; EPT_WAIVERS=1"):
+        choose(ept.Settings(), 2, one_process=False)
+    assert choose(ept.Settings(waivers=True), 2, one_process=False).name == "tcp"
+
+
+def test_auto_asks_nvshmem_first_where_there_are_its_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without cards it isn't asked; with cards it says what it lacks itself."""
+    first = choose(ept.Settings(), 2, one_process=False).refused[0]
+    assert (first.name, "ConnectX" in (first.why_not or "")) == ("nvshmem", True)
+    monkeypatch.setattr("eptransport.connectx.refused", lambda: "")
+    first = choose(ept.Settings(), 2, one_process=False).refused[0]
+    assert first.why_not
+    assert "nvshmem: " in first.why_not
+    monkeypatch.setattr("eptransport.connectx.refused", lambda: "doorbells: none")
+    assert choose(ept.Settings(), 2, one_process=False).refused[0].why_not == "doorbells: none"
 
 
 def test_of_two_plugins_of_one_name_the_first_is_taken(build_plugin: Build) -> None:

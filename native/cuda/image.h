@@ -46,6 +46,7 @@ class Module {
   Function kernel(size_t index) const { return functions_[index]; }  // as in `kernels`
   const Primary &primary() const { return *primary_; }
   const Image &image() const { return image_; }
+  ModuleHandle handle() const { return handle_; }
 
   // Blocks of one dimension on the caller's stream; `arguments` as cuLaunchKernel has them. No synchronisation.
   int32_t launch(size_t kernel, unsigned blocks, unsigned threads, unsigned shared, Stream stream, void **arguments,
@@ -54,7 +55,7 @@ class Module {
  private:
   Module(std::shared_ptr<Primary> primary, const Image &image) : primary_(std::move(primary)), image_(image) {}
   std::shared_ptr<Primary> primary_;
-  const Image &image_;
+  const Image image_;
   ModuleHandle handle_ = nullptr;
   std::vector<Function> functions_;
   std::vector<std::string> names_;

@@ -100,7 +100,7 @@ std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<
       at_least(map.dispatch_send, needs.dispatch_send), at_least(map.combine_send, needs.combine_send)};
   const auto count = uint32_t(std::max<size_t>(lanes.size(), object->config.lanes));
   const bool grows = count > lanes.size() || larger.bytes(1) != map.bytes(1);
-  if (all_map(places)) {
+  if (all_direct(places)) {
     if (lanes.empty()) grow({kAlign, kAlign, kAlign, kAlign}, 1, with, deadline, "to make a lane for resets", nullptr);
     bring_sides(places, with, deadline, side);
     object->number = ++objects_;

@@ -57,8 +57,8 @@ struct Arena {
 
   // Collective calls: one at a time.
   // `its_lanes`: the lanes of the new object, which live as long as the arena. `side`: of a rank whose kernels will
-  // drive them. Where all ranks are such and map each other's memory, there is one of next to no bytes for all objects,
-  // which carries resets and no steps.
+  // drive them. Where all ranks are such and need no engine between them, there is one of next to no bytes for all
+  // objects, which carries resets and no steps.
   std::shared_ptr<Object> create(const ept_moe_config &config, std::vector<Lane *> &its_lanes, Side *side = nullptr);
   // LATER: the membership moves; learn of it and call again.
   int32_t reset(uint64_t timeout_ns);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // side.h: where a rank computes, which all ranks learn when an AllToAll is made, and what a rank whose lanes are driven
-// by kernels does then. Two GPU ranks that can map each other's memory do so; all other pairs talk through the engine.
+// by kernels does then. Two GPU ranks that can map each other's memory do so; two others whose kernels are linked with
+// a device library (NVSHMEM) put into each other's; all other pairs talk through the engine.
 #pragma once
 
 #include <stdint.h>
@@ -31,6 +32,8 @@ struct Place {
   char gpu[16] = {};            // UUID
   char machine[40] = {};        // boot id; empty: its memory is shown to nobody
   char node[32] = {};           // as its user named it
+  uint32_t initiates = 0;       // 1: its kernels put into peers' memory through a device library, and peers' into its
+  uint32_t reserved = 0;
 };
 
 inline bool same_gpu(const Place &a, const Place &b) {
@@ -41,11 +44,14 @@ inline bool maps(const Place &a, const Place &b) {
   return a.on_gpu && b.on_gpu && a.machine[0] && memcmp(a.machine, b.machine, sizeof a.machine) == 0 &&
          memcmp(a.node, b.node, sizeof a.node) == 0 && (a.process != b.process || same_gpu(a, b));
 }
+inline bool initiates(const Place &a, const Place &b) { return a.initiates && b.initiates && !maps(a, b); }
+// Kernels of each reach the other by themselves, and no engine.
+inline bool direct(const Place &a, const Place &b) { return maps(a, b) || initiates(a, b); }
 // All whose places are known.
-inline bool all_map(const std::vector<Place> &places) {
+inline bool all_direct(const std::vector<Place> &places) {
   for (const Place &a : places)
     for (const Place &b : places)
-      if (a.known && b.known && !maps(a, b)) return false;
+      if (a.known && b.known && !direct(a, b)) return false;
   return true;
 }
 

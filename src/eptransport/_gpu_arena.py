@@ -82,6 +82,16 @@ class GpuArena:
         lib.ept_gpu_lanes_home(self.pointer, sentence, 1200)
         return text(sentence)
 
+    def initiates(self, rank: int) -> bool:
+        """Whether this rank's kernels put into that rank's memory through a device library."""
+        return bool(lib.ept_gpu_lanes_initiates(self.pointer, rank))
+
+    def puts(self) -> int:
+        """How often they have, since the start or the last reset; of kernels that have ended."""
+        count = ffi.new("uint64_t *")
+        call(lib.ept_gpu_lanes_puts, self.pointer, count)
+        return int(count[0])
+
     def fits(self, config: Any) -> bool:
         return bool(lib.ept_gpu_lanes_fit(self.pointer, config, new_error()) == 0)
 
@@ -141,6 +151,10 @@ def _native_config(group: Group, device: torch.device, fault: torch.Tensor) -> A
     native.memory = ("auto", "device", "pinned").index(group.settings.gpu_memory)
     native.share = ("auto", "ipc", "descriptors").index(group.settings.gpu_share)
     native.node = (group.settings.node or "").encode()
+    native.path = {"auto": lib.EPT_GPU_PATH_AUTO, "gpu": lib.EPT_GPU_PATH_GPU, "proxy": lib.EPT_GPU_PATH_PROXY}[
+        group.settings.gpu_path
+    ]
+    native.crossover_bytes = group.settings.gpu_crossover_bytes or 0
     return native
 
 

@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 from eptransport._call import call, ffi, lib, new_error, size, sized, timeout_ns, whole
 from eptransport._closing import Closing
 from eptransport._convert import fill, refuse_grad
-from eptransport._gpu_arena import create_gpu_moe, cuda_device
+from eptransport._gpu_arena import GpuArena, create_gpu_moe, cuda_device
 from eptransport._gpu_steps import GpuSteps
 from eptransport._inputs import check_combine, check_dispatch, check_y
 from eptransport._lane import Lane, Sent, Summed
@@ -63,6 +63,17 @@ class Stats:
     acks: int
     ack_waits: int
     """Sends that had to wait for a free slot."""
+
+
+Path = Literal["own", "mapped", "gpu", "engine"]
+
+
+def _path(arena: GpuArena | None, own: int, rank: int) -> Path:
+    if rank == own:
+        return "own"
+    if arena is None:
+        return "engine"
+    return "mapped" if arena.maps(rank) else "gpu" if arena.initiates(rank) else "engine"
 
 
 class AllToAll(Closing):
@@ -167,11 +178,10 @@ class AllToAll(Closing):
         """The plan of this object."""
         self.local_experts = self._find_local_experts(on_gpu is not None, placement)
         """The global ids of the experts here: a range, or a tuple if `placement` was given."""
-        self.paths: tuple[Literal["own", "mapped", "engine"], ...] = tuple(
-            "own" if rank == group.rank else "mapped" if on_gpu and on_gpu.arena.maps(rank) else "engine"
-            for rank in range(group.world_size)
-        )
-        """How each rank is reached: its memory is mapped by this GPU, or the engine writes to it."""
+        arena = on_gpu.arena if on_gpu else None
+        self.paths: tuple[Path, ...] = tuple(_path(arena, group.rank, rank) for rank in range(group.world_size))
+        """How each rank is reached: its memory is mapped by this GPU, this GPU's kernels put into it by themselves
+        (`gpu`, over NVSHMEM), or the engine writes to it."""
         self.lane_memory: str = on_gpu.arena.home() if on_gpu else ""
         """Of a rank on a GPU: where the lanes stand that the backend writes into, on the GPU or pinned on the host, and
         why. Empty where no rank is reached through the backend."""
@@ -700,3 +710,6 @@ class AllToAll(Closing):
             self.group.engine.info().registered_bytes,
             ", ".join(f"{layout} {self._shapes.room(layout, None)}" for layout in LAYOUTS),
         )
+        if self._gpu is not None:
+            counts = ", ".join(f"{self.paths.count(path)} {path}" for path in get_args(Path) if path in self.paths)
+            logger.info("rank %d: ranks are reached so: %s", self.group.rank, counts)

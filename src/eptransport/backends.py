@@ -31,7 +31,7 @@ __all__ = [
     "registry",
 ]
 
-AUTO_ORDER = ("verbs", "libfabric", "ucx", "tcp")
+AUTO_ORDER = ("nvshmem", "verbs", "libfabric", "ucx", "tcp")
 """What `auto` tries between processes, best first. Inside one process `auto` takes loopback."""
 
 PLANNED = ("libfabric", "verbs", "nvshmem", "ucx", "mlx5")
@@ -216,9 +216,10 @@ def candidates(settings: Settings, one_process: bool) -> tuple[Candidate, ...]:
         found = _look(plugin, settings)
         if found.why_not is None:
             waived = plugin.probe(settings.backend_options(plugin)).waived
-            if waived:
+            if waived and not settings.waivers:
                 clauses = ", ".join(map(str, waived))
-                found = Candidate(name, plugin, found.summary, f"waives clause {clauses}; ask for it by name")
+                why_not = f"waives clause {clauses}; EPT_WAIVERS=1 lets auto take it, or ask for it by name"
+                found = Candidate(name, plugin, found.summary, why_not)
         rows.append(found)
     return tuple(rows)
 
@@ -270,8 +271,10 @@ def _needless(name: str, settings: Settings) -> str:
     """Why `auto` needn't even ask this backend. Asking libfabric, libibverbs or UCX loads whatever the system has of
     them, with all their transports, into every process; and without a card of theirs there is none that `auto` would
     take."""
-    from eptransport import efa
+    from eptransport import connectx, efa
 
+    if name == "nvshmem":
+        return connectx.refused()
     if name == "verbs":
         devices = Path("/sys/class/infiniband")
         return "" if devices.is_dir() and any(devices.iterdir()) else "no RDMA device here (/sys/class/infiniband)"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import eptransport
+from eptransport import connectx
 from eptransport._process import cores
 from eptransport.backends import AUTO_ORDER, PLANNED, Registry, absent, choose, registry
 from eptransport.efa import Finding, inspect
@@ -62,6 +63,8 @@ class Diagnosis:
     backends: tuple[Backend, ...]
     efa: tuple[Finding, ...]
     """What AWS EFA needs of this machine; one entry where there is no such card."""
+    connectx: tuple[Finding, ...]
+    """What kernels that post to ConnectX cards by themselves need; one entry where there is no such card."""
     refused: dict[str, str]
     """Files that were found and are no backend, with the reason."""
     choices: tuple[Choice, ...]
@@ -94,6 +97,7 @@ def diagnose() -> Diagnosis:
         cores=cores(),
         extras={name: _version(name) for name in ("torch", "numpy", "transformers", "safetensors", "matplotlib")},
         backends=tuple(_backends(plugins, settings)),
+        connectx=connectx.inspect(),
         efa=inspect(library=settings.options.get("libfabric.library", "")),
         refused={refusal.source: refusal.reason for refusal in plugins.refusals},
         choices=choices,

@@ -116,6 +116,20 @@ class Settings(BaseSettings):
     gpu_nvrtc: str | None = Field(
         None, min_length=1, description="their compiler, libnvrtc of CUDA 12.9; that of eptransport[nvrtc] if not given"
     )
+    waivers: bool = Field(
+        False, description="auto may take a backend that waives some of clauses 9 to 12 of the contract (1), or not (0)"
+    )
+    gpu_path: Literal["auto", "gpu", "proxy"] = Field(
+        "auto",
+        description="how messages leave for GPU ranks whose memory isn't mapped, where kernels can post by themselves: "
+        "posted by the kernel (gpu), by the proxy thread (proxy), or by the kernel up to gpu_crossover_bytes (auto)",
+    )
+    gpu_crossover_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="with gpu_path=auto, messages that may be longer go by the proxy thread, bytes; none if not given: "
+        "no length was found at which the proxy is faster",
+    )
     stripe_bytes: int | None = Field(
         None, ge=4096, description="a longer write is cut over the rails, bytes; 896 KiB if not given"
     )
@@ -208,11 +222,19 @@ class Settings(BaseSettings):
         """What this plugin is handed: the general settings that it has by name, and its own."""
         names = {setting.name for setting in plugin.settings}
         general = {name: getattr(self, name) for name in GENERAL if name in names}
-        own = plugin.name + "."
-        return {
-            **{name: str(value) for name, value in general.items() if value is not None},
-            **{name[len(own) :]: value for name, value in self.options.items() if name.startswith(own)},
-        }
+        own = self._options_of(plugin.name)
+        if "control_options" in names and "control_options" not in own:
+            # A backend that runs over another one hands on what that one is set to.
+            control = own.get("control", next(each.default for each in plugin.settings if each.name == "control"))
+            if control == "auto":
+                own["control"] = control = _control(registry(self.plugins()))
+            handed = ";".join(f"{name}={value}" for name, value in self._options_of(control).items())
+            own = {**own, **({"control_options": handed} if handed else {})}
+        return {**{name: str(value) for name, value in general.items() if value is not None}, **own}
+
+    def _options_of(self, backend: str) -> dict[str, str]:
+        start = backend + "."
+        return {name[len(start) :]: value for name, value in self.options.items() if name.startswith(start)}
 
     def unused_by(self, plugin: Plugin) -> list[str]:
         """General settings that were given and that this plugin has no use for, nor anybody else: intra=off is heard by
@@ -284,6 +306,13 @@ def launch_from_environment() -> Launch | None:
         agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
         attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
     )
+
+
+def _control(plugins: Registry) -> str:
+    """The backend beneath one that needs another: verbs on a node with ConnectX cards."""
+    from eptransport import connectx
+
+    return "verbs" if "verbs" in plugins.plugins and connectx.devices() else "tcp"
 
 
 def known_names(plugin_path: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -22,6 +22,7 @@
 #include "moe_group.h"
 #include "moe_model.h"
 #include "simt/host_gpu.h"
+#include "simt/library.h"
 
 namespace gpu_test {
 
@@ -85,12 +86,17 @@ inline bool is_per_expert(int32_t layout) { return layout == EPT_LAYOUT_CONTIGUO
 // Of lanes over an engine: ept_gpu_config.memory of the worlds that are made next.
 inline uint32_t home_wished = 0;
 inline bool gpu_orders_network = true;
+// Of the worlds that are made next: ept_gpu_config's.
+inline int32_t path = EPT_GPU_PATH_AUTO;
+inline uint64_t crossover_bytes = 0;
 
 struct World {
   ept_moe_config config;
   Group cpu;
   std::vector<ept_moe *> cpu_objects;
+  std::unique_ptr<simt::Library> library;
   std::shared_ptr<simt::HostGpu> gpu;
+  std::string where;  // as `on`
   std::unique_ptr<Group> net;
   std::vector<ept_moe *> net_objects;  // of its ranks that are on a CPU
   std::vector<ept_gpu_lanes> lanes;    // of those that are on the GPU
@@ -105,16 +111,22 @@ struct World {
   World(const ept_moe_config &given, uint64_t seed, uint64_t timeout_ns = 60 * moe_test::kSecond)
       : World(given, seed, std::string(given.world, 'm'), {}, timeout_ns) {}
   // Over an engine. on[rank]: 'c' on a CPU, 'g' on the GPU, 'm' likewise, and such ranks map each other's memory; a
-  // digit likewise, among those of the same one: its node.
+  // digit likewise, among those of the same one: its node. 'i' on the GPU, its kernels put into the heap of others; a
+  // capital likewise, and those of the same one map each other's memory: its node.
   World(const ept_moe_config &given, uint64_t seed, const std::string &on, const moe_test::Options &options,
         uint64_t timeout_ns = 60 * moe_test::kSecond)
       : World(given, seed, timeout_ns, std::make_unique<Group>(given.world, options), on) {
     std::vector<ept_gpu_config> hows;
     std::vector<uint32_t> numbers(config.world);
     for (uint32_t r = 0; r < config.world; r++) {
-      const bool node = on[r] >= '0' && on[r] <= '9';
+      const bool node = (on[r] >= '0' && on[r] <= '9') || puts(on[r], true);
       hows.push_back(how(timeout_ns, on[r] == 'm' || node));
       if (node) hows[r].node[0] = on[r];
+    }
+    where = on;
+    if (std::any_of(on.begin(), on.end(), [](char c) { return puts(c, false); })) {
+      library = std::make_unique<simt::Library>(config.world, 16 << 20, seed);
+      gpu->machine.beside([this] { library->move(); });
     }
     lanes.resize(config.world);
     net->run([&](uint32_t r) {
@@ -128,6 +140,7 @@ struct World {
     for (uint32_t r = 0; r < config.world; r++)
       if (on[r] != 'c') open_object(r, numbers[r]);
   }
+  static bool puts(char on, bool node) { return (on >= 'A' && on <= 'Z') || (!node && on == 'i'); }
   ~World() {
     for (ept_gpu_moe *object : objects)
       if (object) ept_gpu_moe_close(object);
@@ -150,13 +163,20 @@ struct World {
     how.process = 7;
     how.mapped = mapped;
     how.memory = home_wished;
+    how.path = path;
+    how.crossover_bytes = crossover_bytes;
     return how;
   }
   // As ept_gpu_lanes_join, on this GPU of fibers.
   std::shared_ptr<ept::moe::cuda::Lanes> join(uint32_t r, const ept_moe_config &mine, const ept_gpu_config &how,
                                               std::shared_ptr<ept::moe::cuda::Lanes> known, uint32_t *number) {
     return ept::moe::cuda::join(
-        net->arenas[r]->arena, how, mine, std::move(known), [&](int32_t) { return gpu; }, number);
+        net->arenas[r]->arena, how, mine, std::move(known),
+        [&](int32_t) -> ept::moe::cuda::Opened {
+          if (!library || !puts(where[r], false)) return gpu;
+          return {gpu, library->heap(r)};
+        },
+        number);
   }
 
   Step draw() {

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * device.cuh: what a kernel may call: put, put_value, wait, flush. One kernel serves peers whose memory is mapped and
- * peers behind a proxy thread: how to reach a peer is data (device.h). Below them the command ring, both of its ends.
+ * device.cuh: what a kernel may call: put, put_value, wait, flush. One kernel serves peers whose memory is mapped,
+ * peers behind a proxy thread and peers that it reaches through a device library (EPT_DEVICE_GPU, NVSHMEM's): how to
+ * reach a peer is data (device.h). Below them the command ring, both of its ends.
  *
  * Compiles with NVRTC 12.9, nvcc and, for a CPU, g++: there the same lines run under TSan, and in a model that walks
  * through all interleavings and all values that weak memory allows (tests/native/ring_model.cc). All that touches
@@ -31,6 +32,10 @@
  * (system) -> that producer's store of `seen` with release (device) => another producer's load of `seen` with acquire
  * (device) -> its stores of a new command into that slot. A producer that looks at `consumed` by itself needs no
  * `seen`.
+ *  7 A transfer over a GPU path. The blocks' stores of rows into the symmetric heap -> 3 -> a fence of system scope by
+ *    every thread of the block that puts, since a NIC reads beside all of them -> the library's put-with-signal, which
+ *    adds one to the signal after the bytes => the reader's acquire, as in 1. What is put is bounded by the protocol
+ *    above, and a source is free when that shows that its bytes have arrived: so flush has nothing to wait for.
  *
  * THE RING'S INVARIANTS (arithmetic modulo 2^64, differences as signed numbers; C is the capacity)
  *    seen <= consumed <= next (the consumer's own) <= head <= consumed + C
@@ -62,6 +67,23 @@
 #ifndef EPT_SPIN /* what a CPU does between two looks; fibers bring their own */
 #define EPT_SPIN() std::this_thread::yield()
 #endif
+#endif
+
+#ifdef EPT_GPU_INITIATED
+/* A device library that kernels post through: native/cuda/nvshmem.cu is NVSHMEM's, and a second set of the same kernels
+ * is linked with it; fibers bring their own. `bytes` from `from` to where the peer has what `to` is here, then one more
+ * on the peer's `signal`; none where that is NULL. By one thread; by all threads of a block of one dimension. */
+#ifdef __CUDACC__
+#define EPT_LIBRARY extern "C" __device__
+#else
+#define EPT_LIBRARY
+#endif
+EPT_LIBRARY void ept_library_put(void *to, const void *from, uint64_t bytes, uint64_t *signal, uint32_t number);
+EPT_LIBRARY void ept_library_put_block(void *to, const void *from, uint64_t bytes, uint64_t *signal, uint32_t number);
+/* The 8 bytes of `value`, and then the signal. By one thread. */
+EPT_LIBRARY void ept_library_value(uint64_t *to, uint64_t value, uint64_t *signal, uint32_t number);
+/* Until all that this rank has put has arrived. By one thread, with no other kernel of the rank under way. */
+EPT_LIBRARY void ept_library_quiet();
 #endif
 
 namespace ept::device {
@@ -210,17 +232,20 @@ EPT_DEVICE T *address(uint64_t number) {
  */
 
 struct Thread {
+  static constexpr bool is_block = false;
   EPT_DEVICE uint32_t rank() const { return 0; }
   EPT_DEVICE uint32_t size() const { return 1; }
   EPT_DEVICE void meet() const {}
 };
 #ifdef __CUDACC__
 struct Warp { /* all 32 threads of it */
+  static constexpr bool is_block = false;
   EPT_DEVICE uint32_t rank() const { return threadIdx.x % 32; }
   EPT_DEVICE uint32_t size() const { return 32; }
   EPT_DEVICE void meet() const { __syncwarp(); }
 };
 struct Block { /* of one dimension */
+  static constexpr bool is_block = true;
   EPT_DEVICE uint32_t rank() const { return threadIdx.x; }
   EPT_DEVICE uint32_t size() const { return blockDim.x; }
   EPT_DEVICE void meet() const { __syncthreads(); }
@@ -405,9 +430,12 @@ EPT_DEVICE void raise(const ept_path &path, uint32_t signal) {
 }
 
 EPT_DEVICE int32_t refused(const ept_path &path, uint64_t destination, uint64_t bytes, uint32_t signal) {
-  if (path.kind != EPT_DEVICE_MAPPED && path.kind != EPT_DEVICE_PROXY) {
-    return EPT_E_UNSUPPORTED; /* NONE has no way; GPU comes with the backends whose NIC a kernel can post to */
-  }
+#ifdef EPT_GPU_INITIATED
+  const bool has_way = path.kind != EPT_DEVICE_NONE;
+#else
+  const bool has_way = path.kind == EPT_DEVICE_MAPPED || path.kind == EPT_DEVICE_PROXY;
+#endif
+  if (!has_way) return EPT_E_UNSUPPORTED;
   if (!inside(destination, bytes, path.window_bytes)) return EPT_E_ACCESS;
   return signal == EPT_NO_SIGNAL || signal < path.signal_count ? EPT_OK : EPT_E_INVALID;
 }
@@ -426,6 +454,28 @@ EPT_DEVICE ept_command command_of(const ept_path &path, uint32_t kind, uint64_t 
   return command;
 }
 
+#ifdef EPT_GPU_INITIATED
+EPT_DEVICE uint64_t *signal_word(const ept_path &path, uint32_t signal) {
+  return signal == EPT_NO_SIGNAL ? nullptr : address<uint64_t>(path.signals) + signal;
+}
+
+/* 7: one put-with-signal of the library. */
+template <class Team>
+EPT_DEVICE void library_put(Team team, const ept_path &path, const void *source, uint64_t destination, uint64_t bytes,
+                            uint32_t signal) {
+  char *to = address<char>(path.window + destination);
+  uint64_t *word = signal_word(path, signal);
+#ifdef __CUDACC__
+  __threadfence_system();
+#endif
+  team.meet();
+  if constexpr (Team::is_block)
+    ept_library_put_block(to, source, bytes, word, path.number);
+  else if (team.rank() == 0)
+    ept_library_put(to, source, bytes, word, path.number);
+}
+#endif
+
 /* `bytes` from `source` to `destination` in the peer's region; then one more on its `signal` (an index, or
  * EPT_NO_SIGNAL). The whole team calls, with the same arguments; rank 0's answer counts. Waits for nothing but a full
  * ring, until `deadline`. Nothing is written, and nothing raised, where the answer is an error. `bytes` 0: the signal
@@ -443,6 +493,12 @@ EPT_DEVICE Put put(Team team, const ept_path &path, const void *source, uint64_t
   }
   const uint64_t offset = bytes ? reinterpret_cast<uintptr_t>(source) - path.source : 0;
   if (!inside(offset, bytes, path.source_bytes)) return {EPT_E_ACCESS, 0};
+#ifdef EPT_GPU_INITIATED
+  if (path.kind == EPT_DEVICE_GPU) {
+    library_put(team, path, source, destination, bytes, signal);
+    return {EPT_OK, 0};
+  }
+#endif
   team.meet();
   if (team.rank() != 0) return {EPT_OK, 0};
   return push<M>(path, command_of(path, EPT_COMMAND_PUT, offset, destination, bytes, signal), deadline);
@@ -455,6 +511,12 @@ EPT_DEVICE Put put_value(const ept_path &path, uint64_t value, uint64_t destinat
   const int32_t code = refused(path, destination, 8, signal);
   if (code != EPT_OK) return {code, 0};
   if (destination % 8) return {EPT_E_INVALID, 0};
+#ifdef EPT_GPU_INITIATED
+  if (path.kind == EPT_DEVICE_GPU) {
+    ept_library_value(address<uint64_t>(path.window + destination), value, signal_word(path, signal), path.number);
+    return {EPT_OK, 0};
+  }
+#endif
   if (path.kind == EPT_DEVICE_MAPPED) {
     *address<uint64_t>(path.window + destination) = value;
     raise<M>(path, signal);
@@ -463,7 +525,8 @@ EPT_DEVICE Put put_value(const ept_path &path, uint64_t value, uint64_t destinat
   return push<M>(path, command_of(path, EPT_COMMAND_VALUE, value, destination, 8, signal), deadline);
 }
 
-/* Until the source of that put may be reused: over a MAPPED path it may be already. One thread. */
+/* Until the source of that put may be reused: over a MAPPED path it may be already; over a GPU path the protocol of the
+ * kernels tells (7). One thread. */
 template <class M = Hardware>
 EPT_DEVICE Seen flush(const ept_path &path, uint64_t ticket, uint64_t deadline) {
   if (path.kind != EPT_DEVICE_PROXY) return {EPT_OK, 0};

@@ -32,17 +32,24 @@ typedef struct ept_path {
   uint32_t peer;         /* rank */
   uint32_t memory;       /* PROXY: the proxy's number of the memory that sources lie in */
   uint32_t region;       /* PROXY: the proxy's number of the peer's region */
-  uint64_t source;       /* PROXY: where that memory begins, in the kernel's address space */
+  uint64_t source;       /* PROXY, GPU: where the memory of sources begins, in the kernel's address space */
   uint64_t source_bytes; /*   and how long it is; a source outside is refused with ACCESS */
-  uint64_t window;       /* MAPPED: where the peer's region begins, in the kernel's address space */
+  uint64_t window;       /* MAPPED: where the peer's region begins, in the kernel's address space; GPU: where the same
+                            region of this rank begins, which names the peer's: the heap is symmetric */
   uint64_t window_bytes; /* length of the peer's region; a destination outside is refused with ACCESS */
   uint64_t signals;      /* MAPPED: address of the peer's words that this rank raises, uint64_t[signal_count];
-                            PROXY: the proxy's number of the first one */
+                            PROXY: the proxy's number of the first one; GPU: as window, of this rank's words that
+                            stand where the peer's do */
   uint32_t signal_count; /* a signal is named by its index below it */
-  uint32_t reserved;
-  uint64_t ring;     /* PROXY: address of an ept_ring */
-  uint64_t progress; /* address of an ept_device_progress; 0: nobody tells (MAPPED without a proxy) */
+  uint32_t number;       /* GPU: the peer's number in the device library (a PE) */
+  uint64_t ring;         /* PROXY: address of an ept_ring */
+  uint64_t progress;     /* address of an ept_device_progress; 0: nobody tells (MAPPED without a proxy) */
 } ept_path;
+
+/* ==== what a backend's entries say (ept_device_entry.words) ========================================================
+ * Of kind GPU: a peer: [0] its number in the device library; [1] where this rank's part of the symmetric heap begins,
+ * [2] its bytes, [3] where the peer's part is in this address space, 0 where it isn't. A region or a signal: [0] its
+ * address in this rank's part, which names the peer's, [1] its bytes. */
 
 /* ==== the command ring =============================================================================================
  */

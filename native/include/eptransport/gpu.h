@@ -21,6 +21,14 @@ extern "C" {
 typedef struct ept_gpu_lanes ept_gpu_lanes;
 typedef struct ept_gpu_moe ept_gpu_moe;
 
+/* How messages leave for GPU ranks whose memory isn't mapped, where this rank's kernels could put them by themselves.
+ */
+typedef enum ept_gpu_path {
+  EPT_GPU_PATH_AUTO = 0, /* as GPU, unless a message of balanced routing is longer than crossover_bytes */
+  EPT_GPU_PATH_GPU = 1,  /* put by the kernel */
+  EPT_GPU_PATH_PROXY = 2 /* posted by the proxy thread */
+} ept_gpu_path;
+
 typedef struct ept_gpu_config {
   uint32_t size;
   int32_t device;       /* CUDA ordinal */
@@ -35,7 +43,8 @@ typedef struct ept_gpu_config {
   char node[32];        /* EPT_NODE; ranks map each other's memory only where it is the same. Ends in 0 */
   uint32_t share;       /* of memory that peers map. 0: by CUDA IPC where that works, else 2; 1: by CUDA IPC; 2: by file
                            descriptors over a Unix socket (EPT_GPU_SHARE) */
-  uint32_t reserved;
+  int32_t path;         /* ept_gpu_path */
+  uint64_t crossover_bytes; /* EPT_GPU_PATH_AUTO: 0: the kernel puts messages of any length */
 } ept_gpu_config;
 
 /* Collective with ept_moe_create: an AllToAll of ranks on GPUs and CPUs. `known`: what an earlier call with this arena
@@ -47,7 +56,13 @@ int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const
 int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes);
 /* Whether that rank's memory is in this GPU's address space: else what goes there goes through the engine. */
 int32_t ept_gpu_lanes_maps(const ept_gpu_lanes *lanes, uint32_t rank);
-/* Whether some ranks are reached through the engine; else all ranks map each other's memory. */
+/* Bytes of a dispatch's message to one rank where routing is balanced: what AUTO compares. */
+uint64_t ept_gpu_message_bytes(const ept_moe_config *moe);
+/* Whether this rank's kernels put into that rank's memory through a device library (NVSHMEM). */
+int32_t ept_gpu_lanes_initiates(const ept_gpu_lanes *lanes, uint32_t rank);
+/* Such puts so far, by kernels that have ended, since the start or the last reset. Copies from the device. */
+int32_t ept_gpu_lanes_puts(const ept_gpu_lanes *lanes, uint64_t *puts, ept_error *error);
+/* Whether some ranks are reached through the engine; else kernels reach all by themselves. */
 int32_t ept_gpu_lanes_over_engine(const ept_gpu_lanes *lanes);
 /* By a thread that nothing waits for, every few ms: waits of kernels for ranks that have gone on to a reset end. */
 void ept_gpu_lanes_watch(ept_gpu_lanes *lanes);

@@ -99,11 +99,13 @@ struct LaneTable {
   LaneMap map;
   uint64_t timeout_ns;
   char *const *in;          // [world] where this lane's receive half for messages of that source begins
-  char *staging;            // the lane's memory that the network sends from; NULL: no peer is behind one
+  char *staging;            // the lane's memory that a proxy sends from; NULL: no peer is behind one
+  uint32_t initiates;       // 1: some path is of kind GPU
   const ept_path *paths;    // [world]
   uint64_t *const *words;   // [world] where the signals of that source stand: uint64_t[kSignals]
   uint32_t *done;           // [world] pieces of the message to that rank that are packed; 0 between launches
-  uint64_t *tickets;        // [world, kSignals] of the proxy's last put from that staging, + 1; 0: none
+  uint64_t *tickets;        // [world, kSignals] of the proxy's last put from that staging, + 1; 0: none. Of a path of
+                            // kind GPU: how many puts there were
   const uint64_t *offsets;  // [world, kSignals] what that source's counts are ahead of generation / 2
   uint64_t *heard;          // [world, EPT_PHASES] what the source has consumed, as its headers said
   const uint64_t *acks;     // the same, as its messages to the engine said; NULL: no CPU rank is in the group

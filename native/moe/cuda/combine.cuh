@@ -99,9 +99,9 @@ class CombineSender {
     const Taking members = taking(t, kNext);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
       s.pieces[r] = s.pending[r] = pieces_of(r) + (r % gridDim.x == blockIdx.x && members.has(r));
-      const uint64_t staged = object.shape.combine_staging(r < t.rank ? r : r - 1).offset;
-      s.message[r] =
-          s.message[r] ? s.message[r] + s.received[r] : t.staging + t.map.send(EPT_PHASE_COMBINE, slot()) + staged;
+      const uint64_t at =
+          t.map.send(EPT_PHASE_COMBINE, slot()) + object.shape.combine_staging(r < t.rank ? r : r - 1).offset;
+      s.message[r] = s.message[r] ? s.message[r] + s.received[r] : staged(t, r, at);
     }
     __syncthreads();
     headers();
@@ -115,10 +115,13 @@ class CombineSender {
     uint32_t before = 0, i = 1;  // rows of the ranks before, in the order of packing
     for (;;) {
       const uint32_t u = blockIdx.x + gridDim.x * take_one(s.next);
-      if (u >= s.begin[world] * parts) return;
+      if (u >= s.begin[world] * parts) break;
       while (u >= (before + rows_of(turn(i))) * parts) before += rows_of(turn(i++));
       row(turn(i), u / parts - before, u % parts);
     }
+    post_initiated(t, kCombineSend, EPT_PHASE_COMBINE, generation, [&](uint32_t r) -> Packed {
+      return {s.message[r], s.received[r], EPT_MOE_HEADER_BYTES + rows_of(r) * row_bytes, rows_of(r) * parts + 1};
+    });
   }
   EPT_DEVICE uint32_t turn(uint32_t i) const { return t.rank + i < world ? t.rank + i : t.rank + i - world; }
 

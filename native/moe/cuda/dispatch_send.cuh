@@ -64,6 +64,10 @@ class DispatchSender {
     note(t, kDispatchSend, 2);
     headers();
     rows();
+    post_initiated(t, kDispatchSend, EPT_PHASE_DISPATCH, generation, [&](uint32_t r) -> Packed {
+      const uint64_t header = header_bytes(r);
+      return {s.rows_at[r] - header, received(), header + uint64_t(s.rows_to[r]) * row_bytes, s.rows_to[r] * units + 1};
+    });
     note(t, kDispatchSend, 3);
     if (blockIdx.x == 0 && threadIdx.x == 0 && s.bad[0])
       raise_fault(t, uint32_t(-EPT_E_INVALID), kDispatchSend, -1, kIds, generation, a.object.experts, s.bad[1]);
@@ -192,7 +196,7 @@ class DispatchSender {
   // Where each message is packed, and where each rank's sums go: one warp, while the others number rows.
   EPT_DEVICE void place() {
     if (warp_id() != warps() - 1) return;
-    uint64_t staged = t.map.send(EPT_PHASE_DISPATCH, slot()), combine = 0;
+    uint64_t begin = t.map.send(EPT_PHASE_DISPATCH, slot()), combine = 0;
     for (uint32_t base = 0; base < world; base += kWarp) {
       const uint32_t r = base + lane_id();
       uint64_t message = 0, sums = 0, header = 0;
@@ -204,14 +208,14 @@ class DispatchSender {
       const uint64_t messages = warp_prefix(message), all = warp_prefix(sums);
       if (r < world) {
         char *window = s.rows_at[r];
-        s.rows_at[r] = (window ? window + received() : t.staging + staged + messages - message) + header;
+        s.rows_at[r] = (window ? window + received() : staged(t, r, begin + messages - message)) + header;
         s.combine_at[r] = combine + all - sums;
         if (blockIdx.x == 0) {
           a.routing.combine_at[r] = s.combine_at[r];
           a.routing.rows_to[r] = s.rows_to[r];
         }
       }
-      staged += from_lane(messages, kWarp - 1);
+      begin += from_lane(messages, kWarp - 1);
       combine += from_lane(all, kWarp - 1);
     }
     if (blockIdx.x == 0)

@@ -7,15 +7,17 @@
 #include <vector>
 
 #include "cuda/image.h"
+#include "engine/device_half.h"
+#include "engine/engine.h"
 #include "moe/cuda/gpu.h"
 #include "moe/cuda/shared.h"
 #include "moe/fail.h"
 
 namespace ept::moe::cuda {
 
-const char *const kernel_names[kKernels] = {"moe_dispatch_send", "moe_dispatch_wait", "moe_dispatch_recv",
-                                            "moe_combine_send",  "moe_combine_recv",  "moe_drain",
-                                            "moe_take_members",  "moe_late_send",     "moe_late_recv"};
+const char *const kernel_names[kKernels] = {
+    "moe_dispatch_send", "moe_dispatch_wait", "moe_dispatch_recv", "moe_combine_send", "moe_combine_recv",
+    "moe_drain",         "moe_take_members",  "moe_late_send",     "moe_late_recv",    "moe_quiet"};
 
 namespace {
 
@@ -38,8 +40,8 @@ void want(Result result, const char *what) {
 
 class DriverKernels final : public Kernels {
  public:
-  // Of the library, or those of `image`.
-  DriverKernels(std::shared_ptr<Primary> primary, std::string image)
+  // Of the library, or those of `image`; `half`: whose device library that is linked with.
+  DriverKernels(std::shared_ptr<Primary> primary, std::string image, ept::DeviceHalf *half = nullptr)
       : primary_(std::move(primary)), image_(std::move(image)) {
     Error error;
     const Entered entered(*primary_);
@@ -51,6 +53,7 @@ class DriverKernels final : public Kernels {
               image_.size()};
       check(Module::load(primary_, own_, names, &module_, &error), error);
     }
+    if (half) check(half->module(module_->handle(), &error), error);
     const ept::cuda::Driver &d = primary_->driver();
     const int most = primary_->attribute(ept::cuda::kMaxSharedPerBlock);
     for (uint32_t k = 0; k < kKernels; k++)
@@ -103,10 +106,18 @@ class DriverKernels final : public Kernels {
 
 class DriverGpu final : public Gpu {
  public:
-  explicit DriverGpu(int32_t ordinal) {
+  // `half`: with the kernels that are linked with its device library.
+  explicit DriverGpu(int32_t ordinal, ept::DeviceHalf *half = nullptr) {
     Error error;
     check(Primary::open(ordinal, &primary_, &error), error);
-    kernels_ = std::make_unique<DriverKernels>(primary_, std::string());
+    std::string image;
+    if (half) {
+      const void *data = nullptr;
+      size_t length = 0;
+      check(half->image(&data, &length, &error), error);
+      image.assign(static_cast<const char *>(data), length);
+    }
+    kernels_ = std::make_unique<DriverKernels>(primary_, std::move(image), half);
   }
   std::shared_ptr<Kernels> load(const void *image, uint64_t bytes) override {
     // One of an image, however many AllToAlls have its shape.
@@ -260,7 +271,52 @@ class DriverGpu final : public Gpu {
   std::map<void *, std::unique_ptr<MappedMemory>> opened_;
 };
 
+class HalfHeap final : public Heap {
+ public:
+  HalfHeap(std::shared_ptr<ept::DeviceHalf> half, uint32_t rank) : half_(std::move(half)) {
+    base_ = reinterpret_cast<char *>(uintptr_t(entry(rank).words[1]));
+  }
+  char *allocate(uint64_t bytes) override {
+    void *memory = nullptr;
+    Error error;
+    check(half_->allocate(bytes, &memory, &error), error);
+    return static_cast<char *>(memory);
+  }
+  void release(char *memory) override { half_->release(memory); }
+  char *base() const override { return base_; }
+  uint32_t number(uint32_t rank) const override { return uint32_t(entry(rank).words[0]); }
+  char *mapped(uint32_t rank) const override { return reinterpret_cast<char *>(uintptr_t(entry(rank).words[3])); }
+
+ private:
+  ept_device_entry entry(uint32_t rank) const {
+    ept_device_entry its;
+    Error error;
+    check(half_->peer(rank, &its, &error), error);
+    if (its.kind != EPT_DEVICE_GPU || its.version != EPT_DEVICE_ABI)
+      fail(EPT_E_VERSION, int32_t(rank), "the backend's entry of a peer is of kind %d and version %u; kernels know %d",
+           its.kind, its.version, EPT_DEVICE_ABI);
+    return its;
+  }
+  const std::shared_ptr<ept::DeviceHalf> half_;
+  char *base_ = nullptr;
+};
+
 }  // namespace
+
+Opened driver_gpu(int32_t ordinal, ept_engine *engine) {
+  std::shared_ptr<ept::DeviceHalf> half;
+  Error error;
+  check(ept::DeviceHalf::open(engine, ordinal, &half, &error), error);
+  if (!half) return driver_gpu(ordinal);
+  // Kept for the life of the process: the library knows of the module from then on, and would write to one that is
+  // gone.
+  static std::mutex mutex;
+  static auto *opened = new std::map<std::pair<int32_t, const void *>, std::shared_ptr<Gpu>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<Gpu> &gpu = (*opened)[{ordinal, engine->plugin}];
+  if (!gpu) gpu = std::make_shared<DriverGpu>(ordinal, half.get());
+  return {gpu, std::make_shared<HalfHeap>(half, engine->rank)};
+}
 
 std::shared_ptr<Gpu> driver_gpu(int32_t ordinal) {
   // One a device and process: all its AllToAlls share the loaded kernels.

@@ -11,6 +11,8 @@
 
 #include "cuda/memory.h"
 
+struct ept_engine;
+
 namespace ept::moe::cuda {
 
 enum Kernel : uint32_t {
@@ -23,6 +25,7 @@ enum Kernel : uint32_t {
   kKernelTakeMembers,
   kKernelLateSend,
   kKernelLateRecv,
+  kKernelQuiet,
   kKernels
 };
 // As moe.cu names them, in that order.
@@ -78,7 +81,34 @@ class Gpu {
                       void *argument) = 0;
 };
 
+// This rank's part of a symmetric heap, into which peers' kernels put through a device library (NVSHMEM): memory that
+// was allocated in the same calls stands at the same place of every rank's part. All throw Failure.
+class Heap {
+ public:
+  virtual ~Heap() = default;
+  // Every rank makes the same calls in the same order; waits for none of them. Not zeroed.
+  virtual char *allocate(uint64_t bytes) = 0;
+  virtual void release(char *memory) = 0;
+  // Where this rank's part begins.
+  virtual char *base() const = 0;
+  // That rank's number in the device library.
+  virtual uint32_t number(uint32_t rank) const = 0;
+  // Where that rank's part is in this GPU's address space; NULL: it isn't.
+  virtual char *mapped(uint32_t rank) const = 0;
+};
+
+// A GPU, and the heap where its kernels are linked with a device library.
+struct Opened {
+  template <class G>
+  Opened(std::shared_ptr<G> its, std::shared_ptr<Heap> with = nullptr) : gpu(std::move(its)), heap(std::move(with)) {}
+  Opened() = default;
+  std::shared_ptr<Gpu> gpu;
+  std::shared_ptr<Heap> heap;
+};
+
 // Throws UNAVAILABLE where there is no driver, or the library was built without kernels; INVALID: no such device.
 std::shared_ptr<Gpu> driver_gpu(int32_t ordinal);
+// The same, over an engine whose backend has a device half (device_half.h): with its kernels and its heap.
+Opened driver_gpu(int32_t ordinal, ept_engine *engine);
 
 }  // namespace ept::moe::cuda

@@ -15,6 +15,7 @@ namespace {
 struct Blob {
   uint32_t magic, world, lanes, rank;
   uint64_t process, base, bytes, lane_bytes;
+  uint64_t heap_offset;  // of the memory in the rank's part of the heap; ~0: it isn't there
   char gpu[16];
   // what Gpu::share tells follows
 };
@@ -34,21 +35,30 @@ constexpr uint64_t kMostShared = 96 << 10;
 
 namespace {
 
-uint32_t lanes_of(const Arena &arena, const ept_moe_config &moe, bool mapped) {
-  return mapped ? moe.lanes : uint32_t(arena.lanes.size());
+uint32_t lanes_of(const Arena &arena, const ept_moe_config &moe, bool directly) {
+  return directly ? moe.lanes : uint32_t(arena.lanes.size());
 }
+bool needs_heap(const std::vector<Place> &places) {
+  for (const Place &a : places)
+    for (const Place &b : places)
+      if (a.known && b.known && initiates(a, b)) return true;
+  return false;
+}
+constexpr uint64_t kNotInHeap = ~0ull;
 
 }  // namespace
 
-Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_moe_config &moe,
-             std::shared_ptr<Arena> arena, std::vector<Place> places)
-    : gpu_(std::move(gpu)),
+Lanes::Lanes(Opened opened, const ept_gpu_config &config, const ept_moe_config &moe, std::shared_ptr<Arena> arena,
+             std::vector<Place> places)
+    : gpu_(std::move(opened.gpu)),
+      offered_(std::move(opened.heap)),
+      heap_(needs_heap(places) ? offered_ : nullptr),
       config_(config),
       world_(arena->world),
       rank_(arena->rank),
-      count_(lanes_of(*arena, moe, all_map(places))),
-      map_(all_map(places) ? lane_map(Object(moe).shape) : arena->map),
-      lane_bytes_(align_up(map_.exported(), page_bytes())),
+      count_(lanes_of(*arena, moe, all_direct(places))),
+      map_(all_direct(places) ? lane_map(Object(moe).shape) : arena->map),
+      lane_bytes_(heap_ ? map_.bytes(page_bytes()) : align_up(map_.exported(), page_bytes())),
       threads_(config.threads ? config.threads : kThreads),
       peers_(world_),
       kept_(count_),
@@ -59,7 +69,9 @@ Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_m
     fail(EPT_E_INVALID, -1, "threads is %u; a block has a multiple of %u of them, from %u to 1024", threads_, kWarp,
          2 * kWarp);
   try {
-    memory_ = static_cast<char *>(gpu_->allocate_shared(bytes(), ept::cuda::Sharing(config.share)));
+    memory_ = heap_ ? heap_->allocate(bytes())
+                    : static_cast<char *>(gpu_->allocate_shared(bytes(), ept::cuda::Sharing(config.share)));
+    if (heap_) gpu_->clear(memory_, bytes());
     told_ = static_cast<Told *>(gpu_->allocate_pinned(sizeof(Told) * count_));
     progress_ = static_cast<ept_device_progress *>(gpu_->allocate_pinned(sizeof(ept_device_progress) * world_));
     bool calls = false;
@@ -68,7 +80,7 @@ Lanes::Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_m
       peers_[r].same_process = places_[r].on_gpu && places_[r].process == config_.process;
       calls = calls || (places_[r].known && !places_[r].on_gpu);
     }
-    if (!all_map(places_)) net_ = std::make_unique<Net>(gpu_, *arena_, calls);
+    if (!all_direct(places_)) net_ = std::make_unique<Net>(gpu_, *arena_, calls);
   } catch (...) {
     give_back();
     throw;
@@ -86,7 +98,7 @@ void Lanes::give_back() {
   for (const Peer &peer : peers_)
     if (peer.opened) gpu_->close(peer.opened);
   if (own_) gpu_->release(own_);
-  if (memory_) gpu_->release(memory_);
+  if (memory_) heap_ ? heap_->release(memory_) : gpu_->release(memory_);
   if (told_) gpu_->release_pinned(told_);
   if (progress_) gpu_->release_pinned(progress_);
 }
@@ -101,9 +113,10 @@ std::string Lanes::exported() const {
   blob.base = uint64_t(reinterpret_cast<uintptr_t>(memory_));
   blob.bytes = bytes();
   blob.lane_bytes = lane_bytes_;
-  const std::string gpu = gpu_->identity();
+  blob.heap_offset = heap_ ? uint64_t(memory_ - heap_->base()) : kNotInHeap;
+  const std::string gpu = gpu_->identity(), handle = heap_ ? std::string() : gpu_->share(memory_);
   memcpy(blob.gpu, gpu.data(), std::min(gpu.size(), sizeof blob.gpu));
-  return std::string(reinterpret_cast<const char *>(&blob), sizeof blob) + gpu_->share(memory_);
+  return std::string(reinterpret_cast<const char *>(&blob), sizeof blob) + handle;
 }
 
 void Lanes::connect(uint32_t rank, const std::string &given) {
@@ -127,6 +140,18 @@ void Lanes::connect(uint32_t rank, const std::string &given) {
   peer.same_process = blob.process == config_.process;
   if (rank == rank_) {
     peer.base = memory_;
+  } else if (heap_) {
+    const uint64_t here_at = uint64_t(memory_ - heap_->base());
+    if (blob.heap_offset != here_at)
+      fail(EPT_E_MISMATCH, int32_t(rank),
+           "the lanes of rank %u are at %llu of the symmetric heap, and at %llu on rank %u: the AllToAlls of a group "
+           "are "
+           "made and closed in one order on every rank",
+           rank, (unsigned long long)blob.heap_offset, (unsigned long long)here_at, rank_);
+    // The heap's memory is no CUDA allocation that IPC could map, so it says itself where a peer's part is.
+    char *part = ept::moe::maps(places_[rank], places_[rank_]) ? heap_->mapped(rank) : nullptr;
+    peer.initiated = !part;
+    peer.base = part ? part + here_at : nullptr;
   } else if (peer.same_process) {
     if (!peer.same_gpu)
       fail(EPT_E_UNSUPPORTED, int32_t(rank),
@@ -199,7 +224,7 @@ uint32_t Lanes::combine_threads(uint64_t tokens) const {
 
 void Lanes::start() {
   for (uint32_t r = 0; r < world_; r++)
-    if (places_[r].known && (r == rank_ || ept::moe::maps(places_[r], places_[rank_])) && !peers_[r].base)
+    if (places_[r].known && (r == rank_ || direct(places_[r], places_[rank_])) && !maps(r) && !initiates(r))
       fail(EPT_E_INVALID, int32_t(r), "rank %u's lanes are not connected", r);
   ranks_here_ = 0;
   for (const Peer &peer : peers_) ranks_here_ += peer.same_process;
@@ -228,6 +253,7 @@ void Lanes::start() {
       t.acks = net_->acks(l);
       t.staging = net_->memory(l);
     }
+    for (const Peer &peer : peers_) t.initiates |= peer.initiated;
     t.in = in_[l];
     t.paths = paths_[l];
     t.words = words_[l];
@@ -254,7 +280,7 @@ void Lanes::fill_peer(uint32_t l, uint32_t r) {
   };
   ept_path &path = in_image(paths_[l])[r];
   path = ept_path{};
-  if (!maps(r) && net_) {
+  if (!maps(r) && !initiates(r) && net_) {
     path = net_->path(l, r);
     in_image(words_[l])[r] = net_->words(l, r);
     in_image(in_[l])[r] = net_->memory(l);
@@ -262,6 +288,19 @@ void Lanes::fill_peer(uint32_t l, uint32_t r) {
   }
   in_image(words_[l])[r] = reinterpret_cast<uint64_t *>(signals(memory_, r));
   in_image(in_[l])[r] = memory_ + l * lane_bytes_;
+  if (initiates(r)) {
+    const auto number = [](const char *at) { return uint64_t(reinterpret_cast<uintptr_t>(at)); };
+    path.kind = EPT_DEVICE_GPU;
+    path.peer = r;
+    path.number = heap_->number(r);
+    path.source = path.window = number(memory_ + l * lane_bytes_);
+    path.source_bytes = lane_bytes_;
+    path.window_bytes = map_.exported();
+    path.signals = number(signals(memory_, rank_));
+    path.signal_count = kSignals;
+    path.progress = uint64_t(reinterpret_cast<uintptr_t>(progress_ + r));
+    return;
+  }
   if (!maps(r)) return;  // it takes no part yet
   path.kind = r == rank_ ? EPT_DEVICE_NONE : EPT_DEVICE_MAPPED;
   path.peer = r;
@@ -270,6 +309,17 @@ void Lanes::fill_peer(uint32_t l, uint32_t r) {
   path.signals = uint64_t(reinterpret_cast<uintptr_t>(signals(peers_[r].base, rank_)));
   path.signal_count = kSignals;
   if (r != rank_) path.progress = uint64_t(reinterpret_cast<uintptr_t>(progress_ + r));
+}
+
+uint64_t Lanes::puts() const {
+  uint64_t sum = 0;
+  std::vector<uint64_t> counts(uint64_t(world_) * kSignals);
+  for (const Kept &kept : kept_) {
+    gpu_->copy_out(counts.data(), kept.tickets, counts.size() * sizeof(uint64_t));
+    for (uint32_t r = 0; r < world_; r++)
+      for (uint32_t s = 0; s < kSignals && initiates(r); s++) sum += counts[r * kSignals + s];
+  }
+  return sum;
 }
 
 void Lanes::write_times(uint64_t *times) {
@@ -330,7 +380,7 @@ void Lanes::follow() {
     if (r == rank_) continue;
     const int32_t code = !now->has(r) ? EPT_E_PEER_LOST : arena_->resets(r) ? EPT_E_FAULT : EPT_OK;
     if (code == EPT_OK) continue;
-    if (maps(r))
+    if (maps(r) || initiates(r))
       std::atomic_ref<int32_t>(progress_[r].status).store(code, std::memory_order_release);
     else if (net_)
       net_->end_waits(r, code);
@@ -351,6 +401,12 @@ uint64_t Lanes::step() {
 
 std::shared_ptr<void> Lanes::before_reset(const Deadline &deadline) {
   whole_ = false;
+  // What kernels have put and that hasn't landed would, later, in slots that begin anew.
+  if (heap_) {
+    Drain a{tables_[0], 0};
+    gpu_->launch(kKernelQuiet, 1, kWarp, 0, nullptr, &a);
+    gpu_->synchronise(nullptr);
+  }
   if (!net_) return nullptr;
   std::vector<std::array<uint64_t, EPT_PHASES>> next(count_);
   for (uint32_t l = 0; l < count_; l++) {
@@ -394,7 +450,7 @@ void Lanes::begin_at(const std::vector<std::array<uint64_t, EPT_PHASES>> &next) 
         heard[r * EPT_PHASES + p] = next[l][p];
         for (uint32_t slot = 0; slot < EPT_MOE_SLOTS; slot++) {
           const uint64_t first = next[l][p] + ((next[l][p] ^ slot) & 1);  // generation of that slot
-          const uint64_t taken = maps(r) || !net_ ? 0 : net_->taken(l, r, p, slot);
+          const uint64_t taken = maps(r) || initiates(r) || !net_ ? 0 : net_->taken(l, r, p, slot);
           offsets[r * kSignals + signal_index(p, slot)] = taken - first / 2;
         }
       }
@@ -427,7 +483,7 @@ void Lanes::meet(uint64_t tag, bool tell, const Deadline &deadline) {
     if (r == rank_ || !with.has(r)) continue;
     Bytes theirs(said[r]);
     places_[r] = theirs.get<Place>();
-    if (ept::moe::maps(places_[r], places_[rank_]))
+    if (direct(places_[r], places_[rank_]))
       connect(r, theirs.get_text());
     else if (!net_)
       fail(EPT_E_UNSUPPORTED, int32_t(r),
@@ -544,7 +600,8 @@ void Lanes::check(uint32_t lane) const {
 GpuObject::GpuObject(std::shared_ptr<Lanes> of, const ept_moe_config &config, uint32_t number, const std::string &image)
     : lanes(std::move(of)), object(config), carried(config.lanes) {
   lanes->fit(object);
-  if (!image.empty()) {
+  // Kernels of a shape are linked with no device library.
+  if (!image.empty() && !lanes->opened().heap) {
     kernels = lanes->gpu().load(image.data(), image.size());
     lanes->refuse_wider(*kernels);
   }

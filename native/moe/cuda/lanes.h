@@ -2,7 +2,8 @@
 //
 // lanes.h: the memory of one rank's lanes on a GPU, and the tables by which kernels find it and the peers'.
 //
-//   one allocation, which every peer that maps it has in its address space
+//   one allocation, which every peer that maps it has in its address space; or in a symmetric heap (gpu.h), where
+//   peers' kernels put, and then each lane has its send half too
 //   +--------+--------+--- ... ---+-----------------------------------------+
 //   | lane 0 | lane 1 |           | signals: uint64_t[lane][source][4]      |
 //   +--------+--------+--- ... ---+-----------------------------------------+
@@ -35,9 +36,9 @@ namespace ept::moe::cuda {
 
 class Lanes final : public Follower {
  public:
-  // Over the arena's engine, where some pair of `places` can't map each other's memory: then as large as its lanes.
+  // Over the arena's engine, where some pair of `places` has no other way: then as large as its lanes.
   // Else as `moe` needs them.
-  Lanes(std::shared_ptr<Gpu> gpu, const ept_gpu_config &config, const ept_moe_config &moe, std::shared_ptr<Arena> arena,
+  Lanes(Opened opened, const ept_gpu_config &config, const ept_moe_config &moe, std::shared_ptr<Arena> arena,
         std::vector<Place> places);
   ~Lanes() override;
   Lanes(const Lanes &) = delete;
@@ -82,9 +83,13 @@ class Lanes final : public Follower {
   bool over_engine() const { return net_ != nullptr; }
   // That rank's memory is in this GPU's address space; else what goes there goes through the engine.
   bool maps(uint32_t rank) const { return rank == rank_ || peers_[rank].base; }
+  // This rank's kernels put into its memory through a device library.
+  bool initiates(uint32_t rank) const { return peers_[rank].initiated; }
+  // Puts so far by kernels that have ended, since the start or the last reset.
+  uint64_t puts() const;
   bool shares_process() const { return ranks_here_ > 1; }
   Gpu &gpu() const { return *gpu_; }
-  std::shared_ptr<Gpu> shared_gpu() const { return gpu_; }
+  Opened opened() const { return {gpu_, offered_}; }
   void watch() { arena_->watch(); }
   // Where the lanes over the engine stand, and why (home.h); empty where there are none.
   std::string home;
@@ -95,6 +100,7 @@ class Lanes final : public Follower {
     void *opened = nullptr;  // by Gpu::open
     std::string blob;        // what it was opened by
     bool same_gpu = false, same_process = false;
+    bool initiated = false;  // by the heap
   };
   // What kernels keep of a lane from step to step.
   struct Kept {
@@ -119,6 +125,7 @@ class Lanes final : public Follower {
   void choose_blocks();
 
   const std::shared_ptr<Gpu> gpu_;
+  const std::shared_ptr<Heap> offered_, heap_;  // the second one NULL where no pair needs it
   const ept_gpu_config config_;
   const uint32_t world_, rank_, count_;
   const LaneMap map_;
@@ -146,7 +153,7 @@ class Lanes final : public Follower {
   std::unique_ptr<Net> net_;
 };
 
-using Open = std::function<std::shared_ptr<Gpu>(int32_t ordinal)>;
+using Open = std::function<Opened(int32_t ordinal)>;
 // Collective with Arena::create on every rank, of a GPU or not. `known`: of an earlier AllToAll of the arena; they are
 // the lanes of this one too, unless peers are reached in another way now.
 std::shared_ptr<Lanes> join(std::shared_ptr<Arena> arena, const ept_gpu_config &config, const ept_moe_config &moe,

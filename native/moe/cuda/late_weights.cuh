@@ -44,9 +44,9 @@ class LateSender {
         expect(t, EPT_PHASE_DISPATCH, generation, r,
                t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) + a.object.shape.dispatch_region(r).offset);
       char *window = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
-      uint64_t staged = t.map.send(EPT_PHASE_DISPATCH, uint32_t(generation & 1));
-      for (uint32_t q = 0; q < r && !window; q++) staged += q == t.rank ? 0 : align_up(bytes_to(q), kAlign);
-      at[r] = window ? window + received() : t.staging + staged;
+      uint64_t begin = t.map.send(EPT_PHASE_DISPATCH, uint32_t(generation & 1));
+      for (uint32_t q = 0; q < r && !window; q++) begin += q == t.rank ? 0 : align_up(bytes_to(q), kAlign);
+      at[r] = window ? window + received() : staged(t, r, begin);
     }
     __syncthreads();
     if (blockIdx.x == 0 && warp_id() == 0)
@@ -80,6 +80,8 @@ class LateSender {
         if (k == 0) piece(uint32_t(part[0]));
       }
     }
+    post_initiated(t, kDispatchSend, EPT_PHASE_DISPATCH, generation,
+                   [&](uint32_t r) -> Packed { return {at[r], received(), bytes_to(r), a.routing.rows_to[r] + 1}; });
   }
   // One thread, which has seen it.
   EPT_DEVICE void piece(uint32_t rank) {

@@ -5,3 +5,4 @@
 #include "moe/cuda/dispatch_recv.cuh"
 #include "moe/cuda/dispatch_send.cuh"
 #include "moe/cuda/late_weights.cuh"
+#include "moe/cuda/quiet.cuh"

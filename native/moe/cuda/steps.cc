@@ -318,6 +318,14 @@ int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, uint64_t timeout_ns, ept_error
 
 namespace {
 
+// A dispatch's bytes to one of the ranks, each of which has as many of the tokens' experts as any other.
+uint64_t balanced_message(const Object &object) {
+  const ept_moe_config &c = object.config;
+  const uint64_t scales = object.quantises() ? object.own_scales() : c.caller_scale_bytes;
+  const uint64_t fan = object.shape.fan(), rows = (c.max_tokens * fan + c.world - 1) / c.world;
+  return EPT_MOE_HEADER_BYTES + rows * ept_row_bytes(object.payload(), uint32_t(scales), c.top_k);
+}
+
 // What this rank brings to Arena::create.
 class GpuSide final : public Side {
  public:
@@ -326,8 +334,8 @@ class GpuSide final : public Side {
       : lanes(std::move(known)), arena_(std::move(arena)), config_(config), moe_(moe), open_(std::move(open)) {}
 
   Place place() override {
-    gpu_ = lanes ? lanes->shared_gpu() : open_(config_.device);
-    const std::string identity = gpu_->identity();
+    opened_ = lanes ? lanes->opened() : open_(config_.device);
+    const std::string identity = opened_.gpu->identity();
     Lanes::refuse(Object(moe_));
     Place place;
     place.on_gpu = 1;
@@ -336,16 +344,17 @@ class GpuSide final : public Side {
     // Who can't be told from another machine is reached through the engine.
     if (config_.mapped) ept::boot_id().copy(place.machine, sizeof place.machine - 1);
     memcpy(place.node, config_.node, sizeof place.node);
+    place.initiates = opened_.heap && puts();
     return place;
   }
   std::unique_ptr<LaneMemory> lane_memory(Arena &arena, uint64_t bytes) override {
-    return device_home(gpu_, arena.engine, Home(config_.memory), bytes, &home_);
+    return device_home(opened_.gpu, arena.engine, Home(config_.memory), bytes, &home_);
   }
   std::string offer(Arena &, const std::vector<Place> &places) override {
     places_ = places;
-    if (lanes && lanes->over_engine() == all_map(places)) lanes = nullptr;
+    if (lanes && lanes->over_engine() == all_direct(places)) lanes = nullptr;
     if (lanes) return {};
-    lanes = std::make_shared<Lanes>(gpu_, config_, moe_, arena_, places);
+    lanes = std::make_shared<Lanes>(opened_, config_, moe_, arena_, places);
     lanes->home = home_;
     fresh_ = true;
     return lanes->exported();
@@ -353,7 +362,7 @@ class GpuSide final : public Side {
   void accept(const std::vector<std::string> &offers) override {
     if (!fresh_) return;
     for (uint32_t r = 0; r < offers.size(); r++)
-      if (places_[r].known && (r == arena_->rank || maps(places_[r], places_[arena_->rank])))
+      if (places_[r].known && (r == arena_->rank || direct(places_[r], places_[arena_->rank])))
         lanes->connect(r, offers[r]);
     lanes->start();
   }
@@ -361,11 +370,16 @@ class GpuSide final : public Side {
   std::shared_ptr<Lanes> lanes;
 
  private:
+  // Alike on every rank, as config and settings are.
+  bool puts() const {
+    if (config_.path != EPT_GPU_PATH_AUTO) return config_.path == EPT_GPU_PATH_GPU;
+    return !config_.crossover_bytes || balanced_message(Object(moe_)) <= config_.crossover_bytes;
+  }
   const std::shared_ptr<Arena> arena_;
   const ept_gpu_config config_;
   const ept_moe_config moe_;
   const Open open_;
-  std::shared_ptr<Gpu> gpu_;
+  Opened opened_;
   std::vector<Place> places_;
   std::string home_;
   bool fresh_ = false;
@@ -390,8 +404,9 @@ int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const
     if (config->memory > 2 || config->share > 2)
       fail(EPT_E_INVALID, -1, "ept_gpu_config has memory %u and share %u; each is 0, 1 or 2", config->memory,
            config->share);
-    const std::shared_ptr<Lanes> joined =
-        join(arena->arena, *config, *moe, known ? known->lanes : nullptr, driver_gpu, number);
+    const std::shared_ptr<Lanes> joined = join(
+        arena->arena, *config, *moe, known ? known->lanes : nullptr,
+        [&](int32_t ordinal) { return driver_gpu(ordinal, arena->arena->engine); }, number);
     *lanes = known && joined == known->lanes ? const_cast<ept_gpu_lanes *>(known) : new ept_gpu_lanes{joined};
   });
 }
@@ -400,6 +415,20 @@ int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes) { return lanes->
 
 int32_t ept_gpu_lanes_maps(const ept_gpu_lanes *lanes, uint32_t rank) {
   return rank < lanes->lanes->world() && lanes->lanes->maps(rank);
+}
+
+uint64_t ept_gpu_message_bytes(const ept_moe_config *moe) {
+  uint64_t bytes = 0;
+  (void)guarded("moe_create", nullptr, [&] { bytes = balanced_message(Object(*moe)); });
+  return bytes;
+}
+
+int32_t ept_gpu_lanes_initiates(const ept_gpu_lanes *lanes, uint32_t rank) {
+  return rank < lanes->lanes->world() && lanes->lanes->initiates(rank);
+}
+
+int32_t ept_gpu_lanes_puts(const ept_gpu_lanes *lanes, uint64_t *puts, ept_error *error) {
+  return guarded("gpu_lanes_puts", error, [&] { *puts = lanes->lanes->puts(); });
 }
 
 int32_t ept_gpu_lanes_over_engine(const ept_gpu_lanes *lanes) { return lanes->lanes->over_engine(); }

@@ -353,7 +353,11 @@ class _Step:
         wrong = int((y != expected).any(dim=1).sum())
         if wrong or not torch.isfinite(y).all():
             raise InternalError(f"rank {self.rank}: {wrong} tokens differ from the reference", operation="bench")
-        return f"y of {shape.tokens} tokens a rank: bit for bit the plain torch reference on the CPU"
+        said = f"y of {shape.tokens} tokens a rank: bit for bit the plain torch reference on the CPU"
+        native: Any = self.moe._native
+        ways = sorted({path for path in self.moe.paths if path != "own"})
+        puts = f", {native.arena.puts()} puts by rank {self.rank}'s kernels" if "gpu" in ways else ""
+        return f"{said}; peers reached by: {', '.join(ways) or 'none'}{puts}"
 
     def capture(self) -> None:
         import torch

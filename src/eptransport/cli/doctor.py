@@ -75,7 +75,8 @@ def doctor(
     for (why, mend), names in absent.items():
         table.add_row(", ".join(names), "[yellow]no[/]", _plain(why), _plain(mend))
     console.print(table)
-    _show_efa(console, found.efa, verbose)
+    _show_card(console, "AWS EFA", found.efa, verbose)
+    _show_card(console, "ConnectX, for kernels that post by themselves", found.connectx, verbose)
     for source, reason in found.refused.items():
         console.print(f"[yellow]refused[/] {_plain(source)}: {_plain(reason)}", soft_wrap=True)
 
@@ -93,11 +94,11 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _show_efa(console: Console, findings: Sequence[Finding], verbose: bool) -> None:
-    """Nothing about EFA on a machine that is no EC2 instance, unless asked, or something else is wrong."""
+def _show_card(console: Console, title: str, findings: Sequence[Finding], verbose: bool) -> None:
+    """Nothing of a card that the machine hasn't got, unless asked, or something else is wrong."""
     if not verbose and not findings[0].mend and all(each.state == "ok" for each in findings[1:]):
         return
-    table = Table(title="AWS EFA", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for name in ("what", "", "seen", "mend"):
         table.add_column(name, overflow="fold")
     colours = {"ok": "green", "note": "yellow", "missing": "red"}

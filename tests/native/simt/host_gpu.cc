@@ -49,6 +49,7 @@ void *HostGpu::allocate_shared(uint64_t bytes, ept::cuda::Sharing) {
 }
 void HostGpu::launch(ept::moe::cuda::Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
                      void *argument) {
+  const std::lock_guard<std::mutex> lock(running_);
   const char *bytes = static_cast<const char *>(argument);
   machine.launch(stream, kernels[kernel].run, std::vector<char>(bytes, bytes + kernels[kernel].argument_bytes), blocks,
                  threads, shared);

@@ -35,7 +35,11 @@ class HostGpu final : public ept::moe::cuda::Gpu {
   void copy_in(void *to, const void *from, uint64_t bytes) override;
   void copy_out(void *to, const void *from, uint64_t bytes) override { copy_in(to, from, bytes); }
   void clear(void *memory, uint64_t bytes) override;
-  void synchronise(void *) override { machine.run(); }
+  // A reset's, by each rank's thread; all else is by one.
+  void synchronise(void *) override {
+    const std::lock_guard<std::mutex> lock(running_);
+    machine.run();
+  }
   void *allocate_shared(uint64_t bytes, ept::cuda::Sharing) override;
   std::string share(void *) override { return {}; }
   void *open(const std::string &) override { return nullptr; }  // all its ranks are of one process
@@ -56,7 +60,7 @@ class HostGpu final : public ept::moe::cuda::Gpu {
  private:
   const uint32_t room_;
   std::atomic<uint32_t> held_ = 0;
-  std::mutex sharing_;
+  std::mutex sharing_, running_;
 };
 
 }  // namespace simt

@@ -8,6 +8,7 @@
 
 #define ept ept_on_fibers
 #define EPT_SPIN() ::simt::yield()
+#define EPT_GPU_INITIATED  // library.h is its device library
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // load and store stand under the same condition
 #endif
@@ -23,10 +24,10 @@ simt::Kernel made() {
 }  // namespace
 
 using namespace ept::moe::cuda;
-const simt::Kernel simt::kernels[9] = {
+const simt::Kernel simt::kernels[10] = {
     made<DispatchSend, moe_dispatch_send>(), made<DispatchWait, moe_dispatch_wait>(),
     made<DispatchRecv, moe_dispatch_recv>(), made<CombineSend, moe_combine_send>(),
     made<CombineRecv, moe_combine_recv>(),   made<Drain, moe_drain>(),
     made<TakeMembers, moe_take_members>(),   made<LateSend, moe_late_send>(),
-    made<LateRecv, moe_late_recv>(),
+    made<LateRecv, moe_late_recv>(),         made<Drain, moe_quiet>(),
 };

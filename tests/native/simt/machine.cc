@@ -146,6 +146,7 @@ void Machine::run() {
   for (auto &[stream, queue] : streams_)
     if (!queue.empty()) begin(stream);
   while (!runnable.empty()) {
+    if (beside_) beside_();
     const size_t at = random_() % runnable.size();
     running = runnable[at];
     runnable[at] = runnable.back();

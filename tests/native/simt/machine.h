@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <random>
@@ -80,11 +81,14 @@ class Machine {
   // After what was launched on that stream before.
   void launch(const void *stream, Entry entry, std::vector<char> argument, uint32_t blocks, uint32_t threads,
               uint64_t shared);
-  // Until all that was launched has ended.
+  // Called at each step of a fiber.
+  void beside(std::function<void()> moves) { beside_ = std::move(moves); }
+  // Until all that was launched has ended. One thread at a time.
   void run();
 
  private:
   void begin(const void *stream);
+  std::function<void()> beside_;
   std::mt19937_64 random_;
   std::map<const void *, std::deque<std::unique_ptr<Launch>>> streams_;
 };

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks as processes whose kernels put into each other's memory through NVSHMEM, one a GPU or, under MPS, several on
+one. EPT_INTRA=off forces that where they could map each other's memory; a counter beside each put says that they
+happened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import gpu_nvshmem
+import pytest
+
+from eptransport.backends import registry
+
+Spawn = Callable[..., list[Any]]
+
+pytestmark = pytest.mark.skipif(
+    "CUDA_MPS_PIPE_DIRECTORY" not in os.environ, reason="PEs share the GPU: run under MPS (tests/gpu/run nvshmem)"
+)
+
+
+@pytest.fixture(autouse=True)
+def usable() -> None:
+    plugin = registry(()).plugins.get("nvshmem")
+    if plugin is None:
+        pytest.skip("this build has no plugin nvshmem")
+    probe = plugin.probe()
+    if not probe.usable:
+        pytest.skip(probe.why_not)
+
+
+def answers_of(answers: list[Any]) -> list[Any]:
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_every_message_is_a_put(spawn: Spawn, n: int) -> None:
+    for rank, (paths, puts, messages, written) in enumerate(answers_of(spawn(n, gpu_nvshmem.steps, 8, "off"))):
+        assert list(paths) == ["own" if other == rank else "gpu" for other in range(n)]
+        assert puts == messages > 0
+        assert written == 0
+
+
+def test_two_nodes(spawn: Spawn) -> None:
+    """Both ways in one step: mapped inside a node, by puts between them."""
+    nodes = "abab"
+    for rank, (paths, puts, messages, written) in enumerate(answers_of(spawn(4, gpu_nvshmem.steps, 8, None, nodes))):
+        expected = ["mapped" if node == nodes[rank] else "gpu" for node in nodes]
+        expected[rank] = "own"
+        assert list(paths) == expected
+        assert 3 * puts == 2 * messages > 0  # two of three peers
+        assert written == 0
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_replayed_graphs(spawn: Spawn, n: int) -> None:
+    count = 200
+    for puts, messages in answers_of(spawn(n, gpu_nvshmem.replays, count)):
+        assert puts == messages == 2 * count * (n - 1)
+
+
+def test_a_rank_is_masked(spawn: Spawn) -> None:
+    rows = answers_of(spawn(3, gpu_nvshmem.masks))
+    assert rows[2] == 0
+    assert rows[0] > 0
+    assert rows[1] > 0
+
+
+def test_refusals(spawn: Spawn) -> None:
+    for large, second in answers_of(spawn(2, gpu_nvshmem.refusals)):
+        assert "set EPT_NVSHMEM_HEAP_MIB to" in large
+        assert "a PE of another group that is open" in second

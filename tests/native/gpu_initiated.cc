@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// GPU ranks whose kernels put into each other's memory by themselves (paths of kind GPU): the kernels as fibers over a
+// device library that is as late and as unordered as it may be (simt/library.h), alone, beside ranks that are mapped,
+// and beside CPU ranks behind a proxy, in one step, against a group of CPU ranks, bit for bit.
+#include "gpu_world.h"
+
+using namespace gpu_test;
+
+namespace {
+
+moe_test::Options over(const char *plugin) {
+  moe_test::Options options;
+  options.plugin = plugin;
+  return options;
+}
+
+// What the kernels told of themselves is what the library was asked.
+uint64_t puts(World &world) {
+  uint64_t sum = 0;
+  for (uint32_t r = 0; r < world.config.world; r++) {
+    if (!world.on_gpu(r)) continue;
+    uint64_t its = 0;
+    Error error;
+    OK(ept_gpu_lanes_puts(&world.lanes[r], &its, &error), error);
+    sum += its;
+  }
+  return sum;
+}
+
+void steps(const char *what, const ept_moe_config &config, const std::string &on, int count, uint64_t seed) {
+  check::running(what);
+  World world(config, seed, on, over("loopback"));
+  uint64_t pairs = 0;
+  for (uint32_t r = 0; r < config.world; r++)
+    for (uint32_t other = 0; other < config.world; other++) {
+      const bool both = World::puts(on[r], false) && World::puts(on[other], false);
+      const bool near = r == other || (on[r] == on[other] && World::puts(on[r], true));
+      if (world.on_gpu(r)) CHECK_EQ(world.lanes[r].lanes->initiates(other), both && !near);
+      pairs += both && !near;
+    }
+  world.counts_all = true;
+  for (int i = 0; i < count; i++) {
+    Step step = world.draw();
+    const uint64_t before = world.library->puts();
+    const std::vector<Got> expected = world.on_cpu(step);
+    world.compare(step, expected);
+    // A message a phase and pair, each one put; weights that come late are one more.
+    CHECK_EQ(world.library->puts() - before, pairs * (step.late ? 3 : 2));
+    CHECK_EQ(puts(world), world.library->puts());
+  }
+}
+
+ept_moe_config quantised(ept_moe_config config) {
+  config.dispatch_dtype = EPT_DTYPE_E4M3;
+  return config;
+}
+
+// The same ranks by puts or through the engine, as settings say.
+void chosen() {
+  check::running("which path when");
+  const ept_moe_config config = moe_test::config_of(3, 6, 3, 64, 9);
+  const uint64_t bytes = ept_gpu_message_bytes(&config);
+  // A header, and of 9 tokens with 3 ranks each a third of the rows: 9 rows of 64 fp32 and what is beside them.
+  CHECK(bytes > EPT_MOE_HEADER_BYTES + 9 * 64 * 2 && bytes < EPT_MOE_HEADER_BYTES + 9 * (64 * 4 + 64));
+  const struct {
+    int32_t path;
+    uint64_t crossover;
+    bool puts;
+  } cases[] = {{EPT_GPU_PATH_AUTO, 0, true},
+               {EPT_GPU_PATH_AUTO, bytes, true},
+               {EPT_GPU_PATH_AUTO, bytes - 1, false},
+               {EPT_GPU_PATH_GPU, 1, true},
+               {EPT_GPU_PATH_PROXY, 0, false}};
+  for (const auto &each : cases) {
+    path = each.path, crossover_bytes = each.crossover;
+    World world(config, 81, "iii", over("loopback"));
+    for (uint32_t r = 0; r < 3; r++) {
+      CHECK_EQ(world.lanes[r].lanes->initiates((r + 1) % 3), each.puts);
+      CHECK_EQ(world.lanes[r].lanes->over_engine(), !each.puts);
+    }
+    Step step = world.draw();
+    const std::vector<Got> expected = world.on_cpu(step);
+    world.compare(step, expected);
+    CHECK_EQ(world.library->puts() > 0, each.puts);
+  }
+  path = EPT_GPU_PATH_AUTO, crossover_bytes = 0;
+}
+
+// Puts that are under way when a rank gives up: none of them lands after the reset, in a slot that begins anew.
+void reset_with_puts_under_way() {
+  check::running("a reset with puts under way");
+  constexpr uint64_t kPatience = 200'000'000;
+  World world(moe_test::config_of(3, 6, 2, 32, 7), 71, "iii", over("loopback"));
+  for (int round = 0; round < 6; round++) {
+    Step step = world.draw();
+    step.lane = 0;
+    const std::vector<Got> expected = world.on_cpu(step);
+    std::vector<Bytes> routings(3);
+    std::vector<Got> all(3);
+    world.library->hold(true);
+    for (uint32_t r = 0; r < 2; r++) world.send(step, r, routings[r]);  // rank 2 never does
+    world.gpu->machine.run();
+    world.have_patience(kPatience);
+    all[0].arrival = expected[0].arrival;
+    world.make(all[0], step.ranks[0], 0, 0);
+    world.receive(step, 0, routings[0], all[0]);
+    world.gpu->machine.run();
+    world.have_patience(60 * moe_test::kSecond);
+    Error error;
+    CHECK_EQ(ept_gpu_moe_check(world.objects[0], 0, &error), EPT_E_FAULT);
+    CHECK_HAS(error.text, "TIMEOUT in dispatch_recv");
+    world.library->hold(round % 2);  // in every other round only the reset itself moves them
+    world.reset();
+    world.library->hold(false);
+    Step good = world.draw();
+    const std::vector<Got> after = world.on_cpu(good);
+    world.compare(good, after);
+  }
+  CHECK(world.library->late() > 0);
+}
+
+// A peer that is gone ends the waits for it.
+void lost() {
+  check::running("a rank that is gone");
+  World world(moe_test::config_of(2, 4, 2, 32, 6), 31, "ii", over("loopback"));
+  Step step = world.draw();
+  step.lane = 0;
+  const std::vector<Got> expected = world.on_cpu(step);
+  Bytes routing;
+  Got got;
+  world.send(step, 0, routing);
+  got.arrival = expected[0].arrival;
+  world.make(got, step.ranks[0], 0, 0);
+  world.receive(step, 0, routing, got);
+  const uint8_t active[] = {1, 0};
+  Error error;
+  OK(ept_arena_members(world.net->arenas[0], 1, active, 0, &error), error);
+  world.gpu->machine.run();
+  CHECK_EQ(ept_gpu_moe_check(world.objects[0], 0, &error), EPT_E_FAULT);
+  CHECK_HAS(error.text, "rank 0 waited for rank 1, which is gone (EPT_E_PEER_LOST)");
+}
+
+}  // namespace
+
+int main() {
+#ifdef __SANITIZE_THREAD__
+  puts("skipped: TSan doesn't follow fibers, which all run on one thread");
+  return 77;
+#endif
+  using moe_test::config_of;
+  steps("2 ranks", config_of(2, 6, 3, 64, 9), "ii", 8, 1);
+  ept_moe_config padded = config_of(4, 9, 4, 24, 40);
+  padded.alignment = 8;
+  steps("4 ranks", padded, "iiii", 6, 2);
+  steps("two nodes of two ranks", padded, "BAAB", 6, 3);
+  steps("two nodes, and a CPU rank", quantised(config_of(4, 6, 3, 272, 9)), "AABc", 6, 4);
+  steps("a rank of a GPU without the library", padded, "iigi", 4, 5);
+  steps("fp8, 8 ranks", quantised(config_of(8, 16, 4, 272, 6)), "iiiiiiii", 2, 6);
+  chosen();
+  reset_with_puts_under_way();
+  lost();
+  return 0;
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// library.h: a device library (device.cuh) for kernels on fibers, of one process: each rank's part of a symmetric heap,
+// and puts that come as late as a seed wants them to. The bytes of a put are read, and land, piece by piece in any
+// order and beside those of other puts, its signal comes after all of them; none of it waits for the kernel to go on,
+// nor for its end. So a source that is used again too early, or a signal that is trusted for another put's bytes,
+// shows.
+#pragma once
+
+#include <stdint.h>
+
+#include <memory>
+#include <mutex>
+#include <random>
+#include <vector>
+
+#include "moe/cuda/gpu.h"
+
+namespace simt {
+
+class Library {
+ public:
+  Library(uint32_t ranks, uint64_t bytes, uint64_t seed);
+  ~Library();
+  Library(const Library &) = delete;
+  Library &operator=(const Library &) = delete;
+
+  std::shared_ptr<ept::moe::cuda::Heap> heap(uint32_t rank);
+  // Numbers are not ranks: rank r's.
+  uint32_t number(uint32_t rank) const { return (rank + 1) % uint32_t(parts_.size()); }
+
+  void put(const void *to, const void *from, uint64_t bytes, const uint64_t *signal, uint32_t number);
+  // A piece of some put, now and then; none while it is held.
+  void move();
+  void hold(bool held) { held_ = held; }
+  void quiet();
+  uint64_t puts() const { return puts_; }
+  uint64_t late() const { return late_; }  // that were under way when quiet was called
+
+ private:
+  friend class Part;
+  struct Put {
+    char *to;
+    const char *from;
+    uint64_t bytes;
+    uint64_t *signal;
+    std::vector<uint64_t> pieces;  // that are still to come: their places
+  };
+  void move_one();
+  char *there(const void *here, uint32_t number) const;
+  std::vector<char *> parts_;  // by number
+  const uint64_t bytes_;
+  std::mt19937_64 random_;
+  std::vector<Put> under_way_;
+  std::mutex mutex_;  // quiet comes from any rank's thread
+  bool held_ = false;
+  uint64_t puts_ = 0, late_ = 0;
+};
+
+// The one that kernels of this process put through.
+extern Library *library;
+
+}  // namespace simt
