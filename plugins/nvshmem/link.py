@@ -125,6 +125,16 @@ def _toolkit(nvcc: Path) -> Path:
     return Path(top[1]).resolve() if top else nvcc.parent.parent
 
 
+def known(tools: Tools, archs: list[str]) -> list[str]:
+    """Those that this nvcc has code for: an older one knows no sm_100, a later one no sm_80 some day."""
+    said = subprocess.run([tools.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout
+    codes = set(re.findall(r"sm_(\d+)", said))
+    left = [arch for arch in archs if arch not in codes]
+    if left:
+        print(f"nvcc {tools.cuda[0]}.{tools.cuda[1]} makes no code for {', '.join(left)}: left out", file=sys.stderr)
+    return [arch for arch in archs if arch in codes]
+
+
 def _literal(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
@@ -157,7 +167,7 @@ def main(arguments: list[str]) -> None:
             except Unavailable as why:
                 write(Path(out), [], (0, 0, 0), str(why))
                 return
-            each = [arch.strip() for arch in archs.split(",")]
+            each = known(tools, [arch.strip() for arch in archs.split(",")])
             images = [(arch, link(tools, arch, include.split(":"), Path(kernels), Path(library))) for arch in each]
             write(Path(out), images, tools.release, "")
         case ["none", out, *_]:
