@@ -98,6 +98,20 @@ struct Shape {
   EPT_HD constexpr Region combine_staging(uint32_t index) const { return {index * combine_stride(), combine_stride()}; }
 };
 
+// How a message is cut into chunks: by where it is packed and where it is to be, as regions whose halves are the ring
+// positions of one that is not sent whole. No rows are one chunk; per_chunk 0: not one row fits.
+struct Cut {
+  uint64_t per_chunk, chunks;
+};
+EPT_HD constexpr Cut cut(uint64_t rows, uint64_t header, uint64_t row, Region staging, Region target) {
+  const uint64_t whole = header + rows * row;
+  if (whole <= staging.bytes && whole <= target.bytes) return {rows, 1};
+  const uint64_t here = rows_that_fit(position(staging, 0).bytes, header, row);
+  const uint64_t there = rows_that_fit(position(target, 0).bytes, header, row);
+  const uint64_t each = here < there ? here : there;
+  return {each, each ? (rows + each - 1) / each : 0};
+}
+
 // An even share of a slot, for calls that are streamed.
 EPT_HD constexpr Region share(uint64_t slot_bytes, uint32_t parts, uint32_t index) {
   const uint64_t each = slot_bytes / parts / kAlign * kAlign;

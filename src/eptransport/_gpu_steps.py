@@ -99,12 +99,16 @@ class _Sent:
     out: torch.Tensor | Dispatched | None
     scales: tuple[int, int]
     """Bytes a row, and their format."""
+    keep: tuple[torch.Tensor | None, ...] = ()
+    """Of a streamed call: what is sent with the second half, or when the next call drops it."""
 
 
 @dataclass(frozen=True)
 class _Summed:
     routing: GpuRouting
     row_weights: bool
+    keep: tuple[torch.Tensor | None, ...] = ()
+    """As of _Sent."""
 
 
 class GpuSteps:
@@ -146,6 +150,7 @@ class GpuSteps:
         max_rows: int | None,
         lane: int,
         out: torch.Tensor | Dispatched | None,
+        whole: bool,
     ) -> None:
         import torch
 
@@ -182,7 +187,7 @@ class GpuSteps:
         made.weighed = weighed
         self._take_members(lane, made, stream)
         arguments = sized("ept_dispatch_args")
-        arguments.lane = lane
+        arguments.lane, arguments.whole = lane, whole
         fill(arguments.x, x[:count])
         fill(arguments.topk_ids, topk_ids[:count])
         fill(arguments.topk_weights, None if topk_weights is None else topk_weights[:count])
@@ -191,7 +196,8 @@ class GpuSteps:
             self._call(lib.ept_gpu_moe_drain, lane, DISPATCH, stream)
             state.sent = None
         self._call(lib.ept_gpu_moe_dispatch_send, arguments, _address(made), stream)
-        state.sent = _Sent(made, chosen, host_counts, mirror_counts, max_rows, out, self._scales(x, scales))
+        keep = (x, topk_ids, topk_weights, scales)
+        state.sent = _Sent(made, chosen, host_counts, mirror_counts, max_rows, out, self._scales(x, scales), keep)
 
     def dispatch_recv(
         self,
@@ -252,6 +258,7 @@ class GpuSteps:
         weights_applied: bool,
         row_weights: torch.Tensor | None,
         lane: int,
+        whole: bool,
     ) -> None:
         state = self._lane(lane)
         routing = _on_gpu(routing_of(got))
@@ -269,7 +276,7 @@ class GpuSteps:
             )
         arguments = sized("ept_combine_args")
         arguments.lane, arguments.layout = lane, LAYOUTS[routing.layout]
-        arguments.weights_applied = weights_applied
+        arguments.weights_applied, arguments.whole = weights_applied, whole
         fill(arguments.expert_out, expert_out)
         fill(arguments.row_weights, row_weights)
         stream = self._stream(state)
@@ -281,7 +288,7 @@ class GpuSteps:
         late = None if topk_weights is None else self._send_weights(lane, routing, topk_weights, stream)
         pointer = ffi.NULL if late is None else ffi.cast("float *", late.data_ptr())
         self._call(lib.ept_gpu_moe_combine_send, arguments, _address(routing), routing.num_tokens, pointer, stream)
-        state.summed = _Summed(routing, row_weights is not None)
+        state.summed = _Summed(routing, row_weights is not None, (expert_out, row_weights, late))
 
     def _send_weights(self, lane: int, routing: GpuRouting, weights: torch.Tensor, stream: Any) -> torch.Tensor:
         """The weights of the rows that are here, by which this combine goes."""

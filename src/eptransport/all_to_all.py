@@ -531,6 +531,7 @@ class AllToAll(Closing):
                 max_rows,
                 lane,
                 out,
+                whole,
             )
             return
         self._members.learn_if_told()
@@ -610,7 +611,7 @@ class AllToAll(Closing):
     ) -> None:
         refuse_grad(expert_out=expert_out, topk_weights=topk_weights, row_weights=row_weights)
         if self._gpu is not None:
-            self._gpu.combine_send(expert_out, got, topk_weights, weights_applied, row_weights, lane)
+            self._gpu.combine_send(expert_out, got, topk_weights, weights_applied, row_weights, lane, whole)
             return
         state = self._lanes[self._lane_number(lane)]
         routing = routing_of(got)

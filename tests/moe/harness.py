@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 import eptransport as ept
+from eptransport.errors import error_class
 
 T = TypeVar("T")
 
@@ -116,11 +118,41 @@ def on_device() -> Iterator[None]:
         stream.synchronize()
 
 
+BY_ENGINE: dict[str, Any] = {} if DEVICE == "cpu" else {"intra": "off"}
+"""Settings of groups whose engine carries all that goes to others: a GPU would map it."""
+
+
+def as_on_a_cpu(fault: ept.LaneFault) -> ept.EptError:
+    """What the call itself would have raised on a CPU: the first cause."""
+    cause = re.search(r"the first cause was EPT_E_(\w+) in", str(fault))
+    code = ept.Code[cause[1]] if cause else ept.Code.FAULT
+    return error_class(code)(str(fault), **{**fault.fields(), "code": int(code)})
+
+
 class OnGpu:
-    """An AllToAll on a GPU whose calls return, or raise, when their kernels have ended."""
+    """An AllToAll on a GPU whose calls return, or raise, when their kernels have ended: the call that a kernel has
+    failed raises the first cause, as on a CPU, and those after it LaneFault."""
 
     def __init__(self, moe: ept.AllToAll) -> None:
         self._moe = moe
+        self._told: set[int] = set()  # lanes
+
+    def reset(self, *given: Any) -> None:
+        self._told.clear()
+        self._moe.reset(*given)
+
+    def _check(self, given: Sequence[Any], named: dict[str, Any]) -> None:
+        got = next((each for each in (*given, named.get("got")) if isinstance(each, ept.Dispatched)), None)
+        lane = named.get("lane")
+        if lane is None:
+            lane = 0 if got is None else got.routing.lane
+        try:
+            self._moe.check(lane)
+        except ept.LaneFault as fault:
+            if lane in self._told:
+                raise
+            self._told.add(lane)
+            raise as_on_a_cpu(fault) from fault
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._moe, name)
@@ -130,7 +162,7 @@ class OnGpu:
         def waits(*given: Any, **named: Any) -> Any:
             answer = found(*given, **named)
             torch.cuda.current_stream().synchronize()
-            self._moe.check()
+            self._check(given, named)
             return answer
 
         return waits

@@ -35,7 +35,7 @@ def test_steps_stay_right_while_connections_break(relay: Relay) -> None:
     config = model.Config(WORLD, 12, 4, 1024)
     store = Detour(relay)
     # Far more than any wait of this test: what is waited for is only ever another connection.
-    settings = harness.settings(backend="tcp", timeout_s=90.0, dead_s=60.0)
+    settings = harness.settings(backend="tcp", timeout_s=90.0, dead_s=60.0, **harness.BY_ENGINE)
     make = functools.partial(ept.Group, settings, store=store, world_size=WORLD)
     groups = harness.together([], [functools.partial(make, rank=rank) for rank in range(WORLD)])
     try:

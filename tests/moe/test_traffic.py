@@ -46,7 +46,7 @@ def predicted(scenario: Scenario, source: int) -> model.Traffic:
 @pytest.mark.parametrize("dtype", ["bf16", "e4m3"])
 def test_bytes_and_messages_are_as_predicted(make_groups: Make, backend: str, dtype: str) -> None:
     config = model.Config(4, 16, 6, 272, "bf16", dtype)
-    groups = make_groups(4, backend=backend, credits=1024)
+    groups = make_groups(4, backend=backend, credits=1024, **harness.BY_ENGINE)
     moes = all_to_alls(groups, config)
     before = settled(groups)
     total = [model.Traffic()] * 4
@@ -72,7 +72,7 @@ def test_the_dedup_saves_what_it_should() -> None:
 
 def test_late_weights_and_row_weights_cost_what_they_weigh(make_groups: Make) -> None:
     config = model.Config(3, 8, 3, 64)
-    groups = make_groups(3)
+    groups = make_groups(3, **harness.BY_ENGINE)
     moes = all_to_alls(groups, config)
     batches = make_batches(config, (6, 2, 9), 1)
     late = [np.random.default_rng((5, r)).random(b.ids.shape).astype(np.float32) for r, b in enumerate(batches)]
@@ -101,7 +101,7 @@ def test_late_weights_and_row_weights_cost_what_they_weigh(make_groups: Make) ->
 def test_a_shared_rank_costs_nothing_on_the_wire(make_groups: Make) -> None:
     """What stays on its rank doesn't touch the network."""
     config = model.Config(2, 4, 2, 64)
-    groups = make_groups(2)
+    groups = make_groups(2, **harness.BY_ENGINE)
     moes = all_to_alls(groups, config)
     batches = [harness.make_batch(config, 9, r, ids=np.full((9, 2), 2 * r)) for r in range(2)]
     scenario = Scenario(config, batches, ["contiguous"] * 2)
@@ -115,7 +115,7 @@ def test_a_shared_rank_costs_nothing_on_the_wire(make_groups: Make) -> None:
 
 def test_stats_agree_with_the_plugin(make_groups: Make) -> None:
     config = model.Config(3, 8, 3, 64)
-    groups = make_groups(3)
+    groups = make_groups(3, **harness.BY_ENGINE)
     moes = all_to_alls(groups, config)
     before = settled(groups)
     for step in range(5):

@@ -260,10 +260,6 @@ void refused() {
   larger.max_tokens = 60;
   both(larger, false, EPT_E_UNSUPPORTED, "make the largest AllToAll of the group first");
   both(world.config, true, EPT_E_UNSUPPORTED, "make a group for each");
-  ept_moe_config streamed = world.config;
-  streamed.buffer_bytes = 40'000;
-  streamed.max_tokens = 200;
-  both(streamed, false, EPT_E_UNSUPPORTED, "streamed");
   for (int i = 0; i < 2; i++) {
     Step step = world.draw();
     const std::vector<Got> expected = world.on_cpu(step);

@@ -265,6 +265,7 @@ struct World {
     ept_dispatch_args args{};
     args.size = sizeof args;
     args.lane = step.lane;
+    args.whole = config.buffer_bytes != 0;  // such calls may be streamed
     const int64_t k = config.top_k;
     args.x = tensor(s.x.data(), config.dtype, {s.tokens, int64_t(config.hidden)});
     args.topk_ids = tensor(s.ids.data(), EPT_DTYPE_I64, {s.tokens, k});
@@ -278,6 +279,7 @@ struct World {
     args.lane = step.lane;
     args.layout = s.layout;
     args.weights_applied = s.weights_applied;
+    args.whole = config.buffer_bytes != 0;
     args.expert_out = got.tensors.x;
     args.expert_out.data = s.out.data();
     args.expert_out.dtype = s.out_dtype;
@@ -501,6 +503,7 @@ struct World {
       CHECK_EQ(got.bytes[p], expected.bytes[p]);
       CHECK_EQ(got.rows[p], expected.rows[p]);
     }
+    CHECK_EQ(got.grants, expected.grants);
   }
 
   void same(const RankStep &s, const Got &expected, const Got &got, const uint64_t *arrival, bool summed = true) const {

@@ -108,7 +108,8 @@ int32_t ept_gpu_moe_members(ept_gpu_moe *moe, uint32_t lane, int32_t captures, u
 /* Before combine_send: PEER_LOST or FAULT, and a lane that is faulted, where the dispatch was under another membership
  * than the present one. */
 int32_t ept_gpu_moe_refuse_old(ept_gpu_moe *moe, uint32_t lane, uint32_t membership, void *stream, ept_error *error);
-/* `args` as ept_moe_dispatch_send's, on the device; `routing` in it is NULL. Never a streamed call. */
+/* `args` as ept_moe_dispatch_send's, on the device; `routing` in it is NULL. Where calls may be streamed
+ * (buffer_bytes), what they point to stays there until the dispatch_recv, or the drain, that sends the rest. */
 int32_t ept_gpu_moe_dispatch_send(ept_gpu_moe *moe, const ept_dispatch_args *args, void *routing, void *stream,
                                   ept_error *error);
 /* arrival: uint64_t[4] on the device: rows, of one rank at most, of the contiguous layout, of one expert at most. */
@@ -135,8 +136,8 @@ int32_t ept_gpu_moe_counts(ept_gpu_moe *moe, uint32_t lane, ept_gpu_counts *coun
 uint64_t ept_gpu_late_bytes(const ept_gpu_moe *moe);
 int32_t ept_gpu_moe_late_weights(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *weights, void *routing, float *late,
                                  void *stream, ept_error *error);
-/* `args` as ept_moe_combine_send's, without topk_weights; routing of a dispatch of `tokens`. late: of late_weights, or
- * NULL: by the weights of the dispatch. */
+/* `args` as ept_moe_combine_send's, without topk_weights, and kept as those of a dispatch_send; routing of a dispatch
+ * of `tokens`. late: of late_weights, or NULL: by the weights of the dispatch. */
 int32_t ept_gpu_moe_combine_send(ept_gpu_moe *moe, const ept_combine_args *args, void *routing, uint64_t tokens,
                                  float *late, void *stream, ept_error *error);
 /* row_weights: as ept_moe_combine_recv's, or NULL. */

@@ -42,9 +42,13 @@ class Carve {
   uint64_t at_;
 };
 
-// A lane's signals of one source, in this order: index phase * 2 + slot.
-constexpr uint32_t kSignals = 4;
-EPT_HD constexpr uint32_t signal_index(uint32_t phase, uint32_t slot) { return phase * 2 + slot; }
+// A lane's signals of one source, in the order of moe/lane.h's Words: of its chunks in each ring position, then of our
+// chunks that it has granted.
+constexpr uint32_t kSignals = 10;
+EPT_HD constexpr uint32_t signal_index(uint32_t phase, uint32_t slot, uint32_t position = 0) {
+  return position * 4 + phase * 2 + slot;
+}
+EPT_HD constexpr uint32_t grant_index(uint32_t phase) { return 8 + phase; }
 
 enum Half : uint32_t { kDispatchSend = 0, kDispatchRecv = 1, kCombineSend = 2, kCombineRecv = 3, kHalves = 4 };
 
@@ -67,7 +71,8 @@ enum Trouble : uint32_t {
   kPost = 6,     // seen: the code that the path answered
   kMembers = 9,  // expected: the membership of the dispatch that is summed; seen: the present one
   kLost = 7,     // expected: what was waited for, seen: the code that the proxy told of the peer
-  kSlot = 8      // expected and seen: what the peer must have consumed, and has
+  kSlot = 8,     // expected and seen: what the peer must have consumed, and has
+  kCut = 10      // expected: rows that the peer's message was to have, seen: what had come when it was cut short
 };
 
 // Device timestamps, for who asks for them (ept_gpu_lanes_times). kPoints of each half and block, by its first thread;
@@ -98,26 +103,28 @@ struct LaneTable {
   uint32_t world, rank, lane, epoch;
   LaneMap map;
   uint64_t timeout_ns;
-  char *const *in;          // [world] where this lane's receive half for messages of that source begins
-  char *staging;            // the lane's memory that a proxy sends from; NULL: no peer is behind one
-  uint32_t initiates;       // 1: some path is of kind GPU
-  const ept_path *paths;    // [world]
-  uint64_t *const *words;   // [world] where the signals of that source stand: uint64_t[kSignals]
-  uint32_t *done;           // [world] pieces of the message to that rank that are packed; 0 between launches
-  uint64_t *tickets;        // [world, kSignals] of the proxy's last put from that staging, + 1; 0: none. Of a path of
-                            // kind GPU: how many puts there were
-  const uint64_t *offsets;  // [world, kSignals] what that source's counts are ahead of generation / 2
-  uint64_t *heard;          // [world, EPT_PHASES] what the source has consumed, as its headers said
-  const uint64_t *acks;     // the same, as its messages to the engine said; NULL: no CPU rank is in the group
-  uint64_t *lands;          // [EPT_PHASES, EPT_MOE_SLOTS, world] where in `in` that source's message comes
-  uint8_t *out;             // [kSets, world] 1: that rank takes no part
+  char *const *in;         // [world] where this lane's receive half for messages of that source begins
+  char *staging;           // the lane's memory that a proxy sends from; NULL: no peer is behind one
+  uint32_t initiates;      // 1: some path is of kind GPU
+  const ept_path *paths;   // [world]
+  uint64_t *const *words;  // [world] where the signals of that source stand: uint64_t[kSignals]
+  uint32_t *done;          // [world] pieces of the message to that rank that are packed; 0 between launches
+  uint64_t *tickets;       // [world, kSignals] of the proxy's last put from that staging, + 1; 0: none. Of a path of
+                           // kind GPU: how many puts there were
+  // [world, kSignals] Of position 0: what that source's counts are ahead of generation / 2. Of position 1 and of
+  // grants, which only calls that are streamed have: the count that was consumed (chunks.cuh).
+  uint64_t *offsets;
+  uint64_t *heard;       // [world, EPT_PHASES] what the source has consumed, as its headers said
+  const uint64_t *acks;  // the same, as its messages to the engine said; NULL: no CPU rank is in the group
+  uint64_t *lands;       // [EPT_PHASES, EPT_MOE_SLOTS, world] where in `in` that source's message comes
+  uint8_t *out;          // [kSets, world] 1: that rank takes no part
   LaneState *state;
   Told *told;
   int32_t *group_fault;
   uint64_t *times;  // NULL: nobody asks
 };
 
-enum Tally : uint32_t { kGenerations = 0, kMessages = 1, kBytes = 2, kRowsSent = 3, kTallies = 4 };
+enum Tally : uint32_t { kGenerations = 0, kMessages = 1, kBytes = 2, kRowsSent = 3, kGrants = 4, kTallies = 5 };
 
 struct ObjectTable {
   uint32_t number, experts, local, top_k, hidden, max_tokens;
@@ -149,22 +156,25 @@ struct Strided {
 
 // The arrays of one routing, in one allocation of the caller's. T: tokens sent; R: the most rows that can come.
 struct RoutingArrays {
-  uint64_t *combine_at;  // [world] where in this rank's combine slot each rank's sums go
-  uint64_t *return_at;   // [world] where in each source's combine slot our sums go
-  uint32_t *rows_to;     // [world]
-  uint32_t *begin;       // [world + 1] of the rows that came, by source
-  uint32_t *membership;  // [1] of its dispatch
-  int32_t *parts;        // [T, fan, 2] rank and row of a token, by rank ascending; -1: no more
-  int32_t *ids;          // [T, top_k] as given
-  float *weights;        // [T, top_k]
-  int32_t *place;        // [R, top_k] row in the output; -1: none. CONTIGUOUS and MASKED only
-  float *row_weights;    // [R, top_k], likewise
+  uint64_t *combine_at;                  // [world] where in this rank's combine slot each rank's sums go
+  uint64_t *return_at;                   // [world] where in each source's combine slot our sums go
+  uint64_t *combine_room, *return_room;  // [world] bytes there, header included; only where calls may be streamed
+  uint32_t *rows_to;                     // [world]
+  uint32_t *begin;                       // [world + 1] of the rows that came, by source
+  uint32_t *membership;                  // [1] of its dispatch
+  int32_t *parts;                        // [T, fan, 2] rank and row of a token, by rank ascending; -1: no more
+  int32_t *ids;                          // [T, top_k] as given
+  float *weights;                        // [T, top_k]
+  int32_t *place;                        // [R, top_k] row in the output; -1: none. CONTIGUOUS and MASKED only
+  float *row_weights;                    // [R, top_k], likewise
 };
 
 EPT_HD inline RoutingArrays routing_arrays(Carve &carve, const Shape &shape, uint64_t tokens) {
   RoutingArrays r{};
   r.combine_at = carve.take<uint64_t>(shape.world);
   r.return_at = carve.take<uint64_t>(shape.world);
+  r.combine_room = carve.take<uint64_t>(shape.world);
+  r.return_room = carve.take<uint64_t>(shape.world);
   r.rows_to = carve.take<uint32_t>(shape.world);
   r.begin = carve.take<uint32_t>(shape.world + 1);
   r.membership = carve.take<uint32_t>(1);
@@ -273,6 +283,69 @@ struct LateRecv {
   ObjectTable object;
   RoutingArrays routing;
   float *late;  // [rows, top_k] as RoutingArrays.row_weights
+};
+
+// What the kernels of a message that may come in chunks keep of it, in device memory: all 0 before its first one and
+// after its last (chunks.cuh).
+struct ChunkState {
+  uint64_t *posted;                 // [world, 2] 1 + the number of the last chunk that was posted from that position
+  uint64_t *begun;                  // [world] 1: the header of its first chunk is in, and what follows from it
+  uint64_t *ready;                  // [world] rows that have come
+  uint32_t *packed;                 // [world, 2] rows of the chunk in that position that are packed
+  uint32_t *first, *count, *last;   // [world, 2] of the chunk that came there: 1 + its first row, its rows, whether
+  uint32_t *number;                 // [world, 2] which one it is
+  uint32_t *used;                   // [world, 2] of its rows, those that have been read
+  uint32_t *granted;                // [world] twice the next that will be, and 1 where the one after it is read
+  uint32_t *chunks;                 // [world] that have come
+  uint32_t *total, *begin, *flags;  // [world] rows of the message; of those before it; flags of its header
+  uint32_t *experts;                // [experts] rows that we send to each
+  uint32_t *counts;                 // [world, local] rows that came for each
+  uint32_t *token;                  // the next that no warp has taken
+};
+EPT_HD inline ChunkState chunk_state(Carve &carve, uint32_t world, uint32_t experts, uint32_t local) {
+  ChunkState s{};
+  s.posted = carve.take<uint64_t>(2ull * world);
+  s.begun = carve.take<uint64_t>(world);
+  s.ready = carve.take<uint64_t>(world);
+  s.packed = carve.take<uint32_t>(2ull * world);
+  s.first = carve.take<uint32_t>(2ull * world);
+  s.count = carve.take<uint32_t>(2ull * world);
+  s.last = carve.take<uint32_t>(2ull * world);
+  s.number = carve.take<uint32_t>(2ull * world);
+  s.used = carve.take<uint32_t>(2ull * world);
+  s.granted = carve.take<uint32_t>(world);
+  s.chunks = carve.take<uint32_t>(world);
+  s.total = carve.take<uint32_t>(world);
+  s.begin = carve.take<uint32_t>(world);
+  s.flags = carve.take<uint32_t>(world);
+  s.experts = carve.take<uint32_t>(experts);
+  s.counts = carve.take<uint32_t>(uint64_t(world) * local);
+  s.token = carve.take<uint32_t>(1);
+  return s;
+}
+
+// A call that may be streamed is two launches a phase. The first sends what needs no grant: the first two chunks of
+// each message. The second sends the others, and receives.
+struct Streamed {
+  char *state;       // ChunkState
+  uint8_t first;     // which launch it is
+  uint8_t discards;  // what comes is granted, and read by nobody
+  uint8_t reserved[6];
+};
+struct StreamedDispatch {
+  Streamed how;
+  DispatchSend out;
+  DispatchRecv in;
+};
+struct StreamedLate {
+  Streamed how;
+  LateSend out;
+  LateRecv in;
+};
+struct StreamedCombine {
+  Streamed how;
+  CombineSend out;
+  CombineRecv in;
 };
 
 }  // namespace ept::moe::cuda

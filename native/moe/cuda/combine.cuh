@@ -82,7 +82,7 @@ class CombineSender {
     note(t, kCombineSend, 5);
   }
 
- private:
+ protected:
   EPT_DEVICE void begin() {
     if (threadIdx.x == 0) *s.next = 0;
     for (uint32_t r = threadIdx.x; r <= world; r += blockDim.x) s.begin[r] = a.routing.begin[r];
@@ -167,7 +167,12 @@ class CombineSender {
   }
 
   EPT_DEVICE void row(uint32_t rank, uint32_t j, uint32_t part) {
-    char *to = s.message[rank] + EPT_MOE_HEADER_BYTES + j * row_bytes;
+    fill(s.message[rank] + EPT_MOE_HEADER_BYTES + j * row_bytes, rank, j, part);
+    __syncwarp();
+    if (lane_id() == 0) packed_one(rank);
+    __syncwarp();
+  }
+  EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part) const {
     const uint64_t number = uint64_t(s.begin[rank]) + j;
     if (a.layout == kRows || a.layout == kByRank) {
       const uint64_t place = a.layout == kRows ? number : rank * a.leading + j;
@@ -177,9 +182,6 @@ class CombineSender {
       sum<2>(to, number, part);
     else
       sum<4>(to, number, part);
-    __syncwarp();
-    if (lane_id() == 0) packed_one(rank);
-    __syncwarp();
   }
 
   // A row's weights, and what pads them. top_k is at most a warp's lanes.
@@ -267,7 +269,8 @@ class CombineSender {
 // Tokens in order; each waits for the ranks that have a part of it, in rank order.
 class CombineReceiver {
  public:
-  EPT_DEVICE CombineReceiver(const CombineRecv &args, const CombineShared &shared)
+  // `whole_rows`: a warp has a token by itself.
+  EPT_DEVICE CombineReceiver(const CombineRecv &args, const CombineShared &shared, bool whole_rows = false)
       : a(args),
         t(args.lane),
         s(shared),
@@ -278,7 +281,7 @@ class CombineReceiver {
         fan(uint32_t(args.object.shape.fan())),
         row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, 0)),
         groups(fixed_or(EPT_FIXED_HIDDEN, args.object.hidden) / kGroup),
-        parts(parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), groups, 4)) {}
+        parts(whole_rows ? 1 : parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), groups, 4)) {}
 
   EPT_DEVICE void run() {
     note(t, kCombineRecv, 0);
@@ -314,8 +317,8 @@ class CombineReceiver {
       *reinterpret_cast<float *>(a.row_weights.at(i / object.top_k) + i % object.top_k * a.row_weights.column) = 0;
   }
 
-  EPT_DEVICE bool header(uint32_t source) {
-    if (blockIdx.x == 0) note_source(t, EPT_PHASE_COMBINE, source, false);
+  EPT_DEVICE bool header(uint32_t source, bool tells = blockIdx.x == 0) {
+    if (tells) note_source(t, EPT_PHASE_COMBINE, source, false);
     uint32_t wrong = 0;
     if (lane_id() == 0) {
       const uint32_t rows = a.routing.rows_to[source];
@@ -325,8 +328,8 @@ class CombineReceiver {
       wrong =
           check_header(t, object, EPT_PHASE_COMBINE, generation, membership, source, h, bytes, object.max_tokens, kind);
       s.beside[source] = uint32_t(bytes - row_bytes);
-      if (!wrong && h.rows != rows) wrong = 12;
-      if (!wrong) hear(t, source, h);
+      if (!wrong && h.total_rows != rows) wrong = 12;
+      if (!wrong) hear(t, source, h, tells);
       if (wrong)
         raise_fault(t, uint32_t(-EPT_E_MISMATCH), kCombineRecv, int32_t(source), kHeader, generation, rows, wrong);
     }
@@ -335,7 +338,7 @@ class CombineReceiver {
   EPT_DEVICE bool may_begin(uint32_t) const { return true; }
   EPT_DEVICE bool begin(uint32_t) const { return true; }
 
- private:
+ protected:
   EPT_DEVICE const char *at(uint32_t source) const {
     return s.sources.in[source] + t.map.recv(EPT_PHASE_COMBINE, uint32_t(generation & 1)) +
            a.routing.combine_at[source];

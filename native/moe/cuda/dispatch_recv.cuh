@@ -26,7 +26,7 @@ constexpr int32_t kRows = 0, kByRank = 1, kContiguous = 2, kMasked = 3;  // ept_
 // Reads the header and the counts of a source that has come. The whole warp. False: the lane is faulted.
 EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &object, uint32_t half, uint64_t generation,
                                      uint32_t membership, uint32_t source, uint32_t scale_bytes, int32_t payload_format,
-                                     int32_t scale_format, const RecvShared &s) {
+                                     int32_t scale_format, const RecvShared &s, bool tells = blockIdx.x == 0) {
   const char *at = s.sources.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
                    object.shape.dispatch_region(source).offset;
   uint32_t sum = 0;
@@ -52,20 +52,19 @@ EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &obje
   uint32_t wrong = 0;
   if (lane_id() == 0) {
     const uint64_t row = ept_row_bytes(object.payload, scale_bytes, object.top_k);
-    wrong =
-        check_header(t, object, EPT_PHASE_DISPATCH, generation, membership, source, h, row, object.shape.chunk_tokens);
+    wrong = check_header(t, object, EPT_PHASE_DISPATCH, generation, membership, source, h, row, object.max_tokens);
     if (!wrong && h.rows &&
         (h.scale_bytes != scale_bytes || h.payload_format != uint32_t(payload_format) ||
          (scale_bytes && h.scale_format != uint32_t(scale_format))))
       wrong = 9;
-    if (!wrong && sum > uint64_t(h.rows) * object.top_k) wrong = 10;
+    if (!wrong && sum > uint64_t(h.total_rows) * object.top_k) wrong = 10;
     if (!wrong && (h.combine_offset % kAlign || h.combine_capacity < EPT_MOE_HEADER_BYTES ||
                    h.combine_offset > object.shape.combine_recv() ||
                    h.combine_capacity > object.shape.combine_recv() - h.combine_offset))
       wrong = 11;
     if (wrong) raise_fault(t, uint32_t(-EPT_E_MISMATCH), half, int32_t(source), kHeader, generation, 0, wrong);
-    if (!wrong) hear(t, source, h);
-    s.rows[source] = h.rows;
+    if (!wrong) hear(t, source, h, tells);
+    s.rows[source] = h.total_rows;
     s.return_at[source] = h.combine_offset;
     s.flags[source] = h.flags;
   }
@@ -217,7 +216,7 @@ class DispatchReceiver {
     return !per_expert || index(source);
   }
 
- private:
+ protected:
   // A source's rows are dealt to the blocks by runs. Some are longer by one, of each source at other blocks. A row is
   // copied in so many pieces, as if all sources had as many rows as this one. Divisions are slow: one warp makes them,
   // once.
@@ -321,7 +320,10 @@ class DispatchReceiver {
   // Places of this block's run.
   EPT_DEVICE bool index(uint32_t source) const {
     const BlockRun run = run_of(source);
-    const char *rows = rows_of(source);
+    return index(source, rows_of(source), run);
+  }
+  // Of those of the source's rows; `rows`: where its first one would be, were all in one piece.
+  EPT_DEVICE bool index(uint32_t source, const char *rows, const BlockRun &run) const {
     const uint64_t experts_at = ept_row_experts(object.payload, a.scale_bytes);
     const uint64_t weights_at = ept_row_weights(object.payload, a.scale_bytes, top_k);
     const bool weighed = !(s.flags[source] & EPT_MOE_NO_WEIGHTS);

@@ -23,7 +23,8 @@ constexpr uint32_t kNowhere = 0xffffffffu;
 
 class DispatchSender {
  public:
-  EPT_DEVICE DispatchSender(const DispatchSend &args, const SendShared &shared)
+  // `whole_rows`: a warp has a token by itself.
+  EPT_DEVICE DispatchSender(const DispatchSend &args, const SendShared &shared, bool whole_rows = false)
       : a(args),
         t(args.lane),
         s(shared),
@@ -33,7 +34,7 @@ class DispatchSender {
         fan(uint32_t(args.object.shape.fan())),
         row_bytes(uint32_t(ept_row_bytes(args.object.payload, args.scale_bytes, args.object.top_k))),
         vectors(fixed_or(EPT_FIXED_PAYLOAD, args.object.payload) / 16),
-        parts(parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), vectors, 2)),
+        parts(whole_rows ? 1 : parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), vectors, 2)),
         units(parts + ((args.tokens + gridDim.x - 1) / gridDim.x * (parts + 1) <= warps() ? 1 : 0)) {
     const uint32_t each = a.tokens / gridDim.x, more = a.tokens % gridDim.x;
     first = blockIdx.x * each + (blockIdx.x < more ? blockIdx.x : more);
@@ -51,7 +52,7 @@ class DispatchSender {
     note(t, kDispatchSend, 5);
   }
 
- private:
+ protected:
   EPT_DEVICE void send() {
     note(t, kDispatchSend, 1);
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
@@ -69,6 +70,9 @@ class DispatchSender {
       return {s.rows_at[r] - header, received(), header + uint64_t(s.rows_to[r]) * row_bytes, s.rows_to[r] * units + 1};
     });
     note(t, kDispatchSend, 3);
+    tell_bad_ids();
+  }
+  EPT_DEVICE void tell_bad_ids() const {
     if (blockIdx.x == 0 && threadIdx.x == 0 && s.bad[0])
       raise_fault(t, uint32_t(-EPT_E_INVALID), kDispatchSend, -1, kIds, generation, a.object.experts, s.bad[1]);
   }
@@ -138,14 +142,14 @@ class DispatchSender {
   }
 
   // Tables; the last warps take the short ones. The caller's barrier ends it.
-  EPT_DEVICE void begin() {
-    const Taking members = taking(t, kNext);
+  EPT_DEVICE void begin(uint32_t set = kNext) {
+    const Taking members = taking(t, set);
     for (uint32_t e = threadIdx.x; e < a.object.experts; e += blockDim.x) {
       const uint32_t where = a.object.where[e];
       s.where[e] = members.has(where >> 16) ? where : kNowhere;
       s.counts[e] = 0;
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) a.routing.membership[0] = t.state->membership[kNext];
+    if (set == kNext && blockIdx.x == 0 && threadIdx.x == 0) a.routing.membership[0] = t.state->membership[kNext];
     const uint32_t back = blockDim.x - 1 - threadIdx.x;
     for (uint32_t r = back; r < world; r += blockDim.x) {
       s.pending[r] = s.pieces[r] = 0;

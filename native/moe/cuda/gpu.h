@@ -26,6 +26,9 @@ enum Kernel : uint32_t {
   kKernelLateSend,
   kKernelLateRecv,
   kKernelQuiet,
+  kKernelStreamedDispatch,
+  kKernelStreamedLate,
+  kKernelStreamedCombine,
   kKernels
 };
 // As moe.cu names them, in that order.

@@ -326,6 +326,10 @@ void Lanes::write_times(uint64_t *times) {
   for (uint32_t l = 0; l < count_; l++) tables_[l].times = times ? times + l * times_of(blocks_, world_) : nullptr;
 }
 
+void Lanes::keep_no_more(const void *memory) {
+  std::erase_if(cleared_, [&](const auto &each) { return each.first == memory; });
+}
+
 // ---- who takes part ----
 
 void Lanes::launch_members(uint32_t lane, const Members &members, uint32_t code, int32_t peer, void *stream) {
@@ -439,6 +443,7 @@ void Lanes::begin_at(const std::vector<std::array<uint64_t, EPT_PHASES>> &next) 
   gpu_->clear(memory_ + signals_at(), bytes() - signals_at());
   gpu_->clear(own_, kept_bytes_);
   memset(told_, 0, sizeof(Told) * count_);
+  for (const auto &[memory, bytes] : cleared_) gpu_->clear(memory, bytes);
   const std::shared_ptr<const Members> members = arena_->members();
   for (uint32_t l = 0; l < count_; l++) {
     LaneState state{};
@@ -450,9 +455,11 @@ void Lanes::begin_at(const std::vector<std::array<uint64_t, EPT_PHASES>> &next) 
         heard[r * EPT_PHASES + p] = next[l][p];
         for (uint32_t slot = 0; slot < EPT_MOE_SLOTS; slot++) {
           const uint64_t first = next[l][p] + ((next[l][p] ^ slot) & 1);  // generation of that slot
-          const uint64_t taken = maps(r) || initiates(r) || !net_ ? 0 : net_->taken(l, r, p, slot);
-          offsets[r * kSignals + signal_index(p, slot)] = taken - first / 2;
+          const bool far = !maps(r) && !initiates(r) && net_;
+          offsets[r * kSignals + signal_index(p, slot)] = (far ? net_->taken(l, r, p, slot, 0) : 0) - first / 2;
+          offsets[r * kSignals + signal_index(p, slot, 1)] = far ? net_->taken(l, r, p, slot, 1) : 0;
         }
+        offsets[r * kSignals + grant_index(p)] = !maps(r) && !initiates(r) && net_ ? net_->granted(l, r, p) : 0;
       }
     }
     for (uint32_t set = 0; set < kSets; set++) {
@@ -502,16 +509,16 @@ void Lanes::fit(const Object &object) const {
       need.dispatch_send > map_.dispatch_send || need.combine_send > map_.combine_send)
     fail(EPT_E_INVALID, -1, "an AllToAll of %u lanes of %llu bytes doesn't fit %u lanes of %llu", object.config.lanes,
          (unsigned long long)need.bytes(page_bytes()), count_, (unsigned long long)lane_bytes_);
+  if (object.shape.streams() && opened().heap)
+    fail(EPT_E_UNSUPPORTED, -1,
+         "with a buffer_bytes of %llu, calls of more than %u tokens would be streamed, which kernels that post by "
+         "themselves can't do yet: leave buffer_bytes away, or make max_tokens %u",
+         (unsigned long long)object.config.buffer_bytes, object.shape.chunk_tokens, object.shape.chunk_tokens);
   refuse(object);
 }
 
 void Lanes::refuse(const Object &object) {
   const uint32_t world = object.config.world;
-  if (object.shape.streams())
-    fail(EPT_E_UNSUPPORTED, -1,
-         "with a buffer_bytes of %llu, calls of more than %u tokens would be streamed, which the GPU executor can't do "
-         "yet: leave buffer_bytes away, or make max_tokens %u",
-         (unsigned long long)object.config.buffer_bytes, object.shape.chunk_tokens, object.shape.chunk_tokens);
   if (object.config.num_experts > 65535 || world > 65535)
     fail(EPT_E_UNSUPPORTED, -1, "%u experts on %u ranks; the GPU executor numbers at most 65535 of each",
          object.config.num_experts, world);
@@ -521,11 +528,13 @@ void Lanes::refuse(const Object &object) {
       4 * tiles * world + 8ull * object.config.num_experts + 48ull * world + 8ull * kKept * object.shape.fan() + 64;
   const uint64_t received = 8ull * world * object.local() + 92ull * world + 4ull * world * object.local() +
                             8ull * object.local() + 4ull * world * kept_rows(world) * object.config.top_k + 64;
-  if (shared > kMostShared || received > kMostShared)
+  // Both halves of a streamed call are one launch; 32 warps know what each of them reads next of each rank.
+  const uint64_t together = object.shape.streams() ? shared + received + (64ull + 4 * 32) * world : 0;
+  if (shared > kMostShared || received > kMostShared || together > kMostShared)
     fail(EPT_E_UNSUPPORTED, -1,
          "%u tokens, %u experts and %u ranks take %llu bytes of a block's shared memory; the GPU executor has %llu",
-         object.shape.max_tokens, object.config.num_experts, world, (unsigned long long)std::max(shared, received),
-         (unsigned long long)kMostShared);
+         object.shape.max_tokens, object.config.num_experts, world,
+         (unsigned long long)std::max({shared, received, together}), (unsigned long long)kMostShared);
 }
 
 void Lanes::check(uint32_t lane) const {
@@ -588,6 +597,12 @@ void Lanes::check(uint32_t lane) const {
           "tokens is lost; reset on every rank, and dispatch again",
           ull(told.expected), ull(told.seen));
       break;
+    case kCut:
+      failure(
+          "rank %d cut its message short when %llu of its %llu rows for rank %u were sent: an exception there ended "
+          "its call",
+          told.peer, ull(told.seen), ull(told.expected), rank_);
+      break;
     case kSlot:
       failure("rank %u waited %.1f s for rank %d to have consumed %llu messages; it says %llu", rank_,
               double(config_.timeout_ns) * 1e-9, told.peer, ull(told.expected), ull(told.seen));
@@ -598,7 +613,7 @@ void Lanes::check(uint32_t lane) const {
 }
 
 GpuObject::GpuObject(std::shared_ptr<Lanes> of, const ept_moe_config &config, uint32_t number, const std::string &image)
-    : lanes(std::move(of)), object(config), carried(config.lanes) {
+    : lanes(std::move(of)), object(config), carried(config.lanes), begun(config.lanes) {
   lanes->fit(object);
   // Kernels of a shape are linked with no device library.
   if (!image.empty() && !lanes->opened().heap) {
@@ -629,6 +644,13 @@ GpuObject::GpuObject(std::shared_ptr<Lanes> of, const ept_moe_config &config, ui
   table.mirrored = static_cast<uint64_t *>(lanes->gpu().allocate(config.lanes * sizeof(uint64_t)));
   pages_ = static_cast<char *>(lanes->gpu().allocate_pinned(config.lanes * CountsPage::bytes(table.local)));
   table.shape = object.shape;
+  if (!streams()) return;
+  Carve carve(nullptr);
+  cuda::chunk_state(carve, config.world, config.num_experts, object.local());
+  chunk_bytes_ = align_up(carve.bytes(), kAlign);
+  const uint64_t all = chunk_bytes_ * config.lanes * EPT_PHASES;
+  chunks_ = static_cast<char *>(lanes->gpu().allocate(all));
+  lanes->keep_clear(chunks_, all);
 }
 
 bool GpuObject::counts(uint32_t lane, ept_gpu_counts *to, int32_t *per_expert) const {
@@ -651,6 +673,7 @@ bool GpuObject::counts(uint32_t lane, ept_gpu_counts *to, int32_t *per_expert) c
 void GpuObject::stats(ept_moe_stats *stats) {
   const std::lock_guard<std::mutex> lock(reading_);
   lanes->gpu().copy_out(sent_.data(), table.sent, sent_.size() * sizeof(uint64_t));
+  uint64_t grants = 0;
   for (uint32_t p = 0; p < EPT_PHASES; p++) {
     uint64_t sums[kTallies] = {};
     for (uint32_t i = 0; i < object.config.lanes * kTallies; i++)
@@ -659,13 +682,19 @@ void GpuObject::stats(ept_moe_stats *stats) {
     stats->messages[p] = sums[kMessages];
     stats->bytes[p] = sums[kBytes];
     stats->rows[p] = sums[kRowsSent];
+    grants += sums[kGrants];
   }
-  stats->grants = stats->acks = stats->ack_waits = 0;  // nothing is streamed, and headers tell
+  stats->grants = grants;
+  stats->acks = stats->ack_waits = 0;  // headers tell
 }
 
 GpuObject::~GpuObject() {
   if (pages_) lanes->gpu().release_pinned(pages_);
   if (table.mirrored) lanes->gpu().release(table.mirrored);
+  if (chunks_) {
+    lanes->keep_no_more(chunks_);
+    lanes->gpu().release(chunks_);
+  }
   if (table.sent) lanes->gpu().release(table.sent);
   if (memory_) lanes->gpu().release(memory_);
 }

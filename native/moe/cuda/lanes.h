@@ -69,6 +69,9 @@ class Lanes final : public Follower {
   void check(uint32_t lane) const;
 
   const LaneTable &table(uint32_t lane) const { return tables_[lane]; }
+  // Device memory that kernels leave at 0, and that a reset clears after one that hasn't: added, and taken out again.
+  void keep_clear(void *memory, uint64_t bytes) { cleared_.emplace_back(memory, bytes); }
+  void keep_no_more(const void *memory);
   // Device timestamps of what is launched from now on: times_of(blocks, world) words for each lane, or NULL.
   void write_times(uint64_t *times);
   uint32_t lanes() const { return count_; }
@@ -148,6 +151,7 @@ class Lanes final : public Follower {
   std::mutex following_;                     // progress_ is written
   std::atomic<bool> whole_{true};            // false: from a reset's begin until one ends well
   std::vector<uint32_t> taken_;              // [lanes] the membership that the lane has, as far as was launched
+  std::vector<std::pair<void *, uint64_t>> cleared_;
   const std::shared_ptr<Arena> arena_;
   std::vector<Place> places_;
   std::unique_ptr<Net> net_;
@@ -178,6 +182,17 @@ class GpuObject {
     int32_t scale_format = 0;
   };
   std::vector<Carried> carried;
+  // Where calls may be streamed: what a lane's first launches were told, for the second ones, which send the rest.
+  struct Begun {
+    DispatchSend dispatch{};
+    CombineSend combine{};
+  };
+  std::vector<Begun> begun;
+  bool streams() const { return object.shape.streams(); }
+  // ChunkState of a lane's phase.
+  char *chunk_state(uint32_t lane, uint32_t phase) const {
+    return chunks_ + (lane * EPT_PHASES + phase) * chunk_bytes_;
+  }
   // As ept_moe_stats_get: of kernels that have ended.
   void stats(ept_moe_stats *stats);
   // Where a lane's counts are mirrored, and what stands there; false: nothing yet.
@@ -191,6 +206,8 @@ class GpuObject {
   std::vector<uint64_t> sent_;
   uint32_t *memory_ = nullptr;
   char *pages_ = nullptr;  // [lanes] CountsPage, pinned
+  char *chunks_ = nullptr;
+  uint64_t chunk_bytes_ = 0;
 };
 
 }  // namespace ept::moe::cuda

@@ -6,3 +6,4 @@
 #include "moe/cuda/dispatch_send.cuh"
 #include "moe/cuda/late_weights.cuh"
 #include "moe/cuda/quiet.cuh"
+#include "moe/cuda/streamed.cuh"

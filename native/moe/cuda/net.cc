@@ -13,7 +13,8 @@ using ept::cuda::RingPlace;
 
 namespace {
 
-// A step pushes one command a peer and phase; the rest is room for ranks of which one is late.
+// A step pushes one command a peer and phase, or one a chunk and a grant, of which two are under way; the rest is room
+// for ranks of which one is late.
 uint32_t capacity_for(uint32_t lanes, uint32_t world) {
   uint32_t capacity = 64;
   while (capacity < 8 * lanes * world) capacity *= 2;
@@ -80,9 +81,11 @@ void Net::name_all() {
     for (uint32_t r = 0; r < world_; r++) {
       if (r == arena_.rank) continue;
       proxy_->set_region(r, l, lane.links[r].region);
-      for (uint32_t p = 0; p < EPT_PHASES; p++)
-        for (uint32_t slot = 0; slot < EPT_MOE_SLOTS; slot++)
-          proxy_->set_signal(r, l * kSignals + signal_index(p, slot), lane.links[r].raise[p][slot][0]);
+      for (uint32_t p = 0; p < EPT_PHASES; p++) {
+        for (uint32_t i = 0; i < EPT_MOE_SLOTS * EPT_MOE_POSITIONS; i++)
+          proxy_->set_signal(r, l * kSignals + signal_index(p, i / 2, i % 2), lane.links[r].raise[p][i / 2][i % 2]);
+        proxy_->set_signal(r, l * kSignals + grant_index(p), lane.links[r].grant[p]);
+      }
     }
   }
 }
@@ -132,11 +135,16 @@ std::shared_ptr<void> Net::before_reset(const std::vector<std::array<uint64_t, E
     Lane &lane = *arena_.lanes[l];
     for (uint32_t p = 0; p < EPT_PHASES; p++) {
       lane.next[p] = std::max<uint64_t>(lane.next[p], next[l][p]);
-      for (uint32_t r = 0; r < world_; r++)
-        for (uint32_t slot = 0; slot < EPT_MOE_SLOTS && r != arena_.rank; slot++) {
-          const uint32_t signal = l * kSignals + signal_index(p, slot);
-          lane.links[r].posted[p][slot][0] = proxy_->raised(r, signal) - base(r, signal);
-        }
+      for (uint32_t r = 0; r < world_; r++) {
+        if (r == arena_.rank) continue;
+        const auto raised = [&](uint32_t index) {
+          const uint32_t signal = l * kSignals + index;
+          return proxy_->raised(r, signal) - base(r, signal);
+        };
+        for (uint32_t i = 0; i < EPT_MOE_SLOTS * EPT_MOE_POSITIONS; i++)
+          lane.links[r].posted[p][i / 2][i % 2] = raised(signal_index(p, i / 2, i % 2));
+        lane.links[r].grants_given[p] = raised(grant_index(p));
+      }
     }
   }
   return kept;
@@ -156,8 +164,12 @@ void Net::after_reset(std::vector<std::array<uint64_t, EPT_PHASES>> &next) {
     if (r != arena_.rank && members->has(r)) proxy_->reopen(r);
 }
 
-uint64_t Net::taken(uint32_t lane, uint32_t source, uint32_t phase, uint32_t slot) const {
-  return arena_.lanes[lane]->links[source].taken[phase][slot][0];
+uint64_t Net::taken(uint32_t lane, uint32_t source, uint32_t phase, uint32_t slot, uint32_t position) const {
+  return arena_.lanes[lane]->links[source].taken[phase][slot][position];
+}
+
+uint64_t Net::granted(uint32_t lane, uint32_t rank, uint32_t phase) const {
+  return arena_.lanes[lane]->links[rank].grants_before[phase];
 }
 
 }  // namespace ept::moe::cuda

@@ -45,7 +45,9 @@ class Net {
   // Waits of kernels for that rank end with `code`, until the next reset. What is posted to it goes on.
   void end_waits(uint32_t rank, int32_t code) { proxy_->end_waits(rank, code); }
   // Since then, or since the start: the count of the signal that the source's next message raises it from.
-  uint64_t taken(uint32_t lane, uint32_t source, uint32_t phase, uint32_t slot) const;
+  uint64_t taken(uint32_t lane, uint32_t source, uint32_t phase, uint32_t slot, uint32_t position) const;
+  // Likewise of chunks of ours that the rank has granted.
+  uint64_t granted(uint32_t lane, uint32_t rank, uint32_t phase) const;
 
  private:
   struct Pinned {

@@ -191,25 +191,30 @@ EPT_DEVICE void post_initiated(const LaneTable &t, uint32_t half, uint32_t phase
 
 // What a generation sends to other ranks, for stats: by one warp of one block. A lane's kernels never run beside each
 // other, so nobody else adds to the lane's tallies.
-template <class Rows, class Bytes>
-EPT_DEVICE void tally(const LaneTable &t, const ObjectTable &object, uint32_t phase, Rows rows, Bytes bytes) {
+template <class Rows, class Bytes, class Messages>
+EPT_DEVICE void tally(const LaneTable &t, const ObjectTable &object, uint32_t phase, Rows rows, Bytes bytes,
+                      Messages messages) {
   const Taking members = taking(t, kNext);
   uint64_t sums[kTallies] = {};
   for (uint32_t r = lane_id(); r < t.world; r += kWarp) {
     if (r == t.rank || !members.has(r)) continue;
-    sums[kMessages]++;
+    sums[kMessages] += messages(r);
     sums[kBytes] += bytes(r);
     sums[kRowsSent] += rows(r);
   }
   __syncwarp();
   EPT_UNROLL
-  for (uint32_t i = kMessages; i < kTallies; i++)
+  for (uint32_t i = kMessages; i < kGrants; i++)
     for (uint32_t step = 1; step < kWarp; step *= 2) sums[i] += __shfl_xor_sync(kAll, sums[i], int(step));
   if (lane_id() != 0) return;
   uint64_t *to = object.sent + (uint64_t(t.lane) * EPT_PHASES + phase) * kTallies;
   sums[kGenerations] = 1;
   EPT_UNROLL
-  for (uint32_t i = 0; i < kTallies; i++) to[i] += sums[i];
+  for (uint32_t i = 0; i < kGrants; i++) to[i] += sums[i];
+}
+template <class Rows, class Bytes>
+EPT_DEVICE void tally(const LaneTable &t, const ObjectTable &object, uint32_t phase, Rows rows, Bytes bytes) {
+  tally(t, object, phase, rows, bytes, [](uint32_t) { return 1u; });
 }
 
 // A header as it is moved: by words.
@@ -252,9 +257,9 @@ EPT_DEVICE bool has_arrived(const LaneTable &t, uint32_t source, uint32_t phase,
   return device::reached(Hardware::acquire_system(arrival_word(t, source, phase, generation)),
                          arrival_count(t, source, phase, generation));
 }
-// Nothing moved: true where the wait shall go on. One thread.
-EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, uint32_t source,
-                         uint64_t deadline) {
+// Nothing moved: true where the wait for that count of a word of `source`'s shall go on. One thread.
+EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint64_t generation, uint32_t source, const uint64_t *word,
+                         uint64_t target, uint64_t deadline) {
   if (fault_of(t)) return false;
   const uint64_t now = Hardware::now();
   const int32_t *status = device::status(t.paths[source]);
@@ -264,12 +269,17 @@ EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint32_t phase, uint
     EPT_REST();
     return true;
   }
-  if (has_arrived(t, source, phase, generation)) return true;  // before it was lost
-  const uint64_t seen = Hardware::acquire_system(arrival_word(t, source, phase, generation));
+  const uint64_t seen = Hardware::acquire_system(word);
+  if (device::reached(seen, target)) return true;  // before it was lost
   const bool late = lost == EPT_OK;
   raise_fault(t, uint32_t(late ? -EPT_E_TIMEOUT : -lost), half, int32_t(source), late ? kLate : kLost, generation,
-              arrival_count(t, source, phase, generation), seen);
+              target, seen);
   return false;
+}
+EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, uint32_t source,
+                         uint64_t deadline) {
+  return may_wait(t, half, generation, source, arrival_word(t, source, phase, generation),
+                  arrival_count(t, source, phase, generation), deadline);
 }
 
 // 0, or the number of the first field that is not of this step. `kind`: of the flags that say which message it is. One
@@ -284,7 +294,9 @@ EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, 
   if (h.object != object.number) return 5;
   if ((h.flags & (EPT_MOE_LATE_WEIGHTS | EPT_MOE_ROW_WEIGHTS)) != kind) return 6;
   if (h.top_k != object.top_k || (h.rows && h.row_bytes != row_bytes)) return 7;
-  if (h.rows != h.total_rows || h.rows > most_rows || !(h.flags & EPT_MOE_LAST)) return 8;
+  // A message in several chunks comes where calls may be streamed (chunks.cuh looks at the others).
+  const bool whole = h.rows == h.total_rows && h.flags & EPT_MOE_LAST;
+  if (h.total_rows > most_rows || h.rows > h.total_rows || (!whole && !object.shape.streams())) return 8;
   return 0;
 }
 // A plain copy of what a peer's header said when its signal was seen: what was checked is what is used.
@@ -341,12 +353,12 @@ EPT_DEVICE uint64_t has_consumed(const LaneTable &t, uint32_t phase, uint32_t pe
 // for itself: no other has told it. All threads call; false, for all of them: the lane is faulted.
 EPT_DEVICE bool settle(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
   if (!t.staging) return true;
-  const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
   const uint64_t deadline = device::deadline_in(t.timeout_ns);
   const Taking members = taking(t, kNext);
   for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
-    const uint64_t ticket = t.tickets[r * kSignals + signal];
-    if (ticket) {
+    for (uint32_t position = 0; position < EPT_MOE_POSITIONS; position++) {
+      const uint64_t ticket = t.tickets[r * kSignals + signal_index(phase, uint32_t(generation & 1), position)];
+      if (!ticket) continue;
       const device::Seen seen = device::flush(t.paths[r], ticket - 1, deadline);
       if (!seen.came()) raise_fault(t, uint32_t(-seen.code), half, int32_t(r), kPost, generation, ticket, seen.count);
     }

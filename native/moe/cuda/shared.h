@@ -147,4 +147,84 @@ EPT_HD inline CombineShared combine_shared(Carve &carve, uint32_t threads, uint3
   return s;
 }
 
+// What a block knows of messages that may go in chunks (chunks.cuh).
+struct OutShared {
+  char **at;                      // [world] where the first chunk to that rank is packed
+  uint64_t *there;                // [world] and where in its lane it is to be
+  uint32_t *half;                 // [world] bytes from there to where the second is packed,
+  uint32_t *half_there;           // [world] and is to be
+  uint32_t *rows, *per, *chunks;  // [world] of the message; rows of a chunk
+};
+EPT_HD inline OutShared out_shared(Carve &carve, uint32_t world) {
+  OutShared s{};
+  s.at = carve.take<char *>(world);
+  s.there = carve.take<uint64_t>(world);
+  s.half = carve.take<uint32_t>(world);
+  s.half_there = carve.take<uint32_t>(world);
+  s.rows = carve.take<uint32_t>(world);
+  s.per = carve.take<uint32_t>(world);
+  s.chunks = carve.take<uint32_t>(world);
+  return s;
+}
+struct InShared {
+  uint32_t *chunk;      // [world] that the source's leader waits for, or is at
+  uint32_t *leading;    // [world] how far it is
+  uint32_t *row_bytes;  // [world] of the source's rows
+  uint32_t *next;       // [warps, world] the next row that is this warp's
+};
+EPT_HD inline InShared in_shared(Carve &carve, uint32_t threads, uint32_t world) {
+  InShared s{};
+  s.chunk = carve.take<uint32_t>(world);
+  s.leading = carve.take<uint32_t>(world);
+  s.row_bytes = carve.take<uint32_t>(world);
+  s.next = carve.take<uint32_t>(uint64_t(threads / kWarp) * world);
+  return s;
+}
+
+// Both halves of a call that may be streamed. They share a ring: a warp has one role.
+struct StreamedDispatchShared {
+  SendShared send;
+  RecvShared recv;
+  OutShared out;
+  InShared in;
+};
+EPT_HD inline StreamedDispatchShared streamed_dispatch_shared(Carve &carve, uint32_t threads, uint32_t world,
+                                                              uint32_t experts, uint32_t local, uint32_t tokens,
+                                                              uint32_t top_k, uint32_t fan) {
+  StreamedDispatchShared s{};
+  s.send = send_shared(carve, threads, world, experts, tokens, fan);
+  s.recv = recv_shared(carve, 0, world, local, top_k);
+  s.recv.ring = s.send.ring;
+  s.recv.kept = 0;
+  s.out = out_shared(carve, world);
+  s.in = in_shared(carve, threads, world);
+  return s;
+}
+struct StreamedCombineShared {
+  CombineShared both;
+  OutShared out;
+  InShared in;
+  uint32_t *next_out;  // [warps, world] the next row to that rank that is this warp's
+};
+EPT_HD inline StreamedCombineShared streamed_combine_shared(Carve &carve, uint32_t threads, uint32_t world) {
+  StreamedCombineShared s{};
+  s.both = combine_shared(carve, threads, world);
+  s.out = out_shared(carve, world);
+  s.in = in_shared(carve, threads, world);
+  s.next_out = carve.take<uint32_t>(uint64_t(threads / kWarp) * world);
+  return s;
+}
+struct StreamedLateShared {
+  OutShared out;
+  InShared in;
+  uint32_t *word;
+};
+EPT_HD inline StreamedLateShared streamed_late_shared(Carve &carve, uint32_t threads, uint32_t world) {
+  StreamedLateShared s{};
+  s.out = out_shared(carve, world);
+  s.in = in_shared(carve, threads, world);
+  s.word = carve.take<uint32_t>(1);
+  return s;
+}
+
 }  // namespace ept::moe::cuda

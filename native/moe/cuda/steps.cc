@@ -89,6 +89,61 @@ uint64_t shared_bytes(Make &&make) {
   return carve.bytes();
 }
 
+// ---- of an AllToAll whose calls may be streamed: each half is one of two launches (chunks.cuh) ----
+
+Streamed how(const GpuObject &moe, uint32_t lane, uint32_t phase, bool first, bool discards) {
+  Streamed how{};
+  how.state = moe.chunk_state(lane, phase);
+  how.first = first;
+  how.discards = discards;
+  return how;
+}
+
+// in: NULL for the first launch, and where what comes is dropped.
+void streamed_dispatch(GpuObject &moe, uint32_t lane, bool first, const DispatchRecv *in, void *stream) {
+  StreamedDispatch a{};
+  a.how = how(moe, lane, EPT_PHASE_DISPATCH, first, !first && !in);
+  a.out = moe.begun[lane].dispatch;
+  a.out.lane = moe.lanes->table(lane);
+  if (in) a.in = *in;
+  a.in.lane = a.out.lane;
+  a.in.object = moe.table;
+  a.in.scale_bytes = moe.carried[lane].scale_bytes;
+  a.in.scale_format = moe.carried[lane].scale_format;
+  a.in.payload_format = moe.object.config.dispatch_dtype;
+  const uint64_t shared = shared_bytes([&](Carve &carve) {
+    const ept_moe_config &config = moe.object.config;
+    streamed_dispatch_shared(carve, moe.lanes->threads(), config.world, config.num_experts, moe.object.local(),
+                             a.out.tokens, config.top_k, uint32_t(moe.object.shape.fan()));
+  });
+  launch(moe, kKernelStreamedDispatch, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
+}
+
+void streamed_combine(GpuObject &moe, uint32_t lane, bool first, const CombineRecv *in, void *stream) {
+  StreamedCombine a{};
+  a.how = how(moe, lane, EPT_PHASE_COMBINE, first, !first && !in);
+  a.out = moe.begun[lane].combine;
+  a.out.lane = moe.lanes->table(lane);
+  if (in) a.in = *in;
+  a.in.lane = a.out.lane;
+  a.in.object = moe.table;
+  a.in.routing = a.out.routing;
+  const uint64_t shared = shared_bytes(
+      [&](Carve &carve) { streamed_combine_shared(carve, moe.lanes->threads(), moe.object.config.world); });
+  launch(moe, kKernelStreamedCombine, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
+}
+
+void streamed_late(GpuObject &moe, uint32_t lane, const LateSend &out, const LateRecv &in, void *stream) {
+  const uint64_t shared =
+      shared_bytes([&](Carve &carve) { streamed_late_shared(carve, moe.lanes->threads(), moe.object.config.world); });
+  for (bool first : {true, false}) {
+    StreamedLate a{how(moe, lane, EPT_PHASE_DISPATCH, first, false), out, in};
+    launch(moe, kKernelStreamedLate, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
+  }
+}
+
+// ---- steps ----
+
 void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing, void *stream) {
   const Object &object = moe.object;
   const ept_moe_config &config = object.config;
@@ -104,6 +159,11 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
   const int64_t tokens = args.x.shape[0];
   if (tokens > int64_t(config.max_tokens))
     fail(EPT_E_CAPACITY, -1, "x has %lld tokens; max_tokens is %u", (long long)tokens, config.max_tokens);
+  if (!args.whole && tokens > int64_t(object.shape.chunk_tokens))
+    fail(EPT_E_CAPACITY, -1,
+         "x has %lld tokens; with a buffer_bytes of %llu the halves take %u at once: call dispatch and combine whole, "
+         "which stream longer batches, or allow more bytes",
+         (long long)tokens, (unsigned long long)config.buffer_bytes, object.shape.chunk_tokens);
   want_here(moe, "topk_ids", args.topk_ids, {EPT_DTYPE_I32, EPT_DTYPE_I64}, {tokens, top_k});
   GpuObject::Carried carried;
   if (present(args.scales)) {
@@ -145,8 +205,13 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
     send_shared(carve, moe.lanes->threads(), config.world, config.num_experts, uint32_t(tokens),
                 uint32_t(object.shape.fan()));
   });
-  launch(moe, kKernelDispatchSend, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
   moe.carried[args.lane] = carried;
+  if (!moe.streams()) {
+    launch(moe, kKernelDispatchSend, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
+    return;
+  }
+  moe.begun[args.lane].dispatch = a;
+  streamed_dispatch(moe, args.lane, true, nullptr, stream);
 }
 
 uint64_t shared_of_receive(const GpuObject &moe) {
@@ -220,6 +285,10 @@ void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o,
   a.num_rows = num_rows;
   a.ticket = ticket;
   a.mirror = ticket ? moe.page(lane) : nullptr;
+  if (moe.streams()) {
+    streamed_dispatch(moe, lane, false, &a, stream);
+    return;
+  }
   launch(moe, kKernelDispatchRecv, moe.lanes->blocks(), moe.lanes->threads(), shared_of_receive(moe), stream, &a);
 }
 
@@ -237,12 +306,16 @@ void late_weights(GpuObject &moe, uint32_t lane, const ept_tensor &weights, void
     carve.take<char *>(world);
     carve.take<uint32_t>(2);
   });
-  launch(moe, kKernelLateSend, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &out);
   LateRecv in{};
   in.lane = out.lane;
   in.object = moe.table;
   in.routing = out.routing;
   in.late = late;
+  if (moe.streams()) {
+    streamed_late(moe, lane, out, in, stream);
+    return;
+  }
+  launch(moe, kKernelLateSend, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &out);
   launch(moe, kKernelLateRecv, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &in);
 }
 
@@ -278,6 +351,15 @@ void combine_send(GpuObject &moe, const ept_combine_args &args, void *routing, u
       want_here(moe, "row_weights", args.row_weights, {EPT_DTYPE_F32}, {n, top_k});
     a.row_weights = strided(args.row_weights, two ? 2 : 1);
   }
+  if (!args.whole && tokens > object.shape.chunk_tokens)
+    fail(EPT_E_CAPACITY, -1,
+         "the routing has %llu tokens; with a buffer_bytes of %llu the halves take %u at once: call combine whole",
+         (unsigned long long)tokens, (unsigned long long)object.config.buffer_bytes, object.shape.chunk_tokens);
+  if (moe.streams()) {
+    moe.begun[args.lane].combine = a;
+    streamed_combine(moe, args.lane, true, nullptr, stream);
+    return;
+  }
   const uint32_t threads = moe.lanes->combine_threads(tokens);
   const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, threads, object.config.world); });
   launch(moe, kKernelCombineSend, moe.lanes->blocks(), threads, shared, stream, &a);
@@ -298,6 +380,10 @@ void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, const ept_
   if (row_weights && present(*row_weights)) {
     want_here(moe, "row_weights", *row_weights, {EPT_DTYPE_F32}, {y.shape[0], int64_t(moe.object.config.top_k)});
     a.row_weights = strided(*row_weights, 1);
+  }
+  if (moe.streams()) {
+    streamed_combine(moe, lane, false, &a, stream);
+    return;
   }
   const uint32_t threads = moe.lanes->combine_threads(a.tokens);
   const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, threads, moe.object.config.world); });
@@ -544,6 +630,14 @@ int32_t ept_gpu_moe_combine_recv(ept_gpu_moe *moe, uint32_t lane, const ept_tens
 
 int32_t ept_gpu_moe_drain(ept_gpu_moe *moe, uint32_t lane, uint32_t phase, void *stream, ept_error *error) {
   return guarded("drain", error, [&] {
+    lane_of(*moe->object, lane);
+    if (moe->object->streams()) {
+      if (phase == EPT_PHASE_DISPATCH)
+        streamed_dispatch(*moe->object, lane, false, nullptr, stream);
+      else
+        streamed_combine(*moe->object, lane, false, nullptr, stream);
+      return;
+    }
     Drain a{moe->object->lanes->table(lane_of(*moe->object, lane)), phase};
     launch(*moe->object, kKernelDrain, 1, moe->object->lanes->threads(), 0, stream, &a);
   });

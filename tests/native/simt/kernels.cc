@@ -24,10 +24,18 @@ simt::Kernel made() {
 }  // namespace
 
 using namespace ept::moe::cuda;
-const simt::Kernel simt::kernels[10] = {
-    made<DispatchSend, moe_dispatch_send>(), made<DispatchWait, moe_dispatch_wait>(),
-    made<DispatchRecv, moe_dispatch_recv>(), made<CombineSend, moe_combine_send>(),
-    made<CombineRecv, moe_combine_recv>(),   made<Drain, moe_drain>(),
-    made<TakeMembers, moe_take_members>(),   made<LateSend, moe_late_send>(),
-    made<LateRecv, moe_late_recv>(),         made<Drain, moe_quiet>(),
+const simt::Kernel simt::kernels[13] = {
+    made<DispatchSend, moe_dispatch_send>(),
+    made<DispatchWait, moe_dispatch_wait>(),
+    made<DispatchRecv, moe_dispatch_recv>(),
+    made<CombineSend, moe_combine_send>(),
+    made<CombineRecv, moe_combine_recv>(),
+    made<Drain, moe_drain>(),
+    made<TakeMembers, moe_take_members>(),
+    made<LateSend, moe_late_send>(),
+    made<LateRecv, moe_late_recv>(),
+    made<Drain, moe_quiet>(),
+    made<StreamedDispatch, moe_streamed_dispatch>(),
+    made<StreamedLate, moe_streamed_late>(),
+    made<StreamedCombine, moe_streamed_combine>(),
 };

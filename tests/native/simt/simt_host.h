@@ -107,10 +107,16 @@ inline int __syncthreads_or(int predicate) {
   return 0;
 }
 inline void __threadfence_block() {}
+inline void __threadfence() {}
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline uint32_t atomicAdd(uint32_t *at, uint32_t more) {
   const uint32_t before = *at;
+  *at += more;
+  return before;
+}
+inline unsigned long long atomicAdd(unsigned long long *at, unsigned long long more) {
+  const unsigned long long before = *at;
   *at += more;
   return before;
 }
