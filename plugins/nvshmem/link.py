@@ -25,7 +25,7 @@ from pathlib import Path
 
 GET = (
     "pip install nvidia-nvshmem-cu13 (-cu12) where the library is built, with an nvcc of the same CUDA release there "
-    "(no GPU is needed), and build it again"
+    "(no GPU is needed), and build it with -Dnvshmem=enabled (docs/backends/nvshmem.md)"
 )
 KERNEL_REGISTERS = "64"
 """What the library's functions may take: more than the kernels' own (simt.h) would leave no room for wide blocks."""
@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> None:
                 Path(out),
                 [],
                 (0, 0, 0),
-                f"built without kernels that are linked with NVSHMEM (-Dnvshmem=disabled): {GET}",
+                f"built without kernels that are linked with NVSHMEM, as long as that is not asked for: {GET}",
             )
         case _:
             raise SystemExit(__doc__)

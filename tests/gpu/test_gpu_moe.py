@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -218,21 +219,25 @@ def test_dispatch_again_by_the_routing(make_world: Make) -> None:
 
 @pytest.mark.parametrize(("layout", "late"), [("by_rank", 1), ("rows", 3), ("masked", 3)])
 def test_others_are_done_while_one_is_held_back(make_world: Make, layout: str, late: int) -> None:
-    """A rank sends 5 ms after the others: by the GPU's own clock, each other rank has unpacked all rows of those that
-    came before it has seen the late one's signal."""
+    """A rank sends 5 ms after all others have launched theirs: by the GPU's own clock, each other rank has unpacked all
+    rows of those that came before it has seen the late one's signal."""
     config = model.Config(4, 16, 4, 1024)
     world = make_world(4)
     moes = world.all_to_alls(config, max_tokens=64)
     scenario = Scenario(config, make_batches(config, (64, 50, 64, 33), 1), [layout] * 4)
     run_all(scenario, moes, world)  # what is slow the first time
     times = [Times(moe) for moe in moes]
+    launched = threading.Barrier(4)
 
     def run(rank: int) -> torch.Tensor:
         given = scenario.arguments(rank)
         if rank == late:
+            launched.wait(60)
             sleep: Any = torch.cuda
             sleep._sleep(int(5e-3 * 2e9))  # cycles: at most 2 GHz, so 5 ms or more
         got = moes[rank].dispatch(**given)
+        if rank != late:
+            launched.wait(60)
         scenario.check(rank, got)
         return moes[rank].combine(**scenario.combine_arguments(rank, got))
 

@@ -182,9 +182,8 @@ def test_max_rows_bounds_the_outputs(make_groups: Make) -> None:
 @pytest.mark.parametrize("lost", [0, 2])
 def test_a_rank_that_disappears_is_named(make_groups: Make, lost: int) -> None:
     """Loopback's adversary takes it away; whoever waits for it hears within dead_s or so, not at the deadline."""
-    groups = make_groups(
-        3, timeout_s=30.0, dead_s=3.0, adversary=3, options={"loopback.lose_rank": lost, "loopback.lose_after": 400}
-    )
+    options = {"loopback.lose_rank": lost, "loopback.lose_after": 400}
+    groups = make_groups(3, timeout_s=30.0, dead_s=3.0, adversary=3, options=options, **harness.BY_ENGINE)
     moes = all_to_alls(groups, CONFIG)
     said: dict[int, ept.EptError] = {}
 
@@ -209,7 +208,7 @@ def test_a_rank_that_disappears_is_named(make_groups: Make, lost: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_failed_operations_give_errors_never_wrong_bits(make_groups: Make, seed: int) -> None:
     """Operations fail half landed, two in a hundred. Every step is either right on a rank or an error there."""
-    groups = make_groups(3, timeout_s=2.0, adversary=seed, options={"loopback.fail_permille": 20})
+    groups = make_groups(3, timeout_s=2.0, adversary=seed, options={"loopback.fail_permille": 20}, **harness.BY_ENGINE)
     try:
         moes = all_to_alls(groups, CONFIG)
     except ept.EptError:

@@ -57,6 +57,7 @@
 
 #ifdef __CUDACC__
 #define EPT_DEVICE __device__ __forceinline__
+#define EPT_EITHER __host__ __device__ __forceinline__ /* what the host says of a ring, too */
 #else
 #include <time.h>
 
@@ -64,6 +65,7 @@
 #include <cstring>
 #include <thread>
 #define EPT_DEVICE inline
+#define EPT_EITHER inline
 #ifndef EPT_SPIN /* what a CPU does between two looks; fibers bring their own */
 #define EPT_SPIN() std::this_thread::yield()
 #endif
@@ -220,7 +222,7 @@ EPT_DEVICE void unpack(const uint64_t (&words)[EPT_SLOT_WORDS], ept_command &c) 
   c.reserved = 0;
 }
 /* Bit 63 of the words of a ticket's slot. */
-EPT_DEVICE uint64_t round_of(uint64_t ticket, uint64_t capacity) { return ticket & capacity ? uint64_t(1) << 63 : 0; }
+EPT_EITHER uint64_t round_of(uint64_t ticket, uint64_t capacity) { return ticket & capacity ? uint64_t(1) << 63 : 0; }
 
 EPT_DEVICE bool reached(uint64_t count, uint64_t target) { return static_cast<int64_t>(count - target) >= 0; }
 template <class T>
