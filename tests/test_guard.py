@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -73,3 +77,37 @@ def test_who_is_inside_is_waited_for() -> None:
     assert not guard.wait_idle(0)  # who was turned away was never inside
     guard.leave()
     assert guard.wait_idle(0)
+
+
+def test_a_gpus_steps_call_nothing_behind_their_guard() -> None:
+    """A GPU rank's dispatch after a close ended the process: it asked the freed object for a size. No GPU is needed to
+    see that each native function goes through what enters the guard."""
+    from eptransport import _gpu_steps
+
+    tree = ast.parse(Path(_gpu_steps.__file__).read_text())
+    direct = [
+        f"line {node.lineno}: {ast.unparse(node.func)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("lib.ept_")
+    ]
+    assert direct == []
+
+
+def test_a_closed_object_gives_no_number() -> None:
+    from eptransport._gpu_steps import GpuSteps
+
+    asked: list[str] = []
+    steps = object.__new__(GpuSteps)
+    native: Any = SimpleNamespace(guard=Guard("this AllToAll"), pointer="the object")
+    steps._native = native
+
+    def size(pointer: str, count: int) -> int:
+        asked.append(pointer)
+        return 16 * count
+
+    assert steps._number(size, 3) == 48
+    native.guard.shut()
+    assert native.guard.wait_idle(0)
+    with pytest.raises(ept.ClosedError, match="this AllToAll is closed"):
+        steps._number(size, 3)
+    assert asked == ["the object"]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from eptransport._call import call, ffi, lib, new_error, sized, text, timeout_ns
-from eptransport._guard import Guard
+from eptransport._guard import CLOSE_S, Guard
 from eptransport._kernels import add_missing, for_shape
 from eptransport._process import process
 from eptransport.errors import InvalidArgument, LaneFault, PeerLost, Timeout, UnsupportedError
@@ -61,16 +61,13 @@ class GpuArena:
         self.device = device
         self._fault = fault
         self.over_engine = bool(lib.ept_gpu_lanes_over_engine(pointer))
+        self.shares_process = bool(lib.ept_gpu_lanes_share_process(pointer))
+        """Whether other ranks are threads of this process."""
         self.objects = 0
         self._members = members
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="eptransport-gpu-watch", daemon=True)
         self._watcher.start()
-
-    @property
-    def shares_process(self) -> bool:
-        """Whether other ranks are threads of this process."""
-        return bool(lib.ept_gpu_lanes_share_process(self.pointer))
 
     def maps(self, rank: int) -> bool:
         """Whether that rank's memory is in this GPU's address space."""
@@ -121,6 +118,9 @@ class NativeGpuMoe:
 
     def close(self) -> None:
         if self.guard.forked or not self.guard.shut():
+            return
+        if not self.guard.wait_idle(CLOSE_S):
+            logger.error("rank %d: a thread is still inside an AllToAll, which is left open", self.group.rank)
             return
         self._children.pop(id(self), None)
         lib.ept_gpu_moe_close(self.pointer)

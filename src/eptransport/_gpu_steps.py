@@ -179,7 +179,7 @@ class GpuSteps:
             if topk_weights is None and kept.weighed:
                 topk_weights, weighed = weights, True
         assert topk_ids is not None
-        size = int(lib.ept_gpu_routing_bytes(self._native.pointer, count))
+        size = self._number(lib.ept_gpu_routing_bytes, count)
         stream = self._stream(state)
         made = GpuRouting(
             torch.empty(max(size, 16), dtype=torch.uint8, device=shapes.device), chosen, lane, tokens, count
@@ -294,7 +294,7 @@ class GpuSteps:
         """The weights of the rows that are here, by which this combine goes."""
         import torch
 
-        size = int(lib.ept_gpu_late_bytes(self._native.pointer))
+        size = self._number(lib.ept_gpu_late_bytes)
         late = torch.empty(size // 4, dtype=torch.float32, device=self._shapes.device)
         native = ffi.new("ept_tensor *")
         fill(native, weights[: routing.num_tokens])
@@ -365,11 +365,14 @@ class GpuSteps:
 
     def reset(self, timeout: int) -> int:
         """Collective; ns. LATER: the membership moves."""
+        self._native.guard.enter()
         try:
             return call(lib.ept_gpu_lanes_reset, self._native.arena.pointer, timeout)
         except _BY_MEMBERSHIP as error:
             self._members.after(error, self._native.group.settings.on_lost)
             raise
+        finally:
+            self._native.guard.leave()
 
     # -- how it is done --
 
@@ -456,7 +459,7 @@ class GpuSteps:
         import torch
 
         count, top_k = routing.num_tokens, self._shapes.top_k
-        at, size = int(lib.ept_gpu_routing_ids(self._native.pointer, count)), 4 * count * top_k
+        at, size = self._number(lib.ept_gpu_routing_ids, count), 4 * count * top_k
         ids = routing._memory[at : at + size].view(torch.int32).view(count, top_k)
         weights = routing._memory[at + size : at + 2 * size].view(torch.float32).view(count, top_k)
         return ids, weights
@@ -482,6 +485,14 @@ class GpuSteps:
         else:
             state.stream = stream
         return ffi.cast("void *", stream.cuda_stream)
+
+    def _number(self, function: Any, *arguments: Any) -> int:
+        """What a native function that can't fail answers."""
+        self._native.guard.enter()
+        try:
+            return int(function(self._native.pointer, *arguments))
+        finally:
+            self._native.guard.leave()
 
     def _call(self, function: Any, *arguments: Any) -> None:
         self._native.guard.enter()

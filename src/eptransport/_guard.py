@@ -7,7 +7,10 @@ import threading
 from eptransport._process import process
 from eptransport.errors import ClosedError
 
-__all__ = ["Guard"]
+__all__ = ["CLOSE_S", "Guard"]
+
+CLOSE_S = 5.0
+"""How long a close waits for the threads that are inside."""
 
 
 class Guard:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from eptransport._call import ffi, lib, new_error, text
-from eptransport._guard import Guard
+from eptransport._guard import CLOSE_S, Guard
 from eptransport.errors import LaneFault, PeerLost, Timeout
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["NativeMoe", "create_moe"]
 
 logger = logging.getLogger("eptransport")
-
-CLOSE_S = 5.0
 
 
 class NativeMoe:
