@@ -6,4 +6,6 @@
 #include "moe/cuda/dispatch_send.cuh"
 #include "moe/cuda/late_weights.cuh"
 #include "moe/cuda/quiet.cuh"
-#include "moe/cuda/streamed.cuh"
+#include "moe/cuda/streamed_combine.cuh"
+#include "moe/cuda/streamed_dispatch.cuh"
+#include "moe/cuda/streamed_late.cuh"
