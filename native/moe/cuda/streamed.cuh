@@ -146,10 +146,19 @@ EPT_DEVICE void add_grants(const LaneTable &t, const ObjectTable &object, uint32
   atomicAdd(reinterpret_cast<unsigned long long *>(to), static_cast<unsigned long long>(granted));
 }
 
-// The second launch of each: `send` is what a warp that sends does.
-template <class Out, class In, class Send>
-EPT_DEVICE void run_rest(const Streamed &how, const LaneTable &t, const ObjectTable &object, uint32_t half,
-                         uint32_t phase, uint32_t *word, Out &out, In &in, Send send) {
+// Either launch of a phase. Of the second, `send` is what a warp that sends does.
+template <class Sender, class Receiver, class Args, class Shared, class Send>
+EPT_DEVICE void run_streamed(const Args &args, const Shared &shared, uint32_t half, uint32_t phase, uint32_t *word,
+                             Send send) {
+  const LaneTable &t = args.out.lane;
+  const ObjectTable &object = args.out.object;
+  const ChunkState state = state_of(args.how, t.world, object.experts, object.local);
+  Sender out(args, shared, state);
+  if (args.how.first) {
+    out.run();
+    return;
+  }
+  Receiver in(args, shared, state);
   note(t, half, 0);
   const uint32_t fault = fault_of(t);
   const uint64_t generation = t.state->received[phase];
@@ -159,7 +168,7 @@ EPT_DEVICE void run_rest(const Streamed &how, const LaneTable &t, const ObjectTa
   if (!is_faulted(fault)) {
     whole = true;
     if (these.sends())
-      send(these);
+      send(out, these);
     else
       whole = in.read(these);
   }
@@ -170,7 +179,7 @@ EPT_DEVICE void run_rest(const Streamed &how, const LaneTable &t, const ObjectTa
     in.finish();
     for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) out.settle_grants(r);
     __syncthreads();
-    clear(how, t.world, object.experts, object.local);
+    clear(args.how, t.world, object.experts, object.local);
     end_half(t, half, &t.state->received[phase], generation);
   }
   note(t, half, 5);

@@ -221,15 +221,8 @@ EPT_KERNEL moe_streamed_combine(EPT_ARGUMENT(ept::moe::cuda::StreamedCombine) ar
   if (!t.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const ObjectTable &object = args.out.object;
   const StreamedCombineShared shared = streamed_combine_shared(carve, blockDim.x, t.world);
-  const ChunkState state = state_of(args.how, t.world, object.experts, object.local);
-  StreamedCombineSender out(args, shared, state);
-  if (args.how.first) {
-    out.run();
-    return;
-  }
-  StreamedCombineReceiver in(args, shared, state);
-  run_rest(args.how, t, object, kCombineRecv, EPT_PHASE_COMBINE, shared.both.word, out, in,
-           [&](const Roles &roles) { out.send_granted(roles); });
+  run_streamed<StreamedCombineSender, StreamedCombineReceiver>(
+      args, shared, kCombineRecv, EPT_PHASE_COMBINE, shared.both.word,
+      [](StreamedCombineSender &out, const Roles &roles) { out.send_granted(roles); });
 }

@@ -259,13 +259,6 @@ EPT_KERNEL moe_streamed_dispatch(EPT_ARGUMENT(ept::moe::cuda::StreamedDispatch) 
   const StreamedDispatchShared shared =
       streamed_dispatch_shared(carve, blockDim.x, t.world, object.experts, object.local, args.out.tokens, object.top_k,
                                uint32_t(object.shape.fan()));
-  const ChunkState state = state_of(args.how, t.world, object.experts, object.local);
-  StreamedSender out(args, shared, state);
-  if (args.how.first) {
-    out.run();
-    return;
-  }
-  StreamedReceiver in(args, shared, state);
-  run_rest(args.how, t, object, kDispatchRecv, EPT_PHASE_DISPATCH, shared.recv.word, out, in,
-           [&](const Roles &) { out.rest_of_tokens(); });
+  run_streamed<StreamedSender, StreamedReceiver>(args, shared, kDispatchRecv, EPT_PHASE_DISPATCH, shared.recv.word,
+                                                 [](StreamedSender &out, const Roles &) { out.rest_of_tokens(); });
 }

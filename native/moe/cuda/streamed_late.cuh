@@ -152,15 +152,8 @@ EPT_KERNEL moe_streamed_late(EPT_ARGUMENT(ept::moe::cuda::StreamedLate) args) {
   if (!t.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const ObjectTable &object = args.out.object;
   const StreamedLateShared shared = streamed_late_shared(carve, blockDim.x, t.world);
-  const ChunkState state = state_of(args.how, t.world, object.experts, object.local);
-  StreamedLateSender out(args, shared, state);
-  if (args.how.first) {
-    out.run();
-    return;
-  }
-  StreamedLateReceiver in(args, shared, state);
-  run_rest(args.how, t, object, kDispatchRecv, EPT_PHASE_DISPATCH, shared.word, out, in,
-           [&](const Roles &) { out.rest_of_tokens(); });
+  run_streamed<StreamedLateSender, StreamedLateReceiver>(
+      args, shared, kDispatchRecv, EPT_PHASE_DISPATCH, shared.word,
+      [](StreamedLateSender &out, const Roles &) { out.rest_of_tokens(); });
 }
