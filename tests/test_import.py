@@ -73,7 +73,7 @@ def test_public_methods_say_what_they_do() -> None:
                 assert value.__doc__, f"{name}.{method}"
 
 
-LOOPS = {f"bench/against/{name}" for name in ("loops.h", "libfabric.c", "ucx.c", "verbs.c")}
+LOOPS = {f"bench/against/{name}" for name in ("loops.h", "writes.h", "libfabric.c", "ucx.c", "verbs.c")}
 """Sources that are built where they are run, against the headers of that machine."""
 
 
