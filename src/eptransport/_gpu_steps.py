@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from eptransport._call import call, ffi, lib, sized, whole
+from eptransport._calls import CombineCall, DispatchCall, Unpacking
 from eptransport._convert import code_of, fill
 from eptransport._inputs import check_combine, check_dispatch, check_y
 from eptransport._outputs import check_out, make_outputs
@@ -93,10 +94,7 @@ class _Lane:
 class _Sent:
     routing: GpuRouting
     layout: Layout
-    host_counts: bool
-    mirror_counts: bool
-    max_rows: int | None
-    out: torch.Tensor | Dispatched | None
+    unpacking: Unpacking
     scales: tuple[int, int]
     """Bytes a row, and their format."""
     keep: tuple[torch.Tensor | None, ...] = ()
@@ -136,39 +134,14 @@ class GpuSteps:
 
     # -- halves --
 
-    def dispatch_send(
-        self,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        scales: torch.Tensor | None,
-        routing: Routing | None,
-        layout: Layout | None,
-        num_tokens: int | None,
-        host_counts: bool,
-        mirror_counts: bool,
-        max_rows: int | None,
-        lane: int,
-        out: torch.Tensor | Dispatched | None,
-        whole: bool,
-    ) -> None:
+    def dispatch_send(self, given: DispatchCall) -> None:
         import torch
 
-        shapes = self._shapes
+        shapes, lane = self._shapes, given.lane
         state = self._lane(lane)
         self._members.learn_if_told()
-        asked = check_dispatch(
-            shapes,
-            self._layout,
-            x,
-            topk_ids,
-            topk_weights,
-            scales=scales,
-            routing=routing,
-            layout=layout,
-            num_tokens=num_tokens,
-            out=out,
-        )
+        asked = check_dispatch(shapes, self._layout, given)
+        x, topk_ids, topk_weights, routing = given.x, given.topk_ids, given.topk_weights, given.routing
         tokens, count, chosen = asked.tokens, asked.count, asked.layout
         weighed = topk_weights is not None
         if routing is not None:
@@ -187,45 +160,38 @@ class GpuSteps:
         made.weighed = weighed
         self._take_members(lane, made, stream)
         arguments = sized("ept_dispatch_args")
-        arguments.lane, arguments.whole = lane, whole
+        arguments.lane, arguments.whole = lane, given.whole
         fill(arguments.x, x[:count])
         fill(arguments.topk_ids, topk_ids[:count])
         fill(arguments.topk_weights, None if topk_weights is None else topk_weights[:count])
-        fill(arguments.scales, None if scales is None else scales[:count])
+        fill(arguments.scales, None if given.scales is None else given.scales[:count])
         if state.sent is not None:  # dispatched, and never received
             self._call(lib.ept_gpu_moe_drain, lane, DISPATCH, stream)
             state.sent = None
         self._call(lib.ept_gpu_moe_dispatch_send, arguments, _address(made), stream)
-        keep = (x, topk_ids, topk_weights, scales)
-        state.sent = _Sent(made, chosen, host_counts, mirror_counts, max_rows, out, self._scales(x, scales), keep)
+        keep = (x, topk_ids, topk_weights, given.scales)
+        state.sent = _Sent(made, chosen, given.unpacking, self._scales(x, given.scales), keep)
 
-    def dispatch_recv(
-        self,
-        lane: int,
-        layout: Layout | None,
-        host_counts: bool | None,
-        mirror_counts: bool | None,
-        max_rows: int | None,
-        out: torch.Tensor | Dispatched | None,
-    ) -> Dispatched:
+    def dispatch_recv(self, lane: int, given: Unpacking) -> Dispatched:
         import torch
 
         state = self._lane(lane)
         sent = state.sent
         if sent is None:
             raise InvalidArgument(f"dispatch_recv on lane {lane}, where no dispatch_send is to be received")
-        where = sent.out if out is None else out
-        chosen = sent.layout if layout is None else check_out(self._shapes, layout, self._layout, where)
-        exact = sent.host_counts if host_counts is None else host_counts
-        bound = max_rows if max_rows is not None else sent.max_rows
+        wanted = given.over(sent.unpacking)
+        chosen = sent.layout
+        if given.layout is not None:
+            chosen = check_out(self._shapes, given.layout, self._layout, wanted.out)
+        exact = bool(wanted.host_counts)
         stream = self._stream(state)
         arrival = self._arrival(lane, sent, stream, exact)
-        outputs = make_outputs(self._shapes, chosen, arrival, exact, bound, where)
+        outputs = make_outputs(self._shapes, chosen, arrival, exact, wanted.max_rows, wanted.out)
         num_rows = torch.empty((), dtype=torch.int32, device=self._shapes.device)
         routing = sent.routing
         routing.layout = chosen
         ticket = 0
-        if sent.mirror_counts if mirror_counts is None else mirror_counts:
+        if wanted.mirror_counts:
             state.tickets += 1
             ticket = state.tickets
         routing.leading = int(outputs.x.shape[1 if chosen in ("by_rank", "masked") else 0])
@@ -250,19 +216,11 @@ class GpuSteps:
             **outputs.__dict__, routing=routing, num_rows=rows, lost=lost, lost_ranks=masked, counts_host=mirror
         )
 
-    def combine_send(
-        self,
-        expert_out: torch.Tensor,
-        got: Dispatched | Routing,
-        topk_weights: torch.Tensor | None,
-        weights_applied: bool,
-        row_weights: torch.Tensor | None,
-        lane: int,
-        whole: bool,
-    ) -> None:
+    def combine_send(self, given: CombineCall) -> None:
+        lane, expert_out, topk_weights = given.lane, given.expert_out, given.topk_weights
         state = self._lane(lane)
-        routing = _on_gpu(routing_of(got))
-        check_combine(self._shapes, routing, expert_out, topk_weights, row_weights)
+        routing = _on_gpu(routing_of(given.got))
+        check_combine(self._shapes, routing, given)
         if topk_weights is not None and state.sent is not None:
             raise InvalidArgument(
                 f"combine with topk_weights on lane {lane}, which has a dispatch still to be received: both are "
@@ -276,9 +234,9 @@ class GpuSteps:
             )
         arguments = sized("ept_combine_args")
         arguments.lane, arguments.layout = lane, LAYOUTS[routing.layout]
-        arguments.weights_applied, arguments.whole = weights_applied, whole
+        arguments.weights_applied, arguments.whole = given.weights_applied, given.whole
         fill(arguments.expert_out, expert_out)
-        fill(arguments.row_weights, row_weights)
+        fill(arguments.row_weights, given.row_weights)
         stream = self._stream(state)
         if self._members.state.epoch != routing.membership:
             self._call(lib.ept_gpu_moe_refuse_old, lane, routing.membership, stream)
@@ -288,7 +246,7 @@ class GpuSteps:
         late = None if topk_weights is None else self._send_weights(lane, routing, topk_weights, stream)
         pointer = ffi.NULL if late is None else ffi.cast("float *", late.data_ptr())
         self._call(lib.ept_gpu_moe_combine_send, arguments, _address(routing), routing.num_tokens, pointer, stream)
-        state.summed = _Summed(routing, row_weights is not None, (expert_out, row_weights, late))
+        state.summed = _Summed(routing, given.row_weights is not None, (expert_out, given.row_weights, late))
 
     def _send_weights(self, lane: int, routing: GpuRouting, weights: torch.Tensor, stream: Any) -> torch.Tensor:
         """The weights of the rows that are here, by which this combine goes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eptransport._call import whole
-from eptransport._convert import check
+from eptransport._convert import check, refuse_grad
 from eptransport._outputs import check_out
 from eptransport.dispatched import Layout, Routing
 from eptransport.errors import InvalidArgument
@@ -15,6 +15,7 @@ from eptransport.errors import InvalidArgument
 if TYPE_CHECKING:
     import torch
 
+    from eptransport._calls import CombineCall, DispatchCall
     from eptransport._shapes import Shapes
 
 __all__ = ["Asked", "check_combine", "check_dispatch", "check_y"]
@@ -36,23 +37,12 @@ class Asked:
     layout: Layout
 
 
-def check_dispatch(
-    shapes: Shapes,
-    default: Layout,
-    x: Any,
-    topk_ids: Any,
-    topk_weights: Any,
-    *,
-    scales: Any,
-    routing: Routing | None,
-    layout: Layout | None,
-    num_tokens: int | None,
-    out: Any,
-) -> Asked:
+def check_dispatch(shapes: Shapes, default: Layout, given: DispatchCall) -> Asked:
     """The arguments of `dispatch_send`, on whatever device. `default`: the layout where none is asked for."""
-    chosen = check_out(shapes, layout, default, out)
-    tokens, count = _check_x(shapes, x, scales, num_tokens)
-    _check_topk(shapes, tokens, topk_ids, topk_weights, routing)
+    refuse_grad(x=given.x, topk_weights=given.topk_weights)
+    chosen = check_out(shapes, given.unpacking.layout, default, given.unpacking.out)
+    tokens, count = _check_x(shapes, given.x, given.scales, given.num_tokens)
+    _check_topk(shapes, tokens, given.topk_ids, given.topk_weights, given.routing)
     return Asked(tokens, count, chosen)
 
 
@@ -93,28 +83,20 @@ def _check_topk(shapes: Shapes, tokens: int, topk_ids: Any, topk_weights: Any, r
             check(name, tensor, (tokens, shapes.top_k), _dtypes(names), device=shapes.device)
 
 
-def check_combine(shapes: Shapes, routing: Routing, expert_out: Any, topk_weights: Any, row_weights: Any) -> None:
+def check_combine(shapes: Shapes, routing: Routing, given: CombineCall) -> None:
     """What is summed, and by which weights."""
+    expert_out = given.expert_out
+    refuse_grad(expert_out=expert_out, topk_weights=given.topk_weights, row_weights=given.row_weights)
     wanted = shapes.of(routing.layout, None, shapes.hidden)
     check("expert_out", expert_out, wanted, _dtypes(_NAMES_OF_OUT), rows_aligned=True, device=shapes.device)
-    if row_weights is not None:
+    if given.row_weights is not None:
         if routing.layout not in ("rows", "by_rank"):
             raise InvalidArgument(f"row_weights need the layout rows or by_rank, not {routing.layout}")
-        check(
-            "row_weights",
-            row_weights,
-            (*expert_out.shape[:-1], shapes.top_k),
-            _dtypes(_NAMES_OF_WEIGHTS),
-            device=shapes.device,
-        )
-    if topk_weights is not None:
-        check(
-            "topk_weights",
-            topk_weights,
-            (routing.tokens, shapes.top_k),
-            _dtypes(_NAMES_OF_WEIGHTS),
-            device=shapes.device,
-        )
+        beside = (*expert_out.shape[:-1], shapes.top_k)
+        check("row_weights", given.row_weights, beside, _dtypes(_NAMES_OF_WEIGHTS), device=shapes.device)
+    if given.topk_weights is not None:
+        own = (routing.tokens, shapes.top_k)
+        check("topk_weights", given.topk_weights, own, _dtypes(_NAMES_OF_WEIGHTS), device=shapes.device)
 
 
 def check_y(shapes: Shapes, tokens: int, out: Any) -> None:

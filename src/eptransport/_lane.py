@@ -10,7 +10,8 @@ from eptransport.host_counts import Counts, HostCounts
 if TYPE_CHECKING:
     import torch
 
-    from eptransport.dispatched import Dispatched, Layout
+    from eptransport._calls import Unpacking
+    from eptransport.dispatched import Layout
 
 __all__ = ["Lane", "Sent", "Summed"]
 
@@ -42,10 +43,7 @@ class Sent:
     tokens: int
     count: int
     layout: Layout
-    host_counts: bool
-    mirror_counts: bool
-    max_rows: int | None
-    out: torch.Tensor | Dispatched | None
+    unpacking: Unpacking
     keep: Any
     """What native code may still read: a whole dispatch is packed while it is received."""
 

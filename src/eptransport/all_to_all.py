@@ -13,25 +13,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
-from eptransport._call import call, ffi, lib, new_error, size, sized, timeout_ns, whole
+from eptransport._call import call, ffi, lib, size, sized, timeout_ns
+from eptransport._calls import AS_TOLD, CombineCall, DispatchCall, Unpacking
 from eptransport._closing import Closing
-from eptransport._convert import fill, refuse_grad
+from eptransport._cpu_steps import CpuSteps
 from eptransport._gpu_arena import GpuArena, create_gpu_moe, cuda_device
 from eptransport._gpu_steps import GpuSteps
-from eptransport._inputs import check_combine, check_dispatch, check_y
-from eptransport._lane import Lane, Sent, Summed
 from eptransport._moe_config import moe_config, one_of, plan_of
-from eptransport._moe_native import create_moe
-from eptransport._outputs import check_out, make_outputs
+from eptransport._moe_native import NativeMoe, create_moe
 from eptransport._shapes import LAYOUTS, SCALE_LAYOUTS, Shapes
 from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
-from eptransport.errors import Code, InvalidArgument, LaneFault, PeerLost, Timeout
+from eptransport.errors import Code, InvalidArgument, Timeout
 from eptransport.plan import Plan
 
 if TYPE_CHECKING:
@@ -46,8 +44,6 @@ logger = logging.getLogger("eptransport")
 
 _FREE_OF_BYTES = frozenset({"layout", "max_rows", "scale_layout", "scale_epsilon", "threads"})
 _NOTHING = contextlib.nullcontext()
-_BY_MEMBERSHIP = (PeerLost, LaneFault, Timeout)
-"""What a call raises when ranks take part no longer, or again, as the others see it."""
 
 
 @dataclass(frozen=True)
@@ -169,20 +165,20 @@ class AllToAll(Closing):
         self.scale_layout = scale_layout
         self._members = group._members
         where = cuda_device(device)
-        on_gpu = None if where is None else create_gpu_moe(group, config, where)
-        self._native = on_gpu or create_moe(group, config)
+        native = create_moe(group, config) if where is None else create_gpu_moe(group, config, where)
+        self._native = native
+        self._arena = arena = None if isinstance(native, NativeMoe) else native.arena
         self._members.made += 1
         del keep
         self._finalizer = weakref.finalize(self, self._native.close)
         self.plan_ = plan_of(config, where)
         """The plan of this object."""
-        self.local_experts = self._find_local_experts(on_gpu is not None, placement)
+        self.local_experts = self._find_local_experts(placement)
         """The global ids of the experts here: a range, or a tuple if `placement` was given."""
-        arena = on_gpu.arena if on_gpu else None
         self.paths: tuple[Path, ...] = tuple(_path(arena, group.rank, rank) for rank in range(group.world_size))
         """How each rank is reached: its memory is mapped by this GPU, this GPU's kernels put into it by themselves
         (`gpu`, over NVSHMEM), or the engine writes to it."""
-        self.lane_memory: str = on_gpu.arena.home() if on_gpu else ""
+        self.lane_memory: str = arena.home() if arena else ""
         """Of a rank on a GPU: where the lanes stand that the backend writes into, on the GPU or pinned on the host, and
         why. Empty where no rank is reached through the backend."""
         self._shapes = Shapes(
@@ -197,8 +193,11 @@ class AllToAll(Closing):
             plan=self.plan_,
             device=where,
         )
-        self._gpu = None if on_gpu is None else GpuSteps(on_gpu, self._shapes, layout, lanes, num_experts, placement)
-        self._lanes = [Lane() for _ in range(lanes)]
+        self._steps = (
+            CpuSteps(group, native, self._shapes, layout, lanes)
+            if isinstance(native, NativeMoe)
+            else GpuSteps(native, self._shapes, layout, lanes, num_experts, placement)
+        )
         self._trace: Trace | None = group.trace
         self._announce()
 
@@ -291,22 +290,11 @@ class AllToAll(Closing):
         Timeout, PeerLost, MismatchError (ranks call different objects), LaneFault.
         """
         with self._span("dispatch", lane):
-            self._dispatch_send(
-                x,
-                topk_ids,
-                topk_weights,
-                scales,
-                routing,
-                layout,
-                num_tokens,
-                host_counts,
-                mirror_counts,
-                max_rows,
-                lane,
-                out,
-                True,
+            unpacking = Unpacking(layout, host_counts, mirror_counts, max_rows, out)
+            self._steps.dispatch_send(
+                DispatchCall(x, topk_ids, topk_weights, scales, routing, num_tokens, lane, unpacking, whole=True)
             )
-            return self._dispatch_recv(lane, None, None, None, None, None)
+            return self._steps.dispatch_recv(lane, AS_TOLD)
 
     @overload
     def combine(
@@ -362,8 +350,10 @@ class AllToAll(Closing):
         """
         where = routing_of(got).lane if lane is None else lane
         with self._span("combine", where):
-            self._combine_send(expert_out, got, topk_weights, weights_applied, row_weights, where, True)
-            return self._combine_recv(where, out)
+            self._steps.combine_send(
+                CombineCall(expert_out, got, topk_weights, weights_applied, row_weights, where, whole=True)
+            )
+            return self._steps.combine_recv(where, out)
 
     # -- halves --
 
@@ -386,20 +376,9 @@ class AllToAll(Closing):
         """The first half of `dispatch`: packs and posts. x may be reused when it returns. Waits only for a slot that
         peers still read. At most `plan_.chunk_tokens` tokens; a longer batch has no halves. Collective in its lane."""
         with self._span("dispatch_send", lane):
-            self._dispatch_send(
-                x,
-                topk_ids,
-                topk_weights,
-                scales,
-                routing,
-                layout,
-                num_tokens,
-                host_counts,
-                mirror_counts,
-                max_rows,
-                lane,
-                out,
-                False,
+            unpacking = Unpacking(layout, host_counts, mirror_counts, max_rows, out)
+            self._steps.dispatch_send(
+                DispatchCall(x, topk_ids, topk_weights, scales, routing, num_tokens, lane, unpacking, whole=False)
             )
 
     def dispatch_recv(
@@ -415,7 +394,7 @@ class AllToAll(Closing):
         """The second half: blocks until the rows of all ranks are here, and unpacks them. What isn't given is as
         `dispatch_send` was told. Collective in its lane."""
         with self._span("dispatch_recv", lane):
-            return self._dispatch_recv(lane, layout, host_counts, mirror_counts, max_rows, out)
+            return self._steps.dispatch_recv(lane, Unpacking(layout, host_counts, mirror_counts, max_rows, out))
 
     def combine_send(
         self,
@@ -431,7 +410,9 @@ class AllToAll(Closing):
         lane."""
         where = routing_of(got).lane if lane is None else lane
         with self._span("combine_send", where):
-            self._combine_send(expert_out, got, topk_weights, weights_applied, row_weights, where, False)
+            self._steps.combine_send(
+                CombineCall(expert_out, got, topk_weights, weights_applied, row_weights, where, whole=False)
+            )
 
     def combine_recv(
         self, got: Dispatched | Routing | None = None, *, out: torch.Tensor | None = None, lane: int | None = None
@@ -440,17 +421,13 @@ class AllToAll(Closing):
         lane, which is `lane`, else that of `got`, else 0."""
         where = lane if lane is not None else 0 if got is None else routing_of(got).lane
         with self._span("combine_recv", where):
-            return self._combine_recv(where, out)
+            return self._steps.combine_recv(where, out)
 
     # -- state --
 
     def check(self, lane: int | None = None) -> None:
         """Raises LaneFault, with its first cause, if the lane (None: any) is faulted. Not collective, doesn't block."""
-        if self._gpu is not None:
-            self._gpu.check(lane)
-            return
-        for number in range(self.lanes) if lane is None else (self._lane_number(lane),):
-            self._call(lib.ept_moe_check, number)
+        self._steps.check(lane)
 
     def reset(self, timeout: float | None = None) -> None:
         """Brings every lane of the group to a common, empty state; faults are gone, steps under way are abandoned.
@@ -462,13 +439,10 @@ class AllToAll(Closing):
         while True:
             self._members.learn()
             left = timeout_ns(max(0.0, deadline - monotonic()))
-            done = self._gpu.reset(left) if self._gpu is not None else self._call(lib.ept_moe_reset, left)
-            if done == Code.OK:
+            if self._steps.reset(left) == Code.OK:
                 break
             if monotonic() > deadline:
                 raise Timeout("reset: the membership went on changing until the deadline", operation="reset")
-        for lane in self._lanes:
-            lane.clear()
         self.group.fault.zero_()
 
     def stats(self) -> Stats:
@@ -477,7 +451,7 @@ class AllToAll(Closing):
         stats = sized("ept_moe_stats")
         self._native.guard.enter()
         try:
-            if self._gpu is not None:
+            if self._arena is not None:
                 call(lib.ept_gpu_moe_stats_get, self._native.pointer, stats)
             else:
                 lib.ept_moe_stats_get(self._native.pointer, stats)
@@ -500,197 +474,10 @@ class AllToAll(Closing):
 
     # -- how it is done --
 
-    def _dispatch_send(
-        self,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        scales: torch.Tensor | None,
-        routing: Routing | None,
-        layout: Layout | None,
-        num_tokens: int | None,
-        host_counts: bool,
-        mirror_counts: bool,
-        max_rows: int | None,
-        lane: int,
-        out: torch.Tensor | Dispatched | None,
-        whole: bool,
-    ) -> None:
-        refuse_grad(x=x, topk_weights=topk_weights)
-        if self._gpu is not None:
-            self._gpu.dispatch_send(
-                x,
-                topk_ids,
-                topk_weights,
-                scales,
-                routing,
-                layout,
-                num_tokens,
-                host_counts,
-                mirror_counts,
-                max_rows,
-                lane,
-                out,
-                whole,
-            )
-            return
-        self._members.learn_if_told()
-        state = self._lanes[self._lane_number(lane)]
-        asked = check_dispatch(
-            self._shapes,
-            self.layout,
-            x,
-            topk_ids,
-            topk_weights,
-            scales=scales,
-            routing=routing,
-            layout=layout,
-            num_tokens=num_tokens,
-            out=out,
-        )
-        tokens, count, chosen = asked.tokens, asked.count, asked.layout
-        arguments = sized("ept_dispatch_args")
-        arguments.lane, arguments.whole = lane, whole
-        fill(arguments.x, x[:count])
-        fill(arguments.topk_ids, None if topk_ids is None else topk_ids[:count])
-        fill(arguments.topk_weights, None if topk_weights is None else topk_weights[:count])
-        fill(arguments.scales, None if scales is None else scales[:count])
-        if routing is not None:
-            arguments.routing = routing._native
-        self._call(lib.ept_moe_dispatch_send, arguments, lane=lane)
-        state.sent = Sent(
-            tokens, count, chosen, host_counts, mirror_counts, max_rows, out, (x, scales) if whole else None
-        )
-
-    def _dispatch_recv(
-        self,
-        lane: int,
-        layout: Layout | None,
-        host_counts: bool | None,
-        mirror_counts: bool | None,
-        max_rows: int | None,
-        out: torch.Tensor | Dispatched | None,
-    ) -> Dispatched:
-        if self._gpu is not None:
-            return self._gpu.dispatch_recv(lane, layout, host_counts, mirror_counts, max_rows, out)
-        state = self._lanes[self._lane_number(lane)]
-        sent = state.sent
-        if sent is None:
-            raise InvalidArgument(f"dispatch_recv on lane {lane}, where no dispatch_send is to be received")
-        where = sent.out if out is None else out
-        chosen = sent.layout if layout is None else check_out(self._shapes, layout, self.layout, where)
-        arrival = sized("ept_arrival")
-        self._call(lib.ept_moe_dispatch_wait, lane, arrival, lane=lane)
-        exact = sent.host_counts if host_counts is None else host_counts
-        bound = max_rows if max_rows is not None else sent.max_rows
-        outputs = make_outputs(self._shapes, chosen, arrival, exact, bound, where)
-        native = outputs.native(chosen)
-        handle = ffi.new("ept_routing **")
-        self._call(lib.ept_moe_dispatch_recv, lane, native, handle, lane=lane)
-        state.sent = None
-        routing = Routing(handle[0], chosen, lane, sent.tokens, sent.count)
-        rows = arrival.contiguous_rows if chosen == "contiguous" else arrival.rows
-        masked = routing.lost_ranks(self.group.world_size) if self.group.membership.epoch else ()
-        lost = routing.lost(self.top_k) if masked else None
-        mirror = None
-        if sent.mirror_counts if mirror_counts is None else mirror_counts:
-            mirror = state.mirror(outputs.counts, rows, self.group.settings.timeout_s)
-        return Dispatched(
-            **outputs.__dict__, routing=routing, num_rows=rows, lost=lost, lost_ranks=masked, counts_host=mirror
-        )
-
-    def _combine_send(
-        self,
-        expert_out: torch.Tensor,
-        got: Dispatched | Routing,
-        topk_weights: torch.Tensor | None,
-        weights_applied: bool,
-        row_weights: torch.Tensor | None,
-        lane: int,
-        whole: bool,
-    ) -> None:
-        refuse_grad(expert_out=expert_out, topk_weights=topk_weights, row_weights=row_weights)
-        if self._gpu is not None:
-            self._gpu.combine_send(expert_out, got, topk_weights, weights_applied, row_weights, lane, whole)
-            return
-        state = self._lanes[self._lane_number(lane)]
-        routing = routing_of(got)
-        check_combine(self._shapes, routing, expert_out, topk_weights, row_weights)
-        if topk_weights is not None:
-            topk_weights = topk_weights[: routing.num_tokens]
-        arguments = sized("ept_combine_args")
-        arguments.lane, arguments.routing, arguments.layout = lane, routing._native, LAYOUTS[routing.layout]
-        arguments.weights_applied, arguments.whole = weights_applied, whole
-        fill(arguments.expert_out, expert_out)
-        fill(arguments.topk_weights, topk_weights)
-        fill(arguments.row_weights, row_weights)
-        self._call(lib.ept_moe_combine_send, arguments, lane=lane)
-        keep = (expert_out, row_weights) if whole else None
-        state.summed = Summed(routing.tokens, routing.num_tokens, row_weights is not None, keep)
-
-    def _combine_recv(self, lane: int, out: torch.Tensor | None) -> Any:
-        import torch
-
-        if self._gpu is not None:
-            return self._gpu.combine_recv(lane, out)
-        state = self._lanes[self._lane_number(lane)]
-        summed = state.summed
-        if summed is None:
-            raise InvalidArgument(f"combine_recv on lane {lane}, where no combine_send is to be received")
-        if out is None:
-            y = torch.empty(summed.tokens, self.hidden, dtype=self._shapes.types.dtype)
-        else:
-            check_y(self._shapes, summed.tokens, out)
-            y = out
-        weights = torch.empty(summed.tokens, self.top_k, dtype=torch.float32) if summed.row_weights else None
-        native_y, native_weights = ffi.new("ept_tensor *"), ffi.new("ept_tensor *")
-        fill(native_y, y[: summed.count])
-        fill(native_weights, None if weights is None else weights[: summed.count])
-        self._call(lib.ept_moe_combine_recv, lane, native_y, native_weights, lane=lane)
-        state.summed = None
-        for tensor in (y, weights):
-            if tensor is not None and summed.count < summed.tokens:
-                tensor[summed.count :].zero_()
-        return y if weights is None else (y, weights)
-
-    def _lane_number(self, lane: int) -> int:
-        number = whole("lane", lane)
-        if not 0 <= number < self.lanes:
-            raise InvalidArgument(f"lane={number}: this AllToAll has lanes 0 to {self.lanes - 1}")
-        return number
-
-    # -- calls --
-
-    def _call(self, function: Callable[..., int], *args: Any, lane: int | None = None) -> int:
-        native = self._native
-        native.guard.enter()
-        try:
-            return call(function, native.pointer, *args)
-        except BaseException as error:  # also KeyboardInterrupt: the lane is faulted all the same
-            self._note_fault(lane)
-            if isinstance(error, Timeout):
-                self.group.engine._native.tell_why(error)
-            if isinstance(error, _BY_MEMBERSHIP):
-                self._members.after(error, self.group.settings.on_lost)
-            raise
-        finally:
-            native.guard.leave()
-
-    def _note_fault(self, lane: int | None) -> None:
-        """A failed call may have faulted its lane: `group.fault` says so from then on."""
-        self.group.engine.drain_log()
-        if lane is None:
-            return
-        error = new_error()
-        code = lib.ept_moe_check(self._native.pointer, lane, error)
-        if code < 0 and code != Code.SUSPENDED:
-            self.group.fault.fill_(error.code or lib.EPT_E_FAULT)
-            self._lanes[lane].clear()
-
-    def _find_local_experts(self, on_gpu: bool, placement: Sequence[int] | None) -> range | tuple[int, ...]:
+    def _find_local_experts(self, placement: Sequence[int] | None) -> range | tuple[int, ...]:
         count = self.plan_.local_experts
         ids = ffi.new("int32_t[]", max(count, 1))
-        (lib.ept_gpu_moe_local_experts if on_gpu else lib.ept_moe_local_experts)(self._native.pointer, ids)
+        (lib.ept_moe_local_experts if self._arena is None else lib.ept_gpu_moe_local_experts)(self._native.pointer, ids)
         held = tuple(ids[index] for index in range(count))
         return held if placement is not None else range(held[0], held[0] + count) if held else range(0)
 
@@ -711,6 +498,6 @@ class AllToAll(Closing):
             self.group.engine.info().registered_bytes,
             ", ".join(f"{layout} {self._shapes.room(layout, None)}" for layout in LAYOUTS),
         )
-        if self._gpu is not None:
+        if self._arena is not None:
             counts = ", ".join(f"{self.paths.count(path)} {path}" for path in get_args(Path) if path in self.paths)
             logger.info("rank %d: ranks are reached so: %s", self.group.rank, counts)

@@ -33,7 +33,7 @@ def run_all(
     on_gpu = gpu_harness.Scenario(config, list(batches), list(layouts))
 
     def run(rank: int) -> None:
-        gpu = moes[rank]._gpu is not None
+        gpu = moes[rank]._arena is not None
         (on_gpu if gpu else on_cpu).run(rank, moes[rank], **more)
         moes[rank].check()
 
