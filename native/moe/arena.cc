@@ -108,7 +108,9 @@ std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<
     return object;
   }
   refuse_drivers(places, with, grows);
-  if (grows) grow(larger, count, with, deadline, "to enlarge the arena", side);
+  MakeMemory elsewhere;
+  if (side) elsewhere = [&](uint64_t bytes) { return side->lane_memory(*this, bytes); };
+  if (grows) grow(larger, count, with, deadline, "to enlarge the arena", elsewhere);
   bring_sides(places, with, deadline, side);
   driver_ = side ? Driver::kernels : Driver::calls;
   object->number = ++objects_;

@@ -3,6 +3,7 @@
 // arena.h: the lanes of one engine, shared by all its AllToAlls, and the collective calls that set them up.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -95,6 +96,8 @@ struct Arena {
 
  private:
   using Holds = std::vector<std::unique_ptr<Lane::Held>>;
+  // A lane's memory where it is to be no host memory; NULL: it is.
+  using MakeMemory = std::function<std::unique_ptr<LaneMemory>(uint64_t bytes)>;
   friend struct Resetting;
   struct Growth;
   std::shared_ptr<Object> agree(const ept_moe_config &config, const Members &with, const Deadline &deadline, Side *side,
@@ -103,7 +106,12 @@ struct Arena {
   void bring_sides(const std::vector<Place> &places, const Members &with, const Deadline &deadline, Side *side);
   Holds until_idle(const Members &with, const Deadline &deadline, const char *what);
   void grow(const LaneMap &larger, uint32_t lanes, const Members &with, const Deadline &deadline, const char *what,
-            Side *side);
+            const MakeMemory &elsewhere);
+  std::vector<Follower *> followers();
+  void let_go_of_lanes();
+  // Throws `failed`, or what failed at another rank; else what each said beside.
+  std::vector<Bytes> tell(const Failure &failed, uint64_t tag, const std::string &more, const Members &with,
+                          const Deadline &deadline, const char *what);
 
   std::mutex collective_;
   std::vector<std::unique_ptr<LaneMemory>> memories_;  // [lanes]

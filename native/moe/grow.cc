@@ -27,14 +27,12 @@ struct Arena::Growth {
     const size_t old = arena.lanes.size();
     return index < old ? *arena.lanes[index] : *fresh[index - old];
   }
-  void make(const LaneMap &map, uint32_t lanes, Side *side);
+  void make(const LaneMap &map, uint32_t lanes, const MakeMemory &elsewhere);
   std::string offer(uint32_t to, const LaneMap &map);
   void accept(uint32_t from, Bytes &bytes);
 };
 
 namespace {
-
-enum Vote : uint8_t { kBusy, kIdle, kFaulted };
 
 uint32_t life_of(ept_engine *engine, uint32_t rank) {
   ept_peer_info info{};
@@ -56,14 +54,14 @@ Arena::Growth::~Growth() {
     for (Link &link : lane->links) release(arena.engine, link);
 }
 
-void Arena::Growth::make(const LaneMap &map, uint32_t lanes, Side *side) {
+void Arena::Growth::make(const LaneMap &map, uint32_t lanes, const MakeMemory &elsewhere) {
   const bool larger = map.bytes(1) != arena.map.bytes(1);
   for (uint32_t i = 0; i < lanes; i++) {
     regions.emplace_back(arena.world, 0);
     const bool is_new = i >= arena.lanes.size();
     const bool needs = is_new || larger || !arena.memories_[i];
     memories.push_back(nullptr);
-    if (needs && side) memories.back() = side->lane_memory(arena, map.bytes(page_bytes()));
+    if (needs && elsewhere) memories.back() = elsewhere(map.bytes(page_bytes()));
     if (needs && !memories.back())
       memories.back() = std::make_unique<LaneMemory>(arena.engine, map.bytes(page_bytes()));
     if (!is_new) continue;
@@ -117,6 +115,12 @@ Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline, co
     Holds holds;
     bool idle = true, faulted = false;
     Bytes vote;
+    // Followers first: the lanes that they drive have their generations then. Asleep they have no steps.
+    for (Follower *follower : suspended_ ? std::vector<Follower *>() : followers()) {
+      const Rest rest = follower->rest();
+      idle = idle && rest == Rest::idle;
+      faulted = faulted || rest == Rest::faulted;
+    }
     for (auto &lane : lanes) {
       holds.push_back(Lane::Held::attempt(*lane));
       if (!holds.back()) {
@@ -125,7 +129,7 @@ Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline, co
       }
       for (const auto &generation : lane->next) vote.put(uint64_t(generation));
       faulted = faulted || lane->faulted;
-      if (faulted) continue;
+      if (faulted || driver_ == Driver::kernels) continue;
       for (uint32_t phase = 0; phase < EPT_PHASES; phase++)
         if (Exchange *open = lane->pending(phase); open && abandoned(*open)) lane->drop(phase);
       lane->take_acks();
@@ -133,16 +137,17 @@ Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline, co
       idle = idle && lane->quiet();
     }
     Bytes mine;
-    mine.put(uint8_t(faulted ? kFaulted : idle ? kIdle : kBusy)).put_text(vote.all().data(), vote.all().size());
+    mine.put(faulted ? Rest::faulted : idle ? Rest::idle : Rest::busy);
+    mine.put_text(vote.all().data(), vote.all().size());
     const auto said = exchange(
         engine, rank, with, kTagIdle | attempt() | (round & 0xffff), [&](uint32_t) { return mine.all(); }, deadline,
         what);
     for (uint32_t r = 0; r < world; r++) {
       if (r == rank || !with.has(r)) continue;
       Bytes theirs(said[r]);
-      const auto state = theirs.get<uint8_t>();
-      if (state == kFaulted) fail(EPT_E_FAULT, int32_t(r), "a lane of rank %u is faulted: reset first", r);
-      idle = idle && state == kIdle && theirs.get_text() == vote.all();
+      const auto state = theirs.get<Rest>();
+      if (state == Rest::faulted) fail(EPT_E_FAULT, int32_t(r), "a lane of rank %u is faulted: reset first", r);
+      idle = idle && state == Rest::idle && theirs.get_text() == vote.all();
     }
     if (faulted) fail(EPT_E_FAULT, int32_t(rank), "a lane of rank %u is faulted: reset first", rank);
     if (idle) return holds;
@@ -156,13 +161,13 @@ Arena::Holds Arena::until_idle(const Members &with, const Deadline &deadline, co
 }
 
 void Arena::grow(const LaneMap &larger, uint32_t count, const Members &with, const Deadline &deadline, const char *what,
-                 Side *side) {
+                 const MakeMemory &elsewhere) {
   const Holds holds = until_idle(with, deadline, what);
   Growth growth(*this, with);
   Failure failed{Error()};
   std::vector<std::string> offers(world);
   try {
-    growth.make(larger, count, side);
+    growth.make(larger, count, elsewhere);
     for (uint32_t r = 0; r < world; r++)
       if (r != rank && with.has(r)) offers[r] = growth.offer(r, larger);
   } catch (const Failure &failure) {

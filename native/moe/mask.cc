@@ -55,6 +55,11 @@ void Arena::unlist(Follower *follower) {
   std::erase(followers_, follower);
 }
 
+std::vector<Follower *> Arena::followers() {
+  const std::lock_guard<std::mutex> lock(followers_mutex_);
+  return followers_;
+}
+
 void Arena::watch() {
   const std::unique_lock<std::mutex> lock(collective_, std::try_to_lock);
   if (!lock || closed_) return;  // whoever has it hears for itself

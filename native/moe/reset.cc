@@ -356,17 +356,13 @@ int32_t Arena::reset(uint64_t timeout) {
     lane->fault.code = EPT_E_FAULT;
     snprintf(lane->fault.text, sizeof lane->fault.text, "a reset has begun and not ended well");
   }
-  std::vector<Follower *> followers;
-  {
-    const std::lock_guard<std::mutex> listed(followers_mutex_);
-    followers = followers_;
-  }
+  const std::vector<Follower *> listed = followers();
   std::vector<std::shared_ptr<void>> kept;
-  for (Follower *follower : followers) kept.push_back(follower->before_reset(reset.deadline));
+  for (Follower *follower : listed) kept.push_back(follower->before_reset(reset.deadline));
   // Two resets never have the same number, also where no step was between them: followers' messages go by it.
-  for (auto &next : lanes[0]->next) next += followers.empty() ? 0 : 2;
+  for (auto &next : lanes[0]->next) next += listed.empty() ? 0 : 2;
   if (const int32_t code = reset.run(); code != EPT_OK) return code;
-  for (uint32_t i = 0; i < followers.size(); i++) followers[i]->after_reset(lanes[0]->next[0], i, reset.deadline);
+  for (uint32_t i = 0; i < listed.size(); i++) listed[i]->after_reset(lanes[0]->next[0], i, reset.deadline);
   return EPT_OK;
 }
 

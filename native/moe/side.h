@@ -68,6 +68,9 @@ class Side {
   virtual void accept(const std::vector<std::string> &offers) = 0;
 };
 
+// Whether a step is under way in lanes.
+enum class Rest : uint8_t { busy, idle, faulted };
+
 // What keeps a rank's lanes where no call does: it is emptied by a reset, and follows the membership. From its begin to
 // its end it is listed in the arena (Arena::list).
 class Follower {
@@ -83,6 +86,27 @@ class Follower {
   virtual std::shared_ptr<void> before_reset(const Deadline &deadline) = 0;
   // All that are up have come to the reset. `number`: of the reset, `index`: of this follower; the same on every rank.
   virtual void after_reset(uint64_t number, uint32_t index, const Deadline &deadline) = 0;
+
+  // ---- suspend and resume, with the arena's lanes held (suspend.cc); all of these throw Failure ----
+  // Throws UNSUPPORTED where its memory can't be given back.
+  virtual void refuse_sleep() const = 0;
+  // Asked until no rank has a step under way. Brings its generations into those of the arena's lanes that it drives.
+  virtual Rest rest() = 0;
+  // No rank has: whatever is launched from here on touches no lane, and peers' memory is let go of.
+  virtual void fall_asleep() = 0;
+  // No peer has hold of ours any more: gives it back. Again where a resume failed, in whatever state it is. Doesn't
+  // throw.
+  virtual void let_go() = 0;
+  // A lane's memory, as Side::lane_memory.
+  virtual std::unique_ptr<LaneMemory> lane_memory(uint64_t bytes) = 0;
+  // Has memory again, as it was left as far as anybody reads it; what the other ones need to map it.
+  virtual std::string wake() = 0;
+  // Whether that rank has such a follower too, and so an offer for this one.
+  virtual bool expects(uint32_t rank) const = 0;
+  // What those of `with` said, [world]; empty of others.
+  virtual void meet_again(const std::vector<std::string> &offers, const Members &with) = 0;
+  // All have met: launches are steps again.
+  virtual void awake() = 0;
 };
 
 }  // namespace ept::moe

@@ -321,6 +321,23 @@ class GpuSteps:
                 lane.stream.synchronize()
             lane.sent = lane.summed = None
 
+    def come_to_rest(self) -> None:
+        """Before a suspend: waits for this rank's kernels, and drops what was sent and no call will receive: kernels
+        read it when the others' messages come, and nobody waits for that here."""
+        import torch
+
+        torch.cuda.current_stream(self._shapes.device).synchronize()
+        for number, lane in enumerate(self._lanes):
+            if lane.stream is None:
+                continue
+            lane.stream.synchronize()
+            stream = ffi.cast("void *", lane.stream.cuda_stream)
+            if lane.sent is not None:
+                self._call(lib.ept_gpu_moe_drain, number, DISPATCH, stream)
+            if lane.summed is not None:
+                self._call(lib.ept_gpu_moe_drain, number, COMBINE, stream)
+            lane.sent = lane.summed = None
+
     def reset(self, timeout: int) -> int:
         """Collective; ns. LATER: the membership moves."""
         self._native.guard.enter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from eptransport._call import lib, timeout_ns
 from eptransport.metrics import Metrics, WaitFor, pages, wait_matrix
 
 if TYPE_CHECKING:
+    from eptransport._gpu_steps import GpuSteps
     from eptransport.engine import Engine
 
 __all__ = ["Seeing"]
@@ -18,6 +20,7 @@ class Seeing:
     """The part of `Group` that docs/seeing.md is about."""
 
     engine: Engine
+    _gpu_steps: weakref.WeakSet[GpuSteps]
 
     @abstractmethod
     def arena(self) -> Any: ...
@@ -46,7 +49,13 @@ class Seeing:
 
         Collective, between steps; blocks until no rank has a step under way, at most `timeout` s. AllToAlls, routings
         and connections stay; calls in between raise Suspended. Suspending twice does nothing. Timeout (a step is under
-        way somewhere, or a rank doesn't come), LaneFault (reset first), PeerLost."""
+        way somewhere, or a rank doesn't come), LaneFault (reset first), PeerLost.
+
+        On a GPU it waits for the kernels of this rank on the current stream and on those that its lanes were used on:
+        graphs that are replayed on another one must have ended. They stay valid; one that is replayed in between gives
+        blank outputs, and changes nothing. UnsupportedError for lanes in a symmetric heap (NVSHMEM)."""
+        for steps in list(self._gpu_steps):
+            steps.come_to_rest()
         self.engine._native.call_arena(lib.ept_arena_suspend, self.arena(), timeout_ns(timeout))
 
     def resume(self, timeout: float | None = None) -> None:

@@ -6,13 +6,14 @@ the same seed, and checks its own part against the reference."""
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import moe_model as model
 import torch
-from gpu_harness import DEVICE, Scenario
-from harness import LAYOUTS, TORCH, make_batches
+from gpu_harness import DEVICE, Scenario, moved
+from harness import LAYOUTS, TORCH, arguments, make_batch, make_batches
 from torch.distributed import FileStore
 
 import eptransport as ept
@@ -59,6 +60,95 @@ def exchange(group: ept.Group, count: int) -> tuple[tuple[str, ...], int]:
     moe.reset()
     moe.close()
     return moe.paths, written(group) - before
+
+
+class Captured:
+    """A step in a captured graph, with inputs drawn from a seed and outputs at fixed addresses. Captured on the current
+    stream; one at a time in a process, since torch waits for the whole GPU before it begins."""
+
+    def __init__(self, moe: ept.AllToAll, config: model.Config, tokens: int, seed: int) -> None:
+        given = _given(config, tokens, seed, DEVICE)
+        self.stream = torch.cuda.current_stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.stream.synchronize()
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            got = moe.dispatch(**given, layout="rows")
+            self.y = moe.combine(got.x + got.x, got)
+        self.rows = got.num_rows
+        self._keep = (given, got)
+
+    def replay(self) -> torch.Tensor:
+        with torch.cuda.stream(self.stream):
+            self.y.fill_(7)
+            self.graph.replay()
+            y = self.y.clone()
+        self.stream.synchronize()
+        return y
+
+
+def step(moe: ept.AllToAll, config: model.Config, rank: int) -> torch.Tensor:
+    """The same one each time, on the device of the AllToAll."""
+    got = moe.dispatch(**_given(config, 5 + rank, rank, "cpu" if moe._gpu is None else DEVICE), layout="rows")
+    y: torch.Tensor = moe.combine(got.x, got)
+    return y.cpu()
+
+
+def _given(config: model.Config, tokens: int, seed: int, device: str) -> dict[str, Any]:
+    return {name: moved(value, device) for name, value in arguments(config, make_batch(config, tokens, seed)).items()}
+
+
+def free_bytes() -> int:
+    """Of the GPU, for all its processes."""
+    free: int = torch.cuda.mem_get_info()[0]
+    return free
+
+
+def sleeps(rank: int, n: int, folder: Path, share: Any, config: model.Config, tokens: int) -> str:
+    """How the other rank is reached, where all went well."""
+    settings = ept.Settings(backend="tcp", timeout_s=60.0, threads=1, gpu_share=share)
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    store = FileStore(str(folder / "store"), n)
+    with ept.Group(settings, store=store, rank=rank, world_size=n) as group:
+        moe = ept.AllToAll(
+            group,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            hidden=config.hidden,
+            max_tokens=tokens,
+            device=DEVICE,
+        )
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            eager = step(moe, config, rank)
+            graph = Captured(moe, config, tokens, seed=rank)
+            wanted = graph.replay()
+            plan = moe.plan_
+            here = 1 + (torch.cuda.device_count() < n)  # ranks of this GPU
+            lanes = here * plan.lanes * 2 * (plan.dispatch_recv + plan.combine_recv)
+            for round_ in range(2):
+                before = free_bytes()
+                _meet(store, f"{round_} before", n)
+                group.suspend()
+                until = time.monotonic() + 60
+                while free_bytes() - before < 0.9 * lanes:
+                    assert time.monotonic() < until, f"{free_bytes() - before} bytes of {lanes} are given back"
+                    time.sleep(0.01)
+                _meet(store, f"{round_} asleep", n)
+                assert not graph.replay().any()
+                group.resume()
+                assert torch.equal(graph.replay(), wanted)
+                assert torch.equal(step(moe, config, rank), eager)
+        moe.close()
+        return moe.paths[1 - rank]
+
+
+def _meet(store: FileStore, what: str, n: int) -> None:
+    count = store.add(what, 1)
+    until = time.monotonic() + 60
+    while count < n:
+        assert time.monotonic() < until, f"only {count} of {n} came to {what!r}"
+        time.sleep(0.01)
+        count = store.add(what, 0)
 
 
 def written(group: ept.Group) -> int:

@@ -112,6 +112,9 @@ void between_steps(const std::string &on, const ept_moe_config &config, uint64_t
   good_steps(world, 2);
   log.mask(2);
   good_steps(world, 4);
+  world.arenas(ept_arena_suspend);
+  world.arenas(ept_arena_resume);
+  good_steps(world, 2);
   log.mask(0);
   good_steps(world, 3);
   for (uint32_t rank : {0u, 2u}) {
@@ -125,6 +128,18 @@ void between_steps(const std::string &on, const ept_moe_config &config, uint64_t
     log.reset();
     good_steps(world, 3);
   }
+}
+
+// While all sleep: the others wake up without it.
+void asleep(const std::string &on, uint64_t seed) {
+  check::running("a rank that is masked while the group sleeps");
+  World world(moe_test::config_of(4, 6, 2, 32, 7), seed, on, loopback());
+  Log log(world);
+  good_steps(world, 1);
+  world.arenas(ept_arena_suspend);
+  log.mask(0);
+  world.arenas(ept_arena_resume);
+  good_steps(world, 3);
 }
 
 // It doesn't know that it is masked, and goes on: nothing of it is in what the others get, and its wait ends.
@@ -291,6 +306,7 @@ int main() {
   between_steps("mmmm", quantised(), 1);
   between_steps("gggg", moe_test::config_of(4, 9, 4, 24, 40), 2);
   between_steps("mcgm", moe_test::config_of(4, 9, 4, 24, 40), 3);
+  asleep("mgcm", 9);
   stray("mmm", 10);
   stray("ggg", 11);
   between_halves("mmm", 20);

@@ -363,6 +363,14 @@ struct World {
   }
   void reset() { reset(order()); }
 
+  // Collective over those that are up: ept_arena_suspend, ept_arena_resume.
+  void arenas(int32_t (*call)(ept_arena *, uint64_t, ept_error *)) {
+    net->run([&](uint32_t r) {
+      Error error;
+      if (up[r]) OK(call(net->arenas[r], 60 * moe_test::kSecond, &error), error);
+    });
+  }
+
   // Of waits in kernels that are launched from now on.
   void have_patience(uint64_t ns) {
     for (ept_gpu_lanes &of_rank : lanes)

@@ -2,8 +2,9 @@
 //
 // args.h: what the host and the kernels share: where a lane's tables are, a routing's arrays, and each kernel's
 // argument. An argument says where things stand that don't move as long as the lane lives, so that no kernel begins by
-// looking for them. What changes from step to step (generations, peers' addresses, faults) is never in it: that is read
-// from device memory, so that a captured launch can be replayed.
+// looking for them; no memory that a suspend gives back is among them (suspend.cc). What changes from step to step
+// (generations, peers' addresses, faults) is never in it: that is read from device memory, so that a captured launch
+// can be replayed.
 #pragma once
 
 #include "eptransport/device.h"
@@ -104,12 +105,12 @@ struct LaneTable {
   LaneMap map;
   uint64_t timeout_ns;
   char *const *in;         // [world] where this lane's receive half for messages of that source begins
-  char *staging;           // the lane's memory that a proxy sends from; NULL: no peer is behind one
+  uint32_t proxied;        // 1: some peer is behind a proxy, which sends from the lane's memory (a path's source)
   uint32_t initiates;      // 1: some path is of kind GPU
   const ept_path *paths;   // [world]
   uint64_t *const *words;  // [world] where the signals of that source stand: uint64_t[kSignals]
   uint32_t *done;          // [world] pieces of the message to that rank that are packed; 0 between launches
-  uint64_t *tickets;       // [world, kSignals] of the proxy's last put from that staging, + 1; 0: none. Of a path of
+  uint64_t *tickets;       // [world, kSignals] of the proxy's last put from its staging, + 1; 0: none. Of a path of
                            // kind GPU: how many puts there were
   // [world, kSignals] Of position 0: what that source's counts are ahead of generation / 2. Of position 1 and of
   // grants, which only calls that are streamed have: the count that was consumed (chunks.cuh).

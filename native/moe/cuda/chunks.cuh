@@ -79,7 +79,7 @@ class ChunksOut {
       s.chunks[r] = uint32_t(how.chunks);
       if (!how.chunks)
         raise_fault(t, uint32_t(-EPT_E_MISMATCH), half, int32_t(r), kHeader, generation, target.bytes, 11);
-      s.at[r] = (window ? window : t.staging) + staging.offset;
+      s.at[r] = window ? window + staging.offset : staged(t, r, staging.offset);
       s.half[r] = uint32_t(position(staging, 1).offset - staging.offset);
       s.there[r] = target.offset;
       s.half_there[r] = uint32_t(position(target, 1).offset - target.offset);

@@ -69,9 +69,7 @@ Lanes::Lanes(Opened opened, const ept_gpu_config &config, const ept_moe_config &
     fail(EPT_E_INVALID, -1, "threads is %u; a block has a multiple of %u of them, from %u to 1024", threads_, kWarp,
          2 * kWarp);
   try {
-    memory_ = heap_ ? heap_->allocate(bytes())
-                    : static_cast<char *>(gpu_->allocate_shared(bytes(), ept::cuda::Sharing(config.share)));
-    if (heap_) gpu_->clear(memory_, bytes());
+    allocate();
     told_ = static_cast<Told *>(gpu_->allocate_pinned(sizeof(Told) * count_));
     progress_ = static_cast<ept_device_progress *>(gpu_->allocate_pinned(sizeof(ept_device_progress) * world_));
     bool calls = false;
@@ -86,6 +84,13 @@ Lanes::Lanes(Opened opened, const ept_gpu_config &config, const ept_moe_config &
     throw;
   }
   arena_->list(this);
+}
+
+// Zeroed.
+void Lanes::allocate() {
+  memory_ = heap_ ? heap_->allocate(bytes())
+                  : static_cast<char *>(gpu_->allocate_shared(bytes(), ept::cuda::Sharing(config_.share)));
+  if (heap_) gpu_->clear(memory_, bytes());
 }
 
 Lanes::~Lanes() {
@@ -208,6 +213,7 @@ void Lanes::lay(char *begin) {
     kept.done = carve.take<uint32_t>(world_);
     kept.out = carve.take<uint8_t>(uint64_t(world_) * kSets);
   }
+  no_words_ = carve.take<uint64_t>(kSignals);
   kept_bytes_ = carve.bytes();
   paths_.resize(count_), words_.resize(count_), in_.resize(count_);
   for (uint32_t l = 0; l < count_; l++) {
@@ -249,10 +255,8 @@ void Lanes::start() {
     t.map = map_;
     t.timeout_ns = config_.timeout_ns;
     t.epoch = arena_->epoch;
-    if (net_) {
-      t.acks = net_->acks(l);
-      t.staging = net_->memory(l);
-    }
+    if (net_) t.acks = net_->acks(l);
+    t.proxied = net_ != nullptr;
     for (const Peer &peer : peers_) t.initiates |= peer.initiated;
     t.in = in_[l];
     t.paths = paths_[l];
@@ -348,6 +352,7 @@ void Lanes::launch_members(uint32_t lane, const Members &members, uint32_t code,
 }
 
 void Lanes::take_members(uint32_t lane, bool captures, void *stream) {
+  refuse_suspended();
   const std::shared_ptr<const Members> now = arena_->members_of_step();
   if (!whole_) fail(EPT_E_FAULT, -1, "lane %u is faulted: a reset has begun and not ended well", lane);
   if (taken_[lane] == now->epoch) return;

@@ -62,6 +62,17 @@ class Lanes final : public Follower {
   uint64_t step() override;
   std::shared_ptr<void> before_reset(const Deadline &deadline) override;
   void after_reset(uint64_t number, uint32_t index, const Deadline &deadline) override;
+  void refuse_sleep() const override;
+  Rest rest() override;
+  void fall_asleep() override;
+  void let_go() override;
+  std::unique_ptr<LaneMemory> lane_memory(uint64_t bytes) override;
+  std::string wake() override;
+  bool expects(uint32_t rank) const override { return places_[rank].known && places_[rank].on_gpu; }
+  void meet_again(const std::vector<std::string> &offers, const Members &with) override;
+  void awake() override;
+  // SUSPENDED where the arena is.
+  void refuse_suspended() const { arena_->refuse_suspended(); }
   // Throws INVALID, with the values, for an object that needs more than these have; UNSUPPORTED, what no lanes could
   // do.
   void fit(const Object &object) const;
@@ -114,7 +125,9 @@ class Lanes final : public Follower {
   };
   void begin_at(const std::vector<std::array<uint64_t, EPT_PHASES>> &next);
   void meet(uint64_t tag, bool tell, const Deadline &deadline);
+  void allocate();
   void give_back();
+  void let_go_of_peers();
   void lay(char *begin);
   void fill_peer(uint32_t lane, uint32_t rank);
   void launch_members(uint32_t lane, const Members &members, uint32_t code, int32_t peer, void *stream);
@@ -141,6 +154,8 @@ class Lanes final : public Follower {
   char *own_ = nullptr;  // tables, and what kernels write that no peer sees
   uint64_t own_bytes_ = 0, kept_bytes_ = 0;
   std::vector<Kept> kept_;
+  uint64_t *no_words_ = nullptr;        // [kSignals] signals of nobody: 0 for ever
+  std::vector<char> asleep_, counted_;  // while suspended: what kernels keep, and the signals
   std::vector<LaneTable> tables_;
   Told *told_ = nullptr;
   std::vector<char> image_;  // of what stands in own_ behind what kernels keep

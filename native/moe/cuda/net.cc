@@ -36,9 +36,9 @@ Net::Net(std::shared_ptr<Gpu> gpu, Arena &arena, bool calls)
     mine_[r] = arena_.lanes[0]->links[r].mine, theirs_[r] = arena_.lanes[0]->links[r].theirs;
   try {
     for (uint32_t l = 0; l < pinned_.size(); l++) {
-      const Lane &lane = *arena_.lanes[l];
-      pinned_[l].memory = lane.on_gpu ? lane.base : gpu_->pin(lane.base, arena_.map.bytes(page_bytes()));
-      pinned_[l].words = reinterpret_cast<uint64_t *>(gpu_->pin(lane.words.all(), lane.words.bytes()));
+      const Words &words = arena_.lanes[l]->words;
+      pin(l);
+      pinned_[l].words = reinterpret_cast<uint64_t *>(gpu_->pin(words.all(), words.bytes()));
     }
     const uint32_t capacity = capacity_for(uint32_t(pinned_.size()), world_);
     pinned_ring_ = gpu_->allocate_pinned(RingPlace::bytes(capacity, world_));
@@ -63,12 +63,30 @@ Net::Net(std::shared_ptr<Gpu> gpu, Arena &arena, bool calls)
 
 Net::~Net() { give_back(); }
 
+void Net::pin(uint32_t l) {
+  const Lane &lane = *arena_.lanes[l];
+  pinned_[l].memory = lane.on_gpu ? lane.base : gpu_->pin(lane.base, arena_.map.bytes(page_bytes()));
+  pinned_[l].host = lane.on_gpu ? nullptr : lane.base;
+}
+
+void Net::let_go() {
+  for (Pinned &lane : pinned_) {
+    if (lane.host) gpu_->unpin(lane.host);
+    lane.memory = nullptr;
+    lane.host = nullptr;
+  }
+}
+
+void Net::take_again() {
+  for (uint32_t l = 0; l < pinned_.size(); l++) pin(l);
+  name_all();
+}
+
 void Net::give_back() {
   proxy_.reset();
-  for (uint32_t l = 0; l < pinned_.size(); l++) {
-    if (pinned_[l].memory && !arena_.lanes[l]->on_gpu) gpu_->unpin(arena_.lanes[l]->base);
+  let_go();
+  for (uint32_t l = 0; l < pinned_.size(); l++)
     if (pinned_[l].words) gpu_->unpin(arena_.lanes[l]->words.all());
-  }
   if (ring_) gpu_->release(ring_);
   if (pinned_ring_) gpu_->release_pinned(pinned_ring_);
   if (acks_) gpu_->release_pinned(acks_);

@@ -42,6 +42,11 @@ class Net {
   std::shared_ptr<void> before_reset(const std::vector<std::array<uint64_t, EPT_PHASES>> &next,
                                      const Deadline &deadline);
   void after_reset(std::vector<std::array<uint64_t, EPT_PHASES>> &next);
+  // Every write that kernels have asked for has ended.
+  bool idle() const { return proxy_->quiesce(0); }
+  // The arena's lanes are to lose their memory, and have one again.
+  void let_go();
+  void take_again();
   // Waits of kernels for that rank end with `code`, until the next reset. What is posted to it goes on.
   void end_waits(uint32_t rank, int32_t code) { proxy_->end_waits(rank, code); }
   // Since then, or since the start: the count of the signal that the source's next message raises it from.
@@ -52,8 +57,10 @@ class Net {
  private:
   struct Pinned {
     char *memory = nullptr;
+    void *host = nullptr;  // that was pinned for it
     uint64_t *words = nullptr;
   };
+  void pin(uint32_t lane);
   void name_all();
   void pass_acks();
   void give_back();

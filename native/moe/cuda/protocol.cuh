@@ -352,7 +352,7 @@ EPT_DEVICE uint64_t has_consumed(const LaneTable &t, uint32_t phase, uint32_t pe
 // Staging of generation - 2 is no longer read by the network, and the slot is free at every CPU rank. Each block asks
 // for itself: no other has told it. All threads call; false, for all of them: the lane is faulted.
 EPT_DEVICE bool settle(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
-  if (!t.staging) return true;
+  if (!t.proxied) return true;
   const uint64_t deadline = device::deadline_in(t.timeout_ns);
   const Taking members = taking(t, kNext);
   for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {

@@ -67,6 +67,12 @@ uint32_t lane_of(const GpuObject &moe, uint32_t lane) {
   return lane;
 }
 
+// For a call that launches, or asks what launches did.
+uint32_t lane_awake(const GpuObject &moe, uint32_t lane) {
+  moe.lanes->refuse_suspended();
+  return lane_of(moe, lane);
+}
+
 bool per_expert(int32_t layout) { return layout == EPT_LAYOUT_CONTIGUOUS || layout == EPT_LAYOUT_MASKED; }
 
 RoutingArrays arrays(const GpuObject &moe, void *memory, uint64_t tokens) {
@@ -148,7 +154,7 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
   const Object &object = moe.object;
   const ept_moe_config &config = object.config;
   DispatchSend a{};
-  a.lane = moe.lanes->table(lane_of(moe, args.lane));
+  a.lane = moe.lanes->table(lane_awake(moe, args.lane));
   a.object = moe.table;
   const bool quantise = object.quantises() && args.x.dtype == config.dtype;
   const int32_t sent = quantise ? config.dtype : config.dispatch_dtype;
@@ -222,7 +228,7 @@ uint64_t shared_of_receive(const GpuObject &moe) {
 
 void dispatch_wait(GpuObject &moe, uint32_t lane, uint64_t *arrival, void *stream) {
   DispatchWait a{};
-  a.lane = moe.lanes->table(lane_of(moe, lane));
+  a.lane = moe.lanes->table(lane_awake(moe, lane));
   a.object = moe.table;
   a.scale_bytes = moe.carried[lane].scale_bytes;
   a.scale_format = moe.carried[lane].scale_format;
@@ -236,7 +242,7 @@ void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o,
   const Object &object = moe.object;
   const ept_moe_config &config = object.config;
   DispatchRecv a{};
-  a.lane = moe.lanes->table(lane_of(moe, lane));
+  a.lane = moe.lanes->table(lane_awake(moe, lane));
   if (o.layout < EPT_LAYOUT_ROWS || o.layout > EPT_LAYOUT_MASKED)
     fail(EPT_E_INVALID, -1, "layout is %d; 0 (rows) to 3 (masked) are possible", o.layout);
   const bool masked = o.layout == EPT_LAYOUT_MASKED, two = masked || o.layout == EPT_LAYOUT_BY_RANK;
@@ -296,7 +302,7 @@ void late_weights(GpuObject &moe, uint32_t lane, const ept_tensor &weights, void
   const uint32_t world = moe.object.config.world;
   want_here(moe, "topk_weights", weights, {EPT_DTYPE_F32}, {kAny, int64_t(moe.object.config.top_k)});
   LateSend out{};
-  out.lane = moe.lanes->table(lane_of(moe, lane));
+  out.lane = moe.lanes->table(lane_awake(moe, lane));
   out.object = moe.table;
   out.routing = arrays(moe, routing, uint64_t(weights.shape[0]));
   out.tokens = uint32_t(weights.shape[0]);
@@ -332,7 +338,7 @@ void combine_send(GpuObject &moe, const ept_combine_args &args, void *routing, u
     want_here(moe, "expert_out", args.expert_out, floats, {kAny, hidden});
   want_rows("expert_out", args.expert_out);
   CombineSend a{};
-  a.lane = moe.lanes->table(lane_of(moe, args.lane));
+  a.lane = moe.lanes->table(lane_awake(moe, args.lane));
   a.object = moe.table;
   a.routing = arrays(moe, routing, tokens);
   a.layout = args.layout;
@@ -370,7 +376,7 @@ void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, const ept_
   want_here(moe, "y", y, {EPT_DTYPE_F32, EPT_DTYPE_F16, EPT_DTYPE_BF16}, {kAny, int64_t(moe.object.config.hidden)});
   want_rows("y", y);
   CombineRecv a{};
-  a.lane = moe.lanes->table(lane_of(moe, lane));
+  a.lane = moe.lanes->table(lane_awake(moe, lane));
   a.object = moe.table;
   a.routing = arrays(moe, routing, uint64_t(y.shape[0]));
   a.y = static_cast<char *>(y.data);
@@ -573,14 +579,14 @@ int32_t ept_gpu_moe_members(ept_gpu_moe *moe, uint32_t lane, int32_t captures, u
                             ept_error *error) {
   return guarded("dispatch_send", error, [&] {
     Lanes &lanes = *moe->object->lanes;
-    lanes.take_members(lane_of(*moe->object, lane), captures != 0, stream);
+    lanes.take_members(lane_awake(*moe->object, lane), captures != 0, stream);
     if (membership) *membership = lanes.members()->epoch;
   });
 }
 
 int32_t ept_gpu_moe_refuse_old(ept_gpu_moe *moe, uint32_t lane, uint32_t membership, void *stream, ept_error *error) {
   return guarded("combine_send", error,
-                 [&] { moe->object->lanes->refuse_old(lane_of(*moe->object, lane), membership, stream); });
+                 [&] { moe->object->lanes->refuse_old(lane_awake(*moe->object, lane), membership, stream); });
 }
 
 int32_t ept_gpu_moe_dispatch_send(ept_gpu_moe *moe, const ept_dispatch_args *args, void *routing, void *stream,
@@ -630,7 +636,7 @@ int32_t ept_gpu_moe_combine_recv(ept_gpu_moe *moe, uint32_t lane, const ept_tens
 
 int32_t ept_gpu_moe_drain(ept_gpu_moe *moe, uint32_t lane, uint32_t phase, void *stream, ept_error *error) {
   return guarded("drain", error, [&] {
-    lane_of(*moe->object, lane);
+    lane_awake(*moe->object, lane);
     if (moe->object->streams()) {
       if (phase == EPT_PHASE_DISPATCH)
         streamed_dispatch(*moe->object, lane, false, nullptr, stream);
@@ -648,5 +654,5 @@ int32_t ept_gpu_moe_stats_get(ept_gpu_moe *moe, ept_moe_stats *stats, ept_error 
 }
 
 int32_t ept_gpu_moe_check(ept_gpu_moe *moe, uint32_t lane, ept_error *error) {
-  return guarded("moe_check", error, [&] { moe->object->lanes->check(lane_of(*moe->object, lane)); });
+  return guarded("moe_check", error, [&] { moe->object->lanes->check(lane_awake(*moe->object, lane)); });
 }

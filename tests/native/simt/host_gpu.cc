@@ -7,6 +7,7 @@
 
 #include "../check.h"
 #include "kernels.h"
+#include "moe/fail.h"
 
 namespace simt {
 
@@ -24,6 +25,10 @@ void *HostGpu::allocate(uint64_t bytes) {
   return memory;
 }
 void HostGpu::release(void *memory) {
+  {
+    const std::lock_guard<std::mutex> lock(sharing_);
+    shared.erase(memory);
+  }
   free(memory);
   held_--;
 }
@@ -42,6 +47,7 @@ void HostGpu::describe(void *memory, const ept_caps &caps, ept::cuda::Described 
   described = out->memory.kind;
 }
 void *HostGpu::allocate_shared(uint64_t bytes, ept::cuda::Sharing) {
+  if (is_full) ept::moe::fail(EPT_E_NOMEM, -1, "the GPU of fibers has no memory left");
   void *const memory = allocate(bytes);
   const std::lock_guard<std::mutex> lock(sharing_);
   shared[memory] = bytes;
@@ -51,6 +57,8 @@ void HostGpu::launch(ept::moe::cuda::Kernel kernel, uint32_t blocks, uint32_t th
                      void *argument) {
   const std::lock_guard<std::mutex> lock(running_);
   const char *bytes = static_cast<const char *>(argument);
+  if (records)
+    records->push_back({kernel, blocks, threads, shared, stream, {bytes, bytes + kernels[kernel].argument_bytes}});
   machine.launch(stream, kernels[kernel].run, std::vector<char>(bytes, bytes + kernels[kernel].argument_bytes), blocks,
                  threads, shared);
 }

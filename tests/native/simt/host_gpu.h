@@ -29,9 +29,10 @@ class HostGpu final : public ept::moe::cuda::Gpu {
   void release_pinned(void *memory) override { release(memory); }
   char *pin(void *host, uint64_t) override {
     pins++;
+    pinned++;
     return static_cast<char *>(host);
   }
-  void unpin(void *) override {}
+  void unpin(void *) override { pinned--; }
   void copy_in(void *to, const void *from, uint64_t bytes) override;
   void copy_out(void *to, const void *from, uint64_t bytes) override { copy_in(to, from, bytes); }
   void clear(void *memory, uint64_t bytes) override;
@@ -49,11 +50,31 @@ class HostGpu final : public ept::moe::cuda::Gpu {
   void launch(ept::moe::cuda::Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
               void *argument) override;
 
+  // What was launched while `records` pointed here, to be launched again as a captured graph is.
+  struct Launched {
+    ept::moe::cuda::Kernel kernel;
+    uint32_t blocks, threads;
+    uint64_t shared;
+    void *stream;
+    std::vector<char> argument;
+  };
+  void replay(const std::vector<Launched> &graph) {
+    for (Launched each : graph)
+      launch(each.kernel, each.blocks, each.threads, each.shared, each.stream, each.argument.data());
+  }
+
   Machine machine;
+  std::vector<Launched> *records = nullptr;
+  bool is_full = false;  // no memory for peers or networks is left
+  size_t shown() {       // allocations that peers or networks are shown
+    const std::lock_guard<std::mutex> lock(sharing_);
+    return shared.size();
+  }
   std::atomic<uint32_t> allocations = 0;
   uint32_t streams = 32;  // kept apart
   bool orders = true;
   std::atomic<uint32_t> pins = 0;      // of host memory, so far
+  std::atomic<int32_t> pinned = 0;     // of which still are
   std::atomic<int32_t> described = 0;  // to a network last: the kind of memory; 0: none
   std::map<void *, uint64_t> shared;   // that peers or networks are shown, and its bytes
 
