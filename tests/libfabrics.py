@@ -2,7 +2,7 @@
 """The libfabrics that tests run with: the releases that tests/libfabric/fetch.py brought, and what each can do here.
 
 A process holds one libfabric: two copies in it see each other's providers and no devices. So a test of several releases
-works in child processes, to which EPT_LIBFABRIC_LIBRARY says which; `RELEASES` is the list, `cases()` the parameters.
+works in child processes, to which EPT_LIBFABRIC_LIBRARY says which; `releases()` is the list, `cases()` the parameters.
 """
 
 from __future__ import annotations

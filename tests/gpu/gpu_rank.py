@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a rank that is a process of its own does on its GPU: steps as test_gpu_moe.py's, with memory shared by CUDA IPC
-among the ranks of a node, over tcp between nodes or where `intra` is off. Every process draws all ranks' inputs from
-the same seed, and checks its own part against the reference."""
+among the ranks of a node, over tcp (or what `more` says) between nodes or where `intra` is off. Every process draws all
+ranks' inputs from the same seed, and checks its own part against the reference."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ import eptransport as ept
 
 
 def steps(
-    rank: int, n: int, folder: Path, count: int, intra: str | None, nodes: str | None = None, share: Any = "auto"
+    rank: int,
+    n: int,
+    folder: Path,
+    count: int,
+    intra: str | None,
+    nodes: str | None = None,
+    share: Any = "auto",
+    more: Any = {"backend": "tcp"},  # noqa: B006 (read)
 ) -> tuple[tuple[str, ...], int]:
-    settings = ept.Settings(
-        backend="tcp", timeout_s=60.0, threads=1, intra=intra, node=nodes and nodes[rank], gpu_share=share
-    )
+    settings = ept.Settings(timeout_s=60.0, threads=1, intra=intra, node=nodes and nodes[rank], gpu_share=share, **more)
     torch.cuda.set_device(rank % torch.cuda.device_count())
     with ept.Group(settings, store=FileStore(str(folder / "store"), n), rank=rank, world_size=n) as group:
         return exchange(group, count)

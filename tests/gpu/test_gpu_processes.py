@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gpu_rank
+import libfabrics
 import pytest
 import torch
 from children import torchrun
@@ -43,6 +44,15 @@ def test_memory_by_descriptors(spawn: Spawn, n: int) -> None:
 def test_two_nodes(spawn: Spawn, nodes: str) -> None:
     """Both ways in one step: by CUDA IPC inside a node, over tcp between them."""
     reached(spawn(4, gpu_rank.steps, 8, None, nodes), nodes)
+
+
+@pytest.mark.parametrize("nodes", ["aabb", "abab"])
+def test_two_nodes_over_shared_memory_by_libfabric(spawn: Spawn, nodes: str) -> None:
+    release = libfabrics.releases()[0]
+    if why := release.missing or release.providers["shm"]:
+        pytest.skip(f"libfabric's shm of {release.name}: {why}")
+    more = {"backend": "libfabric", "options": {f"libfabric.{k}": v for k, v in release.options("shm").items()}}
+    reached(spawn(4, gpu_rank.steps, 8, None, nodes, "auto", more), nodes)
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])

@@ -168,6 +168,11 @@ class OnGpu:
         return waits
 
 
+def checked(moe: ept.AllToAll) -> ept.AllToAll:
+    """As OnGpu where it is on one."""
+    return moe if DEVICE == "cpu" else OnGpu(moe)  # type: ignore[return-value]
+
+
 def on_ranks(all_groups: Sequence[ept.Group], run: Callable[[int], T]) -> list[T]:
     """run(rank) on a thread for each rank."""
     return together(all_groups, [lambda rank=rank: run(rank) for rank in range(len(all_groups))])  # type: ignore[misc]
@@ -189,8 +194,7 @@ def all_to_alls(
         arguments.setdefault("placement", list(config.placement))
     if not devices and DEVICE != "cpu":
         devices = [DEVICE] * len(all_groups)
-        made = all_to_alls(all_groups, config, devices, **arguments)
-        return [OnGpu(moe) for moe in made]  # type: ignore[misc]
+        return [checked(moe) for moe in all_to_alls(all_groups, config, devices, **arguments)]
     return ept.loopback_run(
         all_groups,
         lambda group: ept.AllToAll(

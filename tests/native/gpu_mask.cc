@@ -227,6 +227,41 @@ void between_halves(const std::string &on, uint64_t seed) {
   }
 }
 
+// A rank that began its step before the mask and one that began it after: each is told, and that calls were alike.
+void across(const std::string &on, uint64_t seed) {
+  check::running("a step under two memberships");
+  World world(moe_test::config_of(3, 6, 2, 32, 7), seed, on, loopback());
+  Log log(world);
+  good_steps(world, 1);
+  Step step = world.draw();
+  step.lane = 0;
+  for (RankStep &s : step.ranks) s.layout = EPT_LAYOUT_ROWS;
+  const std::vector<Got> expected = world.on_cpu(step);
+  std::vector<Got> all(2);
+  std::vector<Bytes> routings(2);
+  world.send(step, 0, routings[0]);
+  world.gpu->machine.run();
+  log.mask(2);
+  world.send(step, 1, routings[1]);
+  for (uint32_t r : {0u, 1u}) {
+    all[r].arrival = expected[r].arrival;
+    world.make(all[r], step.ranks[r], r, 0);
+    world.receive(step, r, routings[r], all[r]);
+  }
+  world.gpu->machine.run();
+  for (uint32_t r : {0u, 1u}) {
+    Error error;
+    CHECK_EQ(ept_gpu_moe_check(world.objects[r], 0, &error), EPT_E_FAULT);
+    CHECK_HAS(error.text, "the first cause was EPT_E_FAULT");
+    CHECK_HAS(error.text, r ? "rank 0 takes its step under another membership" : "under another membership than rank 0");
+  }
+  log.reset();
+  good_steps(world, 2);
+  log.back(2);
+  log.reset();
+  good_steps(world, 2);
+}
+
 // Kernels that wait for a rank learn that it is masked, and that another one has gone on to a reset, long before their
 // deadline.
 void amid_waits(const std::string &on, uint64_t seed) {
@@ -311,6 +346,8 @@ int main() {
   stray("ggg", 11);
   between_halves("mmm", 20);
   between_halves("ggg", 21);
+  across("mmm", 25);
+  across("ggg", 26);
   amid_waits("mmm", 30);
   amid_waits("ggg", 31);
   return 0;

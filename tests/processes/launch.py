@@ -4,6 +4,8 @@
 The processes are forked from a server that has imported torch and eptransport and done nothing else, so eight of them
 start in a second. A survivor that closed its group at once would look to the others like a second rank that is gone; so
 a rank holds it until `run` lets go.
+
+With EPT_TEST_DEVICE=cuda those of test_masked.py compute on a GPU, which they share where there are fewer than ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 
 import eptransport as ept
@@ -43,11 +46,15 @@ def open_group(rank: int, world: int, folder: str, *, rejoin: bool = False, **fi
     return ept.Group(ept.Settings(**fields), store=store, rank=rank, world_size=world, rejoin=rejoin)
 
 
-def _child(function: Callable[..., Any], rank: int, world: int, folder: str, args: tuple[Any, ...], pipe: Any) -> None:
+def _child(
+    function: Callable[..., Any], rank: int, world: int, folder: str, args: tuple[Any, ...], device: str, pipe: Any
+) -> None:
     torch.set_num_threads(1)
+    harness.DEVICE = device  # the server that this was forked from may have begun without EPT_TEST_DEVICE
     held: list[Any] = []  # what must live until the parent lets go
     try:
-        answer = function(rank, world, folder, held, *args)
+        with harness.on_device():
+            answer = function(rank, world, folder, held, *args)
     except BaseException:
         answer = Failed(traceback.format_exc())
     pipe.send(answer)
@@ -70,23 +77,21 @@ def run(
 
     Raises if another rank dies or fails, or if an answer is not there after `limit_s`: then a rank hangs.
     """
-    pipes: list[Connection] = []
-    processes = []
-    for rank in range(world):
-        here, there = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_child, args=(function, rank, world, str(folder), args, there), daemon=True)
-        process.start()
-        there.close()
-        pipes.append(here)
-        processes.append(process)
-    for rank in sorted(dies) if again else ():
-        processes[rank].join(limit_s)
+
+    def start(rank: int, what: Callable[..., Any]) -> None:
         pipes[rank], there = CONTEXT.Pipe()
-        processes[rank] = CONTEXT.Process(
-            target=_child, args=(again, rank, world, str(folder), args, there), daemon=True
-        )
+        args_of = (what, rank, world, str(folder), args, harness.DEVICE, there)
+        processes[rank] = CONTEXT.Process(target=_child, args=args_of, daemon=True)
         processes[rank].start()
         there.close()
+
+    pipes: dict[int, Connection] = {}
+    processes: dict[int, Any] = {}
+    for rank in range(world):
+        start(rank, function)
+    for rank in sorted(dies) if again else ():
+        processes[rank].join(limit_s)
+        start(rank, again)
     dies = dies if again is None else frozenset()
     answers: list[Any] = [None] * world
     waiting = {pipes[rank]: rank for rank in range(world) if rank not in dies}
@@ -105,10 +110,10 @@ def run(
                     raise Died(f"rank {rank} ended with {processes[rank].exitcode}") from error
                 if isinstance(answers[rank], Failed):
                     raise AssertionError(f"rank {rank}: {answers[rank].words}")
-        for rank, pipe in enumerate(pipes):
+        for rank, pipe in pipes.items():
             if rank not in dies:
                 pipe.send("go")
-        for rank, process in enumerate(processes):
+        for rank, process in processes.items():
             if rank in dies:
                 continue
             process.join(20)
@@ -116,7 +121,7 @@ def run(
                 raise Died(f"rank {rank} closed its group and ended with {process.exitcode}")
         return answers
     finally:
-        for process in processes:
+        for process in processes.values():
             if process.is_alive():
                 process.kill()
             process.join(5)

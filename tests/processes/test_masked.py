@@ -35,9 +35,16 @@ def open_all(rank: int, world: int, folder: str, held: list[Any], **more: Any) -
     group = launch.open_group(rank, world, folder, timeout_s=60.0, dead_s=60.0, **more)
     held.append(group)
     moe = ept.AllToAll(
-        group, num_experts=8, top_k=3, hidden=64, max_tokens=16, lanes=1, dtype=harness.TORCH[CONFIG.dtype]
+        group,
+        num_experts=8,
+        top_k=3,
+        hidden=64,
+        max_tokens=16,
+        lanes=1,
+        dtype=harness.TORCH[CONFIG.dtype],
+        device=harness.DEVICE,
     )
-    return group, moe
+    return group, harness.checked(moe)
 
 
 def nothing(_: str) -> None:

@@ -76,6 +76,9 @@ enum Trouble : uint32_t {
   kCut = 10      // expected: rows that the peer's message was to have, seen: what had come when it was cut short
 };
 
+// Of check_header's fields the one that is no fault of the calls.
+constexpr uint32_t kMembershipField = 2;
+
 // Device timestamps, for who asks for them (ept_gpu_lanes_times). kPoints of each half and block, by its first thread;
 // then, of each phase and source, when its signal was first seen by a block and when the last of its rows was done.
 constexpr uint32_t kPoints = 8;

@@ -402,11 +402,11 @@ class ChunksIn {
       if (!wrong && (h.total_rows != w.total[r] || after > h.total_rows || (!last && h.rows == 0))) wrong = 8;
       if (!wrong && (h.rows ? kind.header_bytes() + uint64_t(h.rows) * h.row_bytes : 0) > room) wrong = 8;
       if (wrong)
-        raise_fault(t, uint32_t(-EPT_E_MISMATCH), half, int32_t(r), kHeader, generation, 0, wrong);
+        refuse_header(t, half, r, generation, 0, wrong);
       else if (last && after < h.total_rows)
         raise_fault(t, uint32_t(-EPT_E_CLOSED), half, int32_t(r), kCut, generation, h.total_rows, after);
       else if (!last && after == h.total_rows)
-        raise_fault(t, uint32_t(-EPT_E_MISMATCH), half, int32_t(r), kHeader, generation, 0, 8);
+        refuse_header(t, half, r, generation, 0, 8);
       s.row_bytes[r] = h.row_bytes;
       const uint32_t slot = r * 2 + chunk % 2;
       w.count[slot] = h.rows;

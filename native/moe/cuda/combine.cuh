@@ -330,8 +330,7 @@ class CombineReceiver {
       s.beside[source] = uint32_t(bytes - row_bytes);
       if (!wrong && h.total_rows != rows) wrong = 12;
       if (!wrong) hear(t, source, h, tells);
-      if (wrong)
-        raise_fault(t, uint32_t(-EPT_E_MISMATCH), kCombineRecv, int32_t(source), kHeader, generation, rows, wrong);
+      if (wrong) refuse_header(t, kCombineRecv, source, generation, rows, wrong);
     }
     return from_lane(wrong, 0) == 0;
   }

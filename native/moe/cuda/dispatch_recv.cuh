@@ -62,7 +62,7 @@ EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &obje
                    h.combine_offset > object.shape.combine_recv() ||
                    h.combine_capacity > object.shape.combine_recv() - h.combine_offset))
       wrong = 11;
-    if (wrong) raise_fault(t, uint32_t(-EPT_E_MISMATCH), half, int32_t(source), kHeader, generation, 0, wrong);
+    if (wrong) refuse_header(t, half, source, generation, 0, wrong);
     if (!wrong) hear(t, source, h, tells);
     s.rows[source] = h.total_rows;
     s.return_at[source] = h.combine_offset;

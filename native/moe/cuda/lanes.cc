@@ -549,7 +549,7 @@ void Lanes::check(uint32_t lane) const {
   static const char *const halves[] = {"dispatch_send", "dispatch_recv", "combine_send", "combine_recv"};
   static const char *const fields[] = {"",
                                        "magic or version",
-                                       "membership: a rank was masked or readmitted, reset on every rank",
+                                       "membership",
                                        "phase, source or lane",
                                        "generation",
                                        "AllToAll",
@@ -574,6 +574,11 @@ void Lanes::check(uint32_t lane) const {
               double(config_.timeout_ns) * 1e-9, told.peer, ull(told.seen), ull(told.expected));
       break;
     case kHeader:
+      if (told.seen == kMembershipField)
+        failure(
+            "rank %d takes its step under another membership than rank %u: a rank was masked or readmitted between "
+            "them. Reset on every rank",
+            told.peer, rank_);
       failure("the message of rank %d is not of this step (its %s): every rank must make the same calls in a lane",
               told.peer, fields[std::min<uint64_t>(told.seen, std::size(fields) - 1)]);
       break;

@@ -140,7 +140,7 @@ class LateReceiver {
     if (!wrong)
       hear(t, source, h, true);  // no other block reads it
     else
-      raise_fault(t, uint32_t(-EPT_E_MISMATCH), kCombineSend, int32_t(source), kHeader, generation, rows, wrong);
+      refuse_header(t, kCombineSend, source, generation, rows, wrong);
     return !wrong;
   }
 

@@ -288,7 +288,7 @@ EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, 
                                  uint32_t membership, uint32_t source, const ept_moe_header &h, uint64_t row_bytes,
                                  uint64_t most_rows, uint32_t kind = 0) {
   if (h.magic != EPT_MOE_MAGIC || h.version != EPT_WIRE_VERSION) return 1;
-  if (h.membership != membership) return 2;
+  if (h.membership != membership) return kMembershipField;
   if (h.phase != phase || h.source != source || h.lane != t.lane || h.chunk != 0) return 3;
   if (h.generation != generation) return 4;
   if (h.object != object.number) return 5;
@@ -298,6 +298,13 @@ EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, 
   const bool whole = h.rows == h.total_rows && h.flags & EPT_MOE_LAST;
   if (h.total_rows > most_rows || h.rows > h.total_rows || (!whole && !object.shape.streams())) return 8;
   return 0;
+}
+// A message of which that field is not of this step. A mask changes the membership under ranks that make the same calls:
+// that is no mismatch, but mended by a reset, as on a CPU.
+EPT_DEVICE void refuse_header(const LaneTable &t, uint32_t half, uint32_t source, uint64_t generation,
+                              uint64_t expected, uint32_t field) {
+  raise_fault(t, uint32_t(field == kMembershipField ? -EPT_E_FAULT : -EPT_E_MISMATCH), half, int32_t(source), kHeader,
+              generation, expected, field);
 }
 // A plain copy of what a peer's header said when its signal was seen: what was checked is what is used.
 EPT_DEVICE ept_moe_header get_header(const char *from) {

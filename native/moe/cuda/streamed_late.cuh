@@ -119,7 +119,7 @@ class StreamedLateReceiver {
                            row_bytes, a.object.max_tokens, EPT_MOE_LATE_WEIGHTS);
       if (!wrong && h.total_rows != rows) wrong = 12;
       if (!wrong) hear(t, r, h, true);
-      if (wrong) raise_fault(t, uint32_t(-EPT_E_MISMATCH), kCombineSend, int32_t(r), kHeader, generation, rows, wrong);
+      if (wrong) refuse_header(t, kCombineSend, r, generation, rows, wrong);
       w.total[r] = rows;
     }
     return from_lane(wrong, 0) == 0;
