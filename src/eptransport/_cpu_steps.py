@@ -110,13 +110,13 @@ class CpuSteps:
             raise InvalidArgument(f"combine_recv on lane {lane}, where no combine_send is to be received")
         shapes = self._shapes
         if out is None:
-            y = torch.empty(summed.tokens, shapes.hidden, dtype=shapes.types.dtype)
+            y = torch.empty(summed.tokens, shapes.hidden, dtype=shapes.types.dtype, device=shapes.place)
         else:
             check_y(shapes, summed.tokens, out)
             y = out
         weights = None
         if summed.row_weights:
-            weights = torch.empty(summed.tokens, shapes.top_k, dtype=torch.float32)
+            weights = torch.empty(summed.tokens, shapes.top_k, dtype=torch.float32, device=shapes.place)
         native_y, native_weights = ffi.new("ept_tensor *"), ffi.new("ept_tensor *")
         fill(native_y, y[: summed.count])
         fill(native_weights, None if weights is None else weights[: summed.count])

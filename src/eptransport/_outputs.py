@@ -82,13 +82,13 @@ def make_outputs(
         if exact:
             limit = shapes.limit(bound)
             room = needed if limit is None else min(needed, limit)
-        x = torch.empty(shapes.of(layout, room, shapes.payload_columns), dtype=payload, device=shapes.device)
+        x = torch.empty(shapes.of(layout, room, shapes.payload_columns), dtype=payload, device=shapes.place)
     lead = tuple(x.shape[:-1])  # type: ignore[union-attr]
 
     def pick(old: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if old is not None and tuple(old.shape) == shape and old.dtype == dtype:
             return old
-        return torch.empty(shape, dtype=dtype, device=shapes.device)
+        return torch.empty(shape, dtype=dtype, device=shapes.place)
 
     experts = shapes.local_experts
     by_token = layout in ("rows", "by_rank")
@@ -114,7 +114,7 @@ def _scales(shapes: Shapes, lead: tuple[int, ...], arrival: Any, old: torch.Tens
     if old is not None and tuple(old.shape) == (*lead, count) and old.dtype == dtype:
         return old
     if shapes.scale_layout == "row":
-        return torch.empty(*lead, count, dtype=dtype, device=shapes.device)
+        return torch.empty(*lead, count, dtype=dtype, device=shapes.place)
     step = SCALE_ALIGNMENT // dtype.itemsize
     rows = -(-lead[-1] // step) * step
-    return torch.empty(*lead[:-1], count, rows, dtype=dtype, device=shapes.device)[..., : lead[-1]].transpose(-1, -2)
+    return torch.empty(*lead[:-1], count, rows, dtype=dtype, device=shapes.place)[..., : lead[-1]].transpose(-1, -2)

@@ -43,6 +43,13 @@ class Shapes:
     """None: the CPU."""
 
     @property
+    def place(self) -> torch.device:
+        """Where outputs are made, whatever torch.set_default_device says."""
+        import torch
+
+        return torch.device("cpu") if self.device is None else self.device
+
+    @property
     def payload_columns(self) -> int:
         """Elements of a row on the wire."""
         return self.types.payload_columns(self.hidden)

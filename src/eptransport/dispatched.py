@@ -89,7 +89,7 @@ class Routing:
         """[tokens, top_k] bool: True where the expert was at one of those."""
         import torch
 
-        lost = torch.zeros(self.tokens, top_k, dtype=torch.uint8)
+        lost = torch.zeros(self.tokens, top_k, dtype=torch.uint8, device="cpu")
         lib.ept_routing_lost(self._native, ffi.NULL, ffi.NULL, ffi.cast("uint8_t *", lost.data_ptr()))
         return lost.bool()
 

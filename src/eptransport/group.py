@@ -131,7 +131,7 @@ class Group(Seeing, Closing):
         if self._fault is None:
             import torch
 
-            self._fault = torch.zeros((), dtype=torch.int32)
+            self._fault = torch.zeros((), dtype=torch.int32, device="cpu")
         return self._fault
 
     @property

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import harness
@@ -273,6 +274,32 @@ def test_lanes_are_apart(make_groups: Make) -> None:
             for lane in range(3)
         ],
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_default_device_of_torch_changes_nothing(make_groups: Make, layout: str) -> None:
+    """Servers set it: what a call makes is where the AllToAll is all the same."""
+    groups = make_groups(2)
+    moes = all_to_alls(groups, replace(CONFIG, world=2))
+    scenario = Scenario(
+        replace(CONFIG, world=2),
+        make_batches(replace(CONFIG, world=2), (5, 3), 1),
+        [layout] * 2,
+        row_weights=layout in ("rows", "by_rank"),
+    )
+
+    def step(rank: int) -> None:
+        given = scenario.arguments(rank)
+        with torch.device("meta"):
+            got = moes[rank].dispatch(**given)
+        scenario.check(rank, got)
+        given = scenario.combine_arguments(rank, got)
+        with torch.device("meta"):
+            result = moes[rank].combine(**given)
+            assert groups[rank].fault.device.type == groups[rank].active_mask.device.type == harness.DEVICE
+        scenario.check_y(rank, result[0] if isinstance(result, tuple) else result)
+
+    on_ranks(groups, step)
 
 
 def steps(moe: ept.AllToAll, rank: int, lane: int, scenarios: tuple[Scenario, Scenario]) -> None:
