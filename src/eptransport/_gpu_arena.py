@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from eptransport._call import call, ffi, lib, new_error, sized, text, timeout_ns
+from eptransport._gpu_lane import Lane
 from eptransport._guard import CLOSE_S, Guard
 from eptransport._kernels import add_missing, for_shape
 from eptransport._process import process
@@ -64,10 +65,15 @@ class GpuArena:
         self.shares_process = bool(lib.ept_gpu_lanes_share_process(pointer))
         """Whether other ranks are threads of this process."""
         self.objects = 0
+        self._lanes: dict[int, Lane] = {}
         self._members = members
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="eptransport-gpu-watch", daemon=True)
         self._watcher.start()
+
+    def lane(self, number: int) -> Lane:
+        """What stands in it, of whichever object."""
+        return self._lanes.setdefault(number, Lane())
 
     def maps(self, rank: int) -> bool:
         """Whether that rank's memory is in this GPU's address space."""

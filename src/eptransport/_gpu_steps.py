@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from eptransport._call import call, ffi, lib, sized, whole
 from eptransport._calls import CombineCall, DispatchCall, Unpacking
 from eptransport._convert import code_of, fill
+from eptransport._gpu_lane import GpuRouting, Lane, Sent, Summed
 from eptransport._inputs import check_combine, check_dispatch, check_y
 from eptransport._outputs import check_out, make_outputs
 from eptransport._shapes import LAYOUTS
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from eptransport._membership import Membership
     from eptransport._shapes import Shapes
 
-__all__ = ["GpuRouting", "GpuSteps"]
+__all__ = ["GpuSteps"]
 
 FP8_BLOCK = 128
 """Elements under one scale of our own quantisation: wire.h's EPT_FP8_BLOCK."""
@@ -42,71 +42,6 @@ DISPATCH, COMBINE = 0, 1
 
 _BY_MEMBERSHIP = (PeerLost, LaneFault, Timeout)
 """What a call raises when ranks take part no longer, or again, as the others see it."""
-
-
-class GpuRouting(Routing):
-    """A routing that is kept on the GPU, in the caller's memory."""
-
-    def __init__(self, memory: torch.Tensor, layout: Layout, lane: int, tokens: int, num_tokens: int) -> None:
-        self._memory = memory
-        self._native = None
-        self.layout = layout
-        self.lane = lane
-        self.tokens = tokens
-        self.num_tokens = num_tokens
-        self.weighed = False
-        self.leading = 0
-        """Rows of the layout that was unpacked: of all, of a rank, or of an expert."""
-        self.membership = 0
-        """That the dispatch was begun under; a captured one is replayed under the lane's."""
-        self._lost_ranks: tuple[int, ...] = ()
-        self._lost_experts: torch.Tensor | None = None
-        self._ids: Callable[[], torch.Tensor] = lambda: memory
-
-    def lost_ranks(self, world_size: int) -> tuple[int, ...]:
-        return tuple(rank for rank in self._lost_ranks if rank < world_size)
-
-    def lost(self, top_k: int) -> torch.Tensor:
-        import torch
-
-        lost = torch.zeros(self.tokens, top_k, dtype=torch.bool, device=self._memory.device)
-        if self._lost_experts is not None:
-            ids = self._ids()
-            lost[: self.num_tokens] = self._lost_experts[ids.clamp(min=0)] & (ids >= 0)
-        return lost
-
-
-@dataclass
-class _Lane:
-    """What the second half must know of the first."""
-
-    sent: _Sent | None = None
-    summed: _Summed | None = None
-    stream: Any = None
-    """The last one that it was on."""
-    captured: bool = False
-    """Graphs have steps of it, which may be replayed on any stream."""
-    tickets: int = 0
-    """Dispatches so far whose counts the host is shown."""
-
-
-@dataclass(frozen=True)
-class _Sent:
-    routing: GpuRouting
-    layout: Layout
-    unpacking: Unpacking
-    scales: tuple[int, int]
-    """Bytes a row, and their format."""
-    keep: tuple[torch.Tensor | None, ...] = ()
-    """Of a streamed call: what is sent with the second half, or when the next call drops it."""
-
-
-@dataclass(frozen=True)
-class _Summed:
-    routing: GpuRouting
-    row_weights: bool
-    keep: tuple[torch.Tensor | None, ...] = ()
-    """As of _Sent."""
 
 
 class GpuSteps:
@@ -124,7 +59,9 @@ class GpuSteps:
         self._native = native
         self._shapes = shapes
         self._layout: Layout = layout
-        self._lanes = [_Lane() for _ in range(lanes)]
+        self._lanes = [native.arena.lane(number) for number in range(lanes)]
+        self._tickets = [0] * lanes
+        """Dispatches of each lane so far whose counts the host is shown."""
         self._members = native.group._members
         self._homes = list(placement) if placement is not None else _blocks(num_experts, shapes.world)
         """The rank of each expert."""
@@ -166,18 +103,18 @@ class GpuSteps:
         fill(arguments.topk_weights, None if topk_weights is None else topk_weights[:count])
         fill(arguments.scales, None if given.scales is None else given.scales[:count])
         if state.sent is not None:  # dispatched, and never received
-            self._call(lib.ept_gpu_moe_drain, lane, DISPATCH, stream)
+            state.sent.by._drain(self, lane, DISPATCH, stream)
             state.sent = None
         self._call(lib.ept_gpu_moe_dispatch_send, arguments, _address(made), stream)
         keep = (x, topk_ids, topk_weights, given.scales)
-        state.sent = _Sent(made, chosen, given.unpacking, self._scales(x, given.scales), keep)
+        state.sent = Sent(self, made, chosen, given.unpacking, self._scales(x, given.scales), keep)
 
     def dispatch_recv(self, lane: int, given: Unpacking) -> Dispatched:
         import torch
 
         state = self._lane(lane)
         sent = state.sent
-        if sent is None:
+        if sent is None or sent.by is not self:
             raise InvalidArgument(f"dispatch_recv on lane {lane}, where no dispatch_send is to be received")
         wanted = given.over(sent.unpacking)
         chosen = sent.layout
@@ -192,8 +129,8 @@ class GpuSteps:
         routing.layout = chosen
         ticket = 0
         if wanted.mirror_counts:
-            state.tickets += 1
-            ticket = state.tickets
+            self._tickets[lane] += 1
+            ticket = self._tickets[lane]
         routing.leading = int(outputs.x.shape[1 if chosen in ("by_rank", "masked") else 0])
         self._call(
             lib.ept_gpu_moe_dispatch_recv,
@@ -241,12 +178,12 @@ class GpuSteps:
         if self._members.state.epoch != routing.membership:
             self._call(lib.ept_gpu_moe_refuse_old, lane, routing.membership, stream)
         if state.summed is not None:
-            self._call(lib.ept_gpu_moe_drain, lane, COMBINE, stream)
+            state.summed.by._drain(self, lane, COMBINE, stream)
             state.summed = None
         late = None if topk_weights is None else self._send_weights(lane, routing, topk_weights, stream)
         pointer = ffi.NULL if late is None else ffi.cast("float *", late.data_ptr())
         self._call(lib.ept_gpu_moe_combine_send, arguments, _address(routing), routing.num_tokens, pointer, stream)
-        state.summed = _Summed(routing, given.row_weights is not None, (expert_out, given.row_weights, late))
+        state.summed = Summed(self, routing, given.row_weights is not None, (expert_out, given.row_weights, late))
 
     def _send_weights(self, lane: int, routing: GpuRouting, weights: torch.Tensor, stream: Any) -> torch.Tensor:
         """The weights of the rows that are here, by which this combine goes."""
@@ -264,7 +201,7 @@ class GpuSteps:
         import torch
 
         state = self._lane(lane)
-        if state.summed is None:
+        if state.summed is None or state.summed.by is not self:
             raise InvalidArgument(f"combine_recv on lane {lane}, where no combine_send is to be received")
         routing = state.summed.routing
         shapes = self._shapes
@@ -351,6 +288,12 @@ class GpuSteps:
 
     # -- how it is done --
 
+    def _drain(self, other: GpuSteps, lane: int, phase: int, stream: Any) -> None:
+        """What this one has sent and `other` finds in the lane. Who sent it knows how; messages of one that is closed
+        are whole, since a call that is streamed receives them itself."""
+        steps = other if self._native.guard.is_shut else self
+        steps._call(lib.ept_gpu_moe_drain, lane, phase, stream)
+
     def _take_members(self, lane: int, routing: GpuRouting, stream: Any) -> None:
         """The mask of a step is taken here and nowhere else."""
         import torch
@@ -377,7 +320,7 @@ class GpuSteps:
         lost = [home in masked for home in self._homes]
         self._lost = (state.epoch, torch.tensor(lost, device=self._shapes.device) if masked else None)
 
-    def _arrival(self, lane: int, sent: _Sent, stream: Any, exact: bool) -> SimpleNamespace:
+    def _arrival(self, lane: int, sent: Sent, stream: Any, exact: bool) -> SimpleNamespace:
         import torch
 
         rows = [0, 0, 0, 0]
@@ -439,13 +382,13 @@ class GpuSteps:
         weights = routing._memory[at + size : at + 2 * size].view(torch.float32).view(count, top_k)
         return ids, weights
 
-    def _lane(self, lane: int) -> _Lane:
+    def _lane(self, lane: int) -> Lane:
         number = whole("lane", lane)
         if not 0 <= number < len(self._lanes):
             raise InvalidArgument(f"lane={number}: this AllToAll has lanes 0 to {len(self._lanes) - 1}")
         return self._lanes[number]
 
-    def _stream(self, state: _Lane) -> Any:
+    def _stream(self, state: Lane) -> Any:
         import torch
 
         stream = torch.cuda.current_stream(self._shapes.device)

@@ -276,6 +276,30 @@ def test_lanes_are_apart(make_groups: Make) -> None:
     )
 
 
+def test_what_one_object_left_in_a_lane_is_cleared_by_another(make_groups: Make) -> None:
+    """Two AllToAlls share the lanes of their group: a dispatch, and a combine, that were sent and never received."""
+    groups = make_groups(2)
+    config = model.Config(2, 4, 3, 48)
+    one, other = all_to_alls(groups, config), all_to_alls(groups, replace(config, num_experts=6))
+    a = Scenario(config, make_batches(config, (5, 3), 1), ["contiguous", "rows"])
+    more = replace(config, num_experts=6)
+    b = Scenario(more, make_batches(more, (2, 9), 2), ["rows", "masked"])
+
+    def step(rank: int) -> None:
+        for _ in range(2):
+            one[rank].dispatch_send(**a.arguments(rank))
+            b.run(rank, other[rank])
+            with pytest.raises(ept.InvalidArgument, match="no dispatch"):
+                one[rank].dispatch_recv()
+            got = one[rank].dispatch(**a.arguments(rank))
+            one[rank].combine_send(**a.combine_arguments(rank, got))
+            b.run(rank, other[rank], halves=True)
+            with pytest.raises(ept.InvalidArgument, match="no combine"):
+                one[rank].combine_recv(got)
+
+    on_ranks(groups, step)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_default_device_of_torch_changes_nothing(make_groups: Make, layout: str) -> None:
     """Servers set it: what a call makes is where the AllToAll is all the same."""
