@@ -253,7 +253,8 @@ void across(const std::string &on, uint64_t seed) {
     Error error;
     CHECK_EQ(ept_gpu_moe_check(world.objects[r], 0, &error), EPT_E_FAULT);
     CHECK_HAS(error.text, "the first cause was EPT_E_FAULT");
-    CHECK_HAS(error.text, r ? "rank 0 takes its step under another membership" : "under another membership than rank 0");
+    CHECK_HAS(error.text,
+              r ? "rank 0 takes its step under another membership" : "under another membership than rank 0");
   }
   log.reset();
   good_steps(world, 2);
