@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from eptransport.bench import gpu, report
+from eptransport.bench import gpu, mps, report
 from eptransport.bench.nccl import MOVES
 from eptransport.bench.shapes import Shape
 from eptransport.cli import app
@@ -17,11 +18,14 @@ from eptransport.cli import app
 SHAPE = Shape(ranks=3, tokens=5, hidden=256, experts=6, top_k=2, dispatch_dtype="fp8")
 
 
-def rank(scale: float, half_bytes: tuple[int, ...], link_bytes: tuple[int, ...], gpus: int) -> gpu.GpuRank:
+def rank(
+    scale: float, half_bytes: tuple[int, ...], link_bytes: tuple[int, ...], gpus: int, shared: bool = False
+) -> gpu.GpuRank:
     return gpu.GpuRank(
         gpu="a card",
         gpus=gpus,
         multiprocessors=132,
+        shared=shared,
         blocks=16,
         copy_gb_per_s=4000.0,
         link_gb_per_s=400.0 if gpus > 1 else 0.0,
@@ -70,6 +74,35 @@ def test_one_gpu_has_no_link() -> None:
     assert [phase.floor_us for phase in result.phases] == pytest.approx([3.0] * 4)
 
 
+def test_ranks_with_shares_of_a_gpu_copy_together() -> None:
+    """The floor is by what all their copies at once move: three of 4,000 GB/s."""
+    ranks = [rank(1.0, (4_000_000,) * 4, (0,) * 4, 1, shared=True) for _ in range(3)]
+    result = gpu.combine_ranks(gpu.GpuMoeJob(SHAPE), ranks)
+    assert result.copy_gb_per_s == 12_000
+    assert [phase.floor_us for phase in result.phases] == pytest.approx([1.0] * 4)
+    assert report.gpu_table(result) is not None
+
+
+def test_processes_get_equal_shares_where_mps_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(mps.SHARE, raising=False)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    with mps.shares(8):
+        assert mps.SHARE not in os.environ, "no daemon"
+    daemon = tmp_path / "nvidia-cuda-mps-control.pid"
+    daemon.write_text(f"{os.getpid()}\n")
+    with mps.shares(8):
+        assert float(os.environ[mps.SHARE]) == 12.5
+        assert mps.has_share()
+    assert mps.SHARE not in os.environ
+    with mps.shares(1):
+        assert mps.SHARE not in os.environ, "a process alone has the GPU"
+    monkeypatch.setenv(mps.SHARE, "20")
+    with mps.shares(8):
+        assert os.environ[mps.SHARE] == "20", "the caller's stays"
+    daemon.write_text("not a number")
+    assert not mps.has_share()
+
+
 def test_bytes_of_the_halves() -> None:
     """fp8 rows of 256 with two scales, two ids and two weights: 304 bytes; bf16 back: 512."""
     assert (SHAPE.dispatch_row, SHAPE.combine_row) == (304, 512)
@@ -89,6 +122,7 @@ def test_bytes_of_the_halves() -> None:
         (["--device", "cuda", "--against", "gloo"], "--against gloo"),
         (["--against", "nccl"], "--against nccl"),
         (["--blocks", "4"], "--blocks"),
+        (["--launch", "plain"], "--launch"),
         (["--device", "cuda", "--backend", "loopback", "--against", "nccl"], "process a rank"),
     ],
 )

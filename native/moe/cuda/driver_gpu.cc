@@ -146,6 +146,13 @@ class DriverGpu final : public Gpu {
   }
 
   uint32_t room(uint32_t threads) const override { return kernels_->room(threads); }
+  // MPS gives a process that starts with this so many of the multiprocessors, and CUDA then says that there are no
+  // more. Where no MPS runs it means nothing: processes have the GPU in turn, so their kernels never meet either.
+  uint32_t shares() const override {
+    const char *told = getenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE");
+    const double percent = told ? strtod(told, nullptr) : 100;
+    return percent > 0 && percent <= 50 ? uint32_t(100 / percent) : 1;
+  }
 
   void *allocate(uint64_t bytes) override {
     const Entered entered(*primary_);

@@ -54,8 +54,10 @@ class Gpu {
   virtual std::string identity() const = 0;
   // Streams of this process whose kernels never wait behind one another's.
   virtual uint32_t connections() const = 0;
-  // Blocks of so many threads that can be on the GPU at once.
+  // Blocks of so many threads that can be on the GPU at once, or on this process's share of it.
   virtual uint32_t room(uint32_t threads) const = 0;
+  // The most processes that have such a share each, of which no two meet (MPS); 1: there are no shares.
+  virtual uint32_t shares() const { return 1; }
 
   // All of these throw Failure. Memory is zeroed. They are for set-up and reset: none is called in a step.
   virtual void *allocate(uint64_t bytes) = 0;

@@ -173,27 +173,32 @@ void Lanes::connect(uint32_t rank, const std::string &given) {
 
 // INVARIANT: of all kernels that wait for peers, every one is on the GPU at the same time, or the one that is waited
 // for might not find a place there. A lane has at most one kernel under way, so that is ranks of this GPU x lanes x
-// blocks.
+// blocks. Where MPS gives each process a share, and there are shares for all of them, it is ranks of this process.
+// (Then all processes of the GPU have a share, or none has: who has none counts all ranks, on the whole GPU.)
+uint32_t Lanes::sharers() const {
+  uint32_t here = 0, own = 0;
+  for (const Peer &peer : peers_) {
+    here += peer.same_gpu;
+    own += peer.same_gpu && peer.same_process;
+  }
+  const uint32_t processes = own ? (here + own - 1) / own : here;
+  return (processes <= gpu_->shares() ? own : here) * count_;
+}
 void Lanes::choose_blocks() {
-  uint32_t ranks = 0;
-  for (const Peer &peer : peers_) ranks += peer.same_gpu;
-  const uint32_t room = gpu_->room(threads_), sharers = ranks * count_;
+  const uint32_t room = gpu_->room(threads_), sharers = this->sharers();
   blocks_ = config_.blocks ? config_.blocks : room / sharers;
   constexpr uint32_t kEnough = 132;  // more bring nothing: a GPU's memory is busy with as many
   if (!config_.blocks) blocks_ = std::min(blocks_, kEnough);
   wide_ = !config_.threads && uint64_t(blocks_) * sharers <= gpu_->room(kWide);
   if (blocks_ == 0 || uint64_t(blocks_) * sharers > room)
     fail(EPT_E_CONFIG, -1,
-         "%u ranks of this GPU with %u lanes and %u blocks of %u threads each need room for %llu blocks; it has room "
-         "for "
+         "%u lanes of ranks on this GPU with %u blocks of %u threads each need room for %llu blocks; it has room for "
          "%u: set fewer blocks (EPT_GPU_BLOCKS) or lanes",
-         ranks, count_, std::max(blocks_, 1u), threads_, (unsigned long long)std::max(blocks_, 1u) * sharers, room);
+         sharers, std::max(blocks_, 1u), threads_, (unsigned long long)std::max(blocks_, 1u) * sharers, room);
 }
 
 void Lanes::refuse_wider(const Kernels &kernels) const {
-  uint32_t ranks = 0;
-  for (const Peer &peer : peers_) ranks += peer.same_gpu;
-  const uint64_t needed = uint64_t(blocks_) * ranks * count_;
+  const uint64_t needed = uint64_t(blocks_) * sharers();
   for (const uint32_t threads : {threads_, wide_ ? kWide : threads_})
     if (kernels.room(threads) < needed)
       fail(EPT_E_UNSUPPORTED, -1,

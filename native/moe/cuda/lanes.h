@@ -138,6 +138,7 @@ class Lanes final : public Follower {
 
   uint64_t signals_at() const { return count_ * lane_bytes_; }
   uint64_t bytes() const { return signals_at() + uint64_t(count_) * world_ * kSignals * sizeof(uint64_t); }
+  uint32_t sharers() const;  // lanes whose kernels have this process's multiprocessors at the same time
   void choose_blocks();
 
   const std::shared_ptr<Gpu> gpu_;

@@ -1,14 +1,18 @@
 """`eptransport bench moe --device cuda`: the four halves of a step on a GPU, apart and together, beside their bytes.
 
-Every half is a captured graph of one launch. Before each, ranks meet on the host, and each holds its stream for as long
-as all take to launch; so a half's time is the kernel's and its launch's, between two events of the rank's stream. A
-half waits for nobody, since all have sent before any receives. `together` is a graph of whole steps, in which ranks
-wait for one another. An iteration takes as long as its slowest rank.
+Every half is one launch: of a captured graph, or a plain one (`launch`). Before each, ranks meet on the host, and each
+holds its stream for as long as all take to launch; so a half's time is the kernel's and its launch's, between two
+events of the rank's stream. A half waits for nobody, since all have sent before any receives. `together` is a graph of
+whole steps, in which ranks wait for one another. An iteration takes as long as its slowest rank.
+
+Ranks that are processes have a GPU in turn, unless MPS runs there (mps.py): then they run side by side, each on an
+equal share of its multiprocessors.
 
     floor     the longer of two: the bytes that all ranks of a GPU read and write in a half, over what a copy of 1 GiB
-              by the whole GPU reads and writes in a second; and the bytes that they write to other GPUs, over what a
-              copy to the next GPU writes. Caches may beat the first: a message is read soon after it was written
-    launch    a graph of one tiny kernel, launched alike: what no half could be faster than
+              by the whole GPU reads and writes in a second (with shares: what copies of all ranks at once do); and the
+              bytes that they write to other GPUs, over what a copy to the next GPU writes. Caches may beat the first: a
+              message is read soon after it was written
+    launch    one tiny kernel, launched alike: what no half could be faster than. It is in the times of all halves
     nccl      all_to_all_single with the same rows, where each rank has a GPU (nccl.py)
 """
 
@@ -18,8 +22,9 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from eptransport.bench import mps
 from eptransport.bench.figures import Spread, slowest, spread
 from eptransport.bench.nccl import MOVES, Nccl
 from eptransport.bench.ranks import Rank, run_job
@@ -33,13 +38,15 @@ if TYPE_CHECKING:
     from eptransport.all_to_all import Layout
     from eptransport.dispatched import Dispatched
 
-__all__ = ["HALVES", "GpuMoeJob", "GpuMoeResult", "Phase", "half_bytes", "run"]
+__all__ = ["HALVES", "GpuMoeJob", "GpuMoeResult", "Launch", "Phase", "half_bytes", "run"]
+
+Launch = Literal["graph", "plain"]
 
 HALVES = ("dispatch send", "dispatch recv", "combine send", "combine recv")
 STEPS = 10
 """Of the graph of whole steps."""
-HOLD_CYCLES = 400_000
-"""A fifth of a millisecond: longer than the ranks of a GPU take to launch a half each."""
+HOLD_CYCLES = {"graph": 400_000, "plain": 2_000_000}
+"""A fifth of a millisecond, and one: longer than the ranks of a GPU take to launch a half each."""
 COPY_BYTES = 1 << 30
 SEED = 20
 
@@ -52,6 +59,8 @@ class GpuMoeJob:
     skew: float = 0.0
     blocks: int | None = None
     """Of each launch; None: an equal share of what the GPU holds at once."""
+    launch: Launch = "graph"
+    """Of the halves."""
     iterations: int = 20
     rounds: int = 3
     against: str | None = None
@@ -97,6 +106,9 @@ class GpuMoeResult:
     gpus: int
     """That have ranks; rank r is on GPU r % gpus."""
     multiprocessors: int
+    """Of a GPU, or of a rank's share."""
+    shared: bool
+    """Each rank has a share of its GPU's multiprocessors."""
     blocks: int
     """Of each rank's launches: of 512 threads, of which a multiprocessor takes two, or in a combine of 1,024."""
     copy_gb_per_s: float
@@ -124,8 +136,10 @@ class GpuRank:
     gpu: str
     gpus: int
     multiprocessors: int
+    shared: bool
     blocks: int
     copy_gb_per_s: float
+    """Rank 0's copy alone; where ranks have shares, this rank's beside all others'."""
     link_gb_per_s: float
     launch: list[list[float]]
     halves: list[list[list[float]]]
@@ -139,7 +153,8 @@ class GpuRank:
 def run(job: GpuMoeJob, progress: Callable[[int], None] | None = None) -> GpuMoeResult:
     """Starts the ranks, measures, and ends them. Not collective: they are its own."""
     check(job)
-    return combine_ranks(job, run_job(job, job.shape.ranks, threads=job.threads, progress=progress))
+    with mps.shares(0 if job.threads else job.shape.ranks):
+        return combine_ranks(job, run_job(job, job.shape.ranks, threads=job.threads, progress=progress))
 
 
 def check(job: GpuMoeJob) -> None:
@@ -152,13 +167,14 @@ def check(job: GpuMoeJob) -> None:
 
 def combine_ranks(job: GpuMoeJob, ranks: Sequence[GpuRank]) -> GpuMoeResult:
     first = ranks[0]
+    copied = sum(rank.copy_gb_per_s for rank in ranks[:: first.gpus]) if first.shared else first.copy_gb_per_s
     halves = [_slowest([rank.halves[half] for rank in ranks]) for half in range(len(HALVES))]
     phases = []
     for half, name in enumerate(HALVES):
         total, linked = sum(rank.bytes[half] for rank in ranks), sum(rank.link_bytes[half] for rank in ranks)
         floor = max(
             max(
-                sum(rank.bytes[half] for rank in there) / first.copy_gb_per_s,
+                sum(rank.bytes[half] for rank in there) / copied,
                 sum(rank.link_bytes[half] for rank in there) / first.link_gb_per_s if first.link_gb_per_s else 0.0,
             )
             for there in (ranks[gpu :: first.gpus] for gpu in range(first.gpus))
@@ -174,8 +190,9 @@ def combine_ranks(job: GpuMoeJob, ranks: Sequence[GpuRank]) -> GpuMoeResult:
         gpu=first.gpu,
         gpus=first.gpus,
         multiprocessors=first.multiprocessors,
+        shared=first.shared,
         blocks=first.blocks,
-        copy_gb_per_s=first.copy_gb_per_s,
+        copy_gb_per_s=copied,
         link_gb_per_s=first.link_gb_per_s,
         launch=spread(_slowest([rank.launch for rank in ranks])),
         phases=tuple(phases),
@@ -222,6 +239,8 @@ def half_link_bytes(shape: Shape, sent_away: int, received_from_away: int) -> tu
 def measure(job: GpuMoeJob, rank: Rank, group: Group) -> GpuRank:
     import torch
 
+    if not job.threads:
+        torch.set_num_threads(rank.cores)
     step = _Step(job, group, rank)
     with torch.cuda.stream(step.stream):
         checked = step.check()
@@ -231,7 +250,9 @@ def measure(job: GpuMoeJob, rank: Rank, group: Group) -> GpuRank:
             if not job.threads or turn == rank.rank:
                 step.capture()
     rank.barrier()
-    copied = step.copy_speed(step.device) if rank.rank == 0 else 0.0
+    shared = mps.has_share()
+    copied = step.copy_speed(step.device) if shared or rank.rank == 0 else 0.0
+    rank.barrier()
     linked = step.copy_speed(torch.device("cuda", 1)) / 2 if rank.rank == 0 and step.gpus > 1 else 0.0
     rank.barrier()
     launch: list[list[float]] = []
@@ -268,6 +289,7 @@ def measure(job: GpuMoeJob, rank: Rank, group: Group) -> GpuRank:
         gpu=properties.name,
         gpus=step.gpus,
         multiprocessors=properties.multi_processor_count,
+        shared=shared,
         blocks=step.blocks,
         copy_gb_per_s=copied,
         link_gb_per_s=linked,
@@ -284,8 +306,24 @@ def measure(job: GpuMoeJob, rank: Rank, group: Group) -> GpuRank:
     return result
 
 
+class Launched(Protocol):
+    """A captured graph, or what is like one."""
+
+    def replay(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A plain launch. Python makes it, while the stream is held."""
+
+    body: Callable[[], Any]
+
+    def replay(self) -> None:
+        self.body()
+
+
 class _Step:
-    """This rank's part of a layer, and graphs of its halves."""
+    """This rank's part of a layer, and launches of its halves."""
 
     def __init__(self, job: GpuMoeJob, group: Group, rank: Rank) -> None:
         import torch
@@ -331,7 +369,7 @@ class _Step:
         )
         with _cuda().stream(self.stream):
             self.nccl = Nccl(shape, rank, self.device, sent) if job.against else None
-        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.graphs: list[Launched] = []
         self.kept: list[Any] = []
 
     def check(self) -> str:
@@ -382,19 +420,36 @@ class _Step:
         got = self.kept[-1]
         self.graphs.append(graph(lambda: self.moe.combine_send(self.expert_out, got)))
         self.graphs.append(graph(lambda: self.moe.combine_recv(got)))
-        self.tiny = graph(lambda: word.fill_(1.0))
+        self.tiny: Launched = graph(lambda: word.fill_(1.0))
         self.steps = graph(steps)
         self.nccl_graphs = [graph(move) for move in self.nccl.moves()] if self.nccl else []
         self.kept.append(word)
+        if self.job.launch == "plain":
+            self.graphs = [_Plain(half) for half in self.plain()]
+            self.tiny = _Plain(lambda: word.fill_(1.0))
 
-    def time(self, rank: Rank, graph: torch.cuda.CUDAGraph) -> float:
+    def plain(self) -> list[Callable[[], Any]]:
+        """The four halves, called in this order again and again. Outputs are torch's memory of the time before."""
+        came: list[Dispatched] = []
+
+        def receive() -> None:
+            came[:] = [self.moe.dispatch_recv()]
+
+        return [
+            lambda: self.moe.dispatch_send(self.x, self.ids, self.weights),
+            receive,
+            lambda: self.moe.combine_send(self.expert_out, came[0]),
+            lambda: self.moe.combine_recv(came[0]),
+        ]
+
+    def time(self, rank: Rank, graph: Launched) -> float:
         """us between two events around it."""
         import torch
 
         begin, end = _cuda().Event(enable_timing=True), _cuda().Event(enable_timing=True)
         rank.barrier()
         with torch.cuda.stream(self.stream):
-            _cuda()._sleep(HOLD_CYCLES)
+            _cuda()._sleep(HOLD_CYCLES[self.job.launch])
             begin.record()
             graph.replay()
             end.record()
@@ -403,7 +458,7 @@ class _Step:
         return float(begin.elapsed_time(end)) * 1e3
 
     def copy_speed(self, target: torch.device) -> float:
-        """GB/s, read and written, of a copy by this process alone to that GPU."""
+        """GB/s, read and written, of a copy by this process to that GPU; others may copy at the same time."""
         import torch
 
         source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=self.device)

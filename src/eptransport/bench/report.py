@@ -170,9 +170,11 @@ def gpu_table(result: GpuMoeResult) -> RenderableType:
     ):
         table.add_row(name, f"{time.p50:.1f}", f"{time.p99:.1f}", f"{least:.1f}", f"{time.p50 / least:.2f}", "")
     lines = [
-        f"us between two events around a graph, the slowest rank of each iteration, median of "
-        f"{counted(job.rounds, 'round')} of {job.iterations}; a tiny kernel so launched: {result.launch.p50:.1f}",
-        f"floor: bytes that a GPU's ranks read and write, over a copy's {result.copy_gb_per_s:.0f} GB/s on this GPU"
+        f"us between two events around a {'graph' if job.launch == 'graph' else 'plain launch'}, the slowest rank of "
+        f"each iteration, median of {counted(job.rounds, 'round')} of {job.iterations}; a tiny kernel so launched: "
+        f"{result.launch.p50:.1f}",
+        f"floor: bytes that a GPU's ranks read and write, over {'the' if result.shared else 'a'} "
+        f"{'copies of all of them at once' if result.shared else 'copy'}: {result.copy_gb_per_s:.0f} GB/s on this GPU"
         + (
             f"; or those they write to another GPU ({max(phase.link_bytes for phase in result.phases) / 1e6:.1f} MB a "
             f"half at most, all ranks), over a copy's {result.link_gb_per_s:.0f}"
@@ -180,11 +182,17 @@ def gpu_table(result: GpuMoeResult) -> RenderableType:
             else ""
         ),
         f"{result.blocks} blocks a rank, on {result.multiprocessors} multiprocessors of "
-        f"{counted(result.gpus, 'GPU')}"
-        + ("" if job.threads or shape.ranks == result.gpus else "; without MPS, processes have a GPU in turn"),
+        f"{counted(result.gpus, 'GPU')}" + _side_by_side(result),
         f"checked before: {result.checked}",
     ]
     return Lines(table, Text("\n".join(lines)))
+
+
+def _side_by_side(result: GpuMoeResult) -> str:
+    if result.shared:
+        return ": each rank's share of one under MPS"
+    alone = result.job.threads or result.job.shape.ranks == result.gpus
+    return "" if alone else "; without MPS, processes have a GPU in turn"
 
 
 def new_table(title: str) -> Table:

@@ -54,6 +54,11 @@ class Dtype(str, Enum):
     fp32 = "fp32"
 
 
+class LaunchName(str, Enum):
+    graph = "graph"
+    plain = "plain"
+
+
 class Device(str, Enum):
     cpu = "cpu"
     cuda = "cuda"
@@ -246,6 +251,9 @@ def moe(
     blocks: Annotated[
         int | None, typer.Option(min=1, help="Of a kernel's launch, with --device cuda [a rank's share of the GPU].")
     ] = None,
+    launch: Annotated[
+        LaunchName, typer.Option(help="Of a half, with --device cuda: a captured graph, or a plain launch.")
+    ] = LaunchName.graph,
     iterations: Annotated[int, typer.Option(min=1, help="Of each side, a round.")] = 20,
     rounds: Rounds = 5,
     against: AgainstOption = None,
@@ -271,10 +279,10 @@ def moe(
         combine_dtype=dtype.value,
     )
     if device is Device.cuda:
-        _moe_on_gpu(shape, backend, layout, skew, blocks, iterations, rounds, against, seed, json_file, picture)
+        _moe_on_gpu(shape, backend, layout, skew, blocks, launch, iterations, rounds, against, seed, json_file, picture)
         return
-    if blocks is not None or against is Against.nccl:
-        raise InvalidArgument("--blocks and --against nccl are for --device cuda")
+    if blocks is not None or launch is not LaunchName.graph or against is Against.nccl:
+        raise InvalidArgument("--blocks, --launch and --against nccl are for --device cuda")
     job = MoeJob(
         shape=shape,
         backend=_backend(backend, ranks),
@@ -299,6 +307,7 @@ def _moe_on_gpu(
     layout: Layout,
     skew: float,
     blocks: int | None,
+    launch: LaunchName,
     iterations: int,
     rounds: int,
     against: Against | None,
@@ -318,6 +327,7 @@ def _moe_on_gpu(
         layout=layout.value,
         skew=skew,
         blocks=blocks,
+        launch=launch.value,
         iterations=iterations,
         rounds=rounds,
         against=against.value if against else None,
