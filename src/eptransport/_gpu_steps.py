@@ -248,31 +248,34 @@ class GpuSteps:
                     return
         self._find_lost(self._members.state)
 
-    def settle(self) -> None:
-        """Before a reset: waits for this rank's kernels, which end at their deadlines at the latest."""
+    def wait_for_kernels(self) -> None:
+        """Of this rank, which end at their deadlines at the latest."""
         import torch
 
         torch.cuda.current_stream(self._shapes.device).synchronize()  # of graphs that are replayed on it
         for lane in self._lanes:
             if lane.stream is not None:
                 lane.stream.synchronize()
+
+    def settle(self) -> None:
+        """Before a reset."""
+        self.wait_for_kernels()
+        for lane in self._lanes:
             lane.sent = lane.summed = None
 
-    def come_to_rest(self) -> None:
-        """Before a suspend: waits for this rank's kernels, and drops what was sent and no call will receive: kernels
-        read it when the others' messages come, and nobody waits for that here."""
-        import torch
-
-        torch.cuda.current_stream(self._shapes.device).synchronize()
+    def drop_unreceived(self) -> None:
+        """Before a suspend: kernels read what no call will receive when the others' messages come, and nobody waits for
+        that here."""
+        if self._native.guard.is_shut:
+            return
         for number, lane in enumerate(self._lanes):
             if lane.stream is None:
                 continue
-            lane.stream.synchronize()
             stream = ffi.cast("void *", lane.stream.cuda_stream)
             if lane.sent is not None:
-                self._call(lib.ept_gpu_moe_drain, number, DISPATCH, stream)
+                lane.sent.by._drain(self, number, DISPATCH, stream)
             if lane.summed is not None:
-                self._call(lib.ept_gpu_moe_drain, number, COMBINE, stream)
+                lane.summed.by._drain(self, number, COMBINE, stream)
             lane.sent = lane.summed = None
 
     def reset(self, timeout: int) -> int:

@@ -54,8 +54,11 @@ class Seeing:
         On a GPU it waits for the kernels of this rank on the current stream and on those that its lanes were used on:
         graphs that are replayed on another one must have ended. They stay valid; one that is replayed in between gives
         blank outputs, and changes nothing. UnsupportedError for lanes in a symmetric heap (NVSHMEM)."""
-        for steps in list(self._gpu_steps):
-            steps.come_to_rest()
+        every = list(self._gpu_steps)
+        for steps in every:
+            steps.wait_for_kernels()
+        for steps in every:
+            steps.drop_unreceived()
         self.engine._native.call_arena(lib.ept_arena_suspend, self.arena(), timeout_ns(timeout))
 
     def resume(self, timeout: float | None = None) -> None:
