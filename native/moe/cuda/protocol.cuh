@@ -299,8 +299,8 @@ EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, 
   if (h.total_rows > most_rows || h.rows > h.total_rows || (!whole && !object.shape.streams())) return 8;
   return 0;
 }
-// A message of which that field is not of this step. A mask changes the membership under ranks that make the same calls:
-// that is no mismatch, but mended by a reset, as on a CPU.
+// A message of which that field is not of this step. A mask changes the membership under ranks that make the same
+// calls: that is no mismatch, but mended by a reset, as on a CPU.
 EPT_DEVICE void refuse_header(const LaneTable &t, uint32_t half, uint32_t source, uint64_t generation,
                               uint64_t expected, uint32_t field) {
   raise_fault(t, uint32_t(field == kMembershipField ? -EPT_E_FAULT : -EPT_E_MISMATCH), half, int32_t(source), kHeader,
