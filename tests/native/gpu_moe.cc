@@ -28,6 +28,22 @@ void steps(const char *what, const ept_moe_config &config, int count, uint64_t s
   }
 }
 
+// By whatever a launch may deal out by, of the numbers where a quotient could be one too small.
+void divided() {
+  check::running("division by a multiplication");
+  using ept::moe::cuda::divisor;
+  for (uint32_t by = 1; by <= 700; by++) {
+    for (uint32_t q : {0u, 1u, 2u, 99u, 65'535u, 1'000'003u, 0xffffffffu / by - 1, 0xffffffffu / by}) {
+      for (uint32_t more : {0u, 1u, by / 2, by - 1}) {
+        const uint64_t number = uint64_t(q) * by + more;
+        if (number <= UINT32_MAX) CHECK_EQ(divisor(by).of(uint32_t(number)), uint32_t(number) / by);
+      }
+    }
+  }
+  for (uint32_t by : {0x10001u, 0x7fffffffu, 0x80000000u, 0xfffffffeu, 0xffffffffu})
+    for (uint32_t number : {0u, by - 1, by, 0xfffffffeu, 0xffffffffu}) CHECK_EQ(divisor(by).of(number), number / by);
+}
+
 // A thread that looks at the mirror all the time sees nothing but what some step left there, whole.
 void watched() {
   check::running("counts that are read while kernels write them");
@@ -171,6 +187,7 @@ int main() {
   return 77;
 #endif
   using moe_test::config_of;
+  divided();
   steps("bf16, 2 ranks", config_of(2, 6, 3, 64, 9), 6, 1);
   ept_moe_config padded = config_of(4, 9, 4, 24, 40);
   padded.alignment = 8;

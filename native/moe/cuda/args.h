@@ -25,6 +25,36 @@ constexpr uint32_t kWarp = 32;
 #endif
 EPT_HD constexpr uint32_t fixed_or(uint32_t fixed, uint64_t value) { return fixed ? fixed : uint32_t(value); }
 
+// Division by what stands still in a launch, by a multiplication: the GPU's own takes some 25 instructions, one after
+// another. `inverse` is 2^32 / by, too small by one at most; so the first quotient is right or one too small, and what
+// is left says which.
+struct Divisor {
+  uint32_t by, inverse;
+#ifdef __CUDACC__
+  __device__
+#endif
+      uint32_t of(uint32_t number) const {
+    const auto q = uint32_t(uint64_t(number) * inverse >> 32);
+    return number - q * by >= by ? q + 1 : q;
+  }
+};
+EPT_HD constexpr Divisor divisor(uint32_t by) { return {by, by ? 0xffffffffu / by : 0}; }
+
+// A row is moved in vectors of 16 bytes, a warp's worth of them at a time: a round.
+EPT_HD constexpr uint32_t rounds_of(uint32_t vectors) { return (vectors + kWarp - 1) / kWarp; }
+// Into how many parts rows are cut so that each of `warps` has about `each` pieces or more: `rows` of them a block. The
+// more pieces, the less warps wait for the one that has one more; but each begins with a wait for memory, so that no
+// part is shorter than kLeast rounds, unless there would be a warp without work.
+EPT_HD constexpr uint32_t parts_of(uint32_t rows, uint32_t warps, uint32_t vectors, uint32_t each) {
+  constexpr uint32_t kLeast = 7;  // of a row of 7168: halves in fp8, quarters in bf16
+  const uint32_t rounds = rounds_of(vectors), n = rows < 1 ? 1 : rows;
+  const uint32_t needed = warps / n, most = (rounds + kLeast - 1) / kLeast, wanted = (each * warps + n - 1) / n;
+  uint32_t parts = wanted < most ? wanted : most;
+  parts = parts < needed ? needed : parts;
+  parts = parts < rounds ? parts : rounds;
+  return parts < 1 ? 1 : parts;
+}
+
 // Gives out one piece of memory in parts, in the same order on both sides.
 class Carve {
  public:
@@ -146,15 +176,15 @@ struct ObjectTable {
 struct Strided {
   char *data;
   int64_t outer, inner, column;
-  uint64_t leading;
+  Divisor leading;
 #ifdef __CUDACC__
   __device__
 #endif
       char *at(uint64_t row) const {
-    if (!leading) return data + int64_t(row) * inner;
-    // There are at most INT32_MAX rows, and a division of 32 bits takes a fifth of one of 64.
-    const auto number = uint32_t(row), n = uint32_t(leading);
-    return data + int64_t(number / n) * outer + int64_t(number % n) * inner;
+    if (!leading.by) return data + int64_t(row) * inner;
+    const auto number = uint32_t(row);  // there are at most INT32_MAX
+    const uint32_t group = leading.of(number);
+    return data + int64_t(group) * outer + int64_t(number - group * leading.by) * inner;
   }
 };
 
@@ -191,6 +221,17 @@ EPT_HD inline RoutingArrays routing_arrays(Carve &carve, const Shape &shape, uin
   return r;
 }
 
+// How a launch deals out tokens, and pieces of their rows: what the host knows, no block works out.
+struct Deal {
+  uint32_t each, more;  // tokens of a block; as many of the first blocks have one more
+  Divisor parts;        // a row's payload is packed in so many pieces
+  uint32_t units;       // and it in so many: one more, for what else is in it, where a warp would have none
+};
+EPT_HD constexpr Deal deal_of(uint32_t tokens, uint32_t blocks, uint32_t warps, uint32_t vectors) {
+  const uint32_t most = (tokens + blocks - 1) / blocks, parts = parts_of(most, warps, vectors, 2);
+  return {tokens / blocks, tokens % blocks, divisor(parts), parts + (most * (parts + 1) <= warps ? 1 : 0)};
+}
+
 struct DispatchSend {
   LaneTable lane;
   ObjectTable object;
@@ -208,6 +249,7 @@ struct DispatchSend {
   int32_t payload_format, scale_format;
   float epsilon;
   uint8_t ids_64, quantise, ue8m0, reserved;
+  Deal deal;
 };
 
 struct DispatchRecv {
@@ -218,7 +260,9 @@ struct DispatchRecv {
   int32_t payload_format, scale_format;
   uint32_t scale_size, scale_bytes;
   uint32_t outer;                           // world, local experts, or 1
-  uint64_t leading;                         // N of the layout
+  Divisor leading;                          // N of the layout
+  Divisor blocks;                           // of the launch
+  uint32_t turn;                            // so many blocks later the next source's first rows are dealt
   Strided x, scales, ids, weights, source;  // data NULL: not wanted
   int32_t *counts, *offsets, *num_rows;
   struct CountsPage *mirror;  // NULL: nobody has asked for it

@@ -95,7 +95,8 @@ class CombineSender {
     note(t, kCombineSend, 1);
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
       expect(t, EPT_PHASE_COMBINE, generation, r, t.map.recv(EPT_PHASE_COMBINE, slot()) + a.routing.combine_at[r]);
-    parts = parts_of((s.begin[world] + gridDim.x - 1) / gridDim.x, warps(), groups, 6);
+    cut = divisor(parts_of((s.begin[world] + gridDim.x - 1) / gridDim.x, warps(), groups, 6));
+    parts = cut.by;
     const Taking members = taking(t, kNext);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
       s.pieces[r] = s.pending[r] = pieces_of(r) + (r % gridDim.x == blockIdx.x && members.has(r));
@@ -117,7 +118,8 @@ class CombineSender {
       const uint32_t u = blockIdx.x + gridDim.x * take_one(s.next);
       if (u >= s.begin[world] * parts) break;
       while (u >= (before + rows_of(turn(i))) * parts) before += rows_of(turn(i++));
-      row(turn(i), u / parts - before, u % parts);
+      const uint32_t number = cut.of(u);
+      row(turn(i), number - before, u - number * parts);
     }
     post_initiated(t, kCombineSend, EPT_PHASE_COMBINE, generation, [&](uint32_t r) -> Packed {
       return {s.message[r], s.received[r], EPT_MOE_HEADER_BYTES + rows_of(r) * row_bytes, rows_of(r) * parts + 1};
@@ -197,7 +199,7 @@ class CombineSender {
     const auto format = int32_t(object.returned_format);
     const uint32_t in = element_size(a.format), out = element_size(format);
     if (a.format == format) {  // every bit as it is
-      const Span16 span = span_of(uint32_t(object.returned / 16), part, parts);
+      const Span16 span = span_of(uint32_t(object.returned / 16), part, cut);
       uint32_t asked = span.from + lane_id(), v = asked;
       stream<1, false>(
           s.ring, span.rounds(),
@@ -212,7 +214,7 @@ class CombineSender {
           });
       return;
     }
-    const Span16 span = span_of(groups, part, parts);
+    const Span16 span = span_of(groups, part, cut);
     for (uint32_t g = span.from + lane_id(); g < span.to; g += kWarp) {
       float x[kGroup];
       load8(x, from + g * kGroup * in, a.format);
@@ -242,7 +244,7 @@ class CombineSender {
     weight = from_lane(weight, k);
     const char *row = lane_id() < n ? a.out.at(uint64_t(uint32_t(place))) : nullptr;
     sum_rows<kSize, true>(
-        s.ring, row, weight, n, span_of(groups, part, parts), a.format,
+        s.ring, row, weight, n, span_of(groups, part, cut), a.format,
         [&](uint32_t group, const float (&acc)[kGroup]) { store8<true>(to + group * kGroup * out, acc, format); });
     if (part != 0 || groups * kGroup == object.hidden) return;
     const uint32_t at = groups * kGroup + lane_id();
@@ -263,7 +265,8 @@ class CombineSender {
   const uint32_t world, top_k;
   const uint64_t row_bytes;
   const uint32_t groups;
-  uint32_t parts = 1;
+  uint32_t parts = 1;  // that a row is summed in
+  Divisor cut = divisor(1);
 };
 
 // Tokens in order; each waits for the ranks that have a part of it, in rank order.
@@ -281,7 +284,7 @@ class CombineReceiver {
         fan(uint32_t(args.object.shape.fan())),
         row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, 0)),
         groups(fixed_or(EPT_FIXED_HIDDEN, args.object.hidden) / kGroup),
-        parts(whole_rows ? 1 : parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), groups, 4)) {}
+        parts(divisor(whole_rows ? 1 : parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), groups, 4))) {}
 
   EPT_DEVICE void run() {
     note(t, kCombineRecv, 0);
@@ -304,7 +307,8 @@ class CombineReceiver {
     note(t, kCombineRecv, 2);
     for (;;) {
       const uint32_t u = blockIdx.x + gridDim.x * take_one(s.next);
-      if (u >= a.tokens * parts || !token(u / parts, u % parts)) return;
+      const uint32_t number = parts.of(u);
+      if (number >= a.tokens || !token(number, u - number * parts.by)) return;
     }
   }
 
@@ -325,8 +329,8 @@ class CombineReceiver {
       const ept_moe_header h = get_header(at(source));
       const uint32_t kind = h.flags & EPT_MOE_ROW_WEIGHTS;
       const uint64_t bytes = ept_combine_row_bytes(object.returned, object.top_k, kind != 0);
-      wrong =
-          check_header(t, object, EPT_PHASE_COMBINE, generation, membership, source, h, bytes, object.max_tokens, kind);
+      wrong = wrong_in_header(t, object, EPT_PHASE_COMBINE, generation, membership, source, h, bytes, object.max_tokens,
+                              kind);
       s.beside[source] = uint32_t(bytes - row_bytes);
       if (!wrong && h.total_rows != rows) wrong = 12;
       if (!wrong) hear(t, source, h, tells);
@@ -409,7 +413,8 @@ class CombineReceiver {
   const uint32_t membership;
   const uint32_t world, fan;
   const uint64_t row_bytes;
-  const uint32_t groups, parts;
+  const uint32_t groups;
+  const Divisor parts;  // that a token is summed in
 };
 
 }  // namespace ept::moe::cuda

@@ -9,7 +9,7 @@ namespace ept::moe::cuda {
 
 constexpr int32_t kF32 = 1, kF16 = 2, kBF16 = 3;  // ept_dtype
 
-EPT_DEVICE uint32_t f16_to_f32(uint32_t v) {
+EPT_SELDOM uint32_t f16_to_f32(uint32_t v) {
   const uint32_t sign = (v & 0x8000) << 16, size = v & 0x7fff;
   if (size >= 0x7c00) return sign | ((size << 13) + ((255u - 31u) << 23));
   if (size >= 0x400) return sign | ((size << 13) + ((127u - 15u) << 23));
@@ -47,10 +47,16 @@ EPT_HD constexpr uint32_t element_size(int32_t format) { return format == kF32 ?
 
 // Eight elements of 2 bytes, as fp32.
 EPT_DEVICE void widen8(float out[8], const Vector &v, int32_t format) {
+  if (format == kBF16) {
+    EPT_UNROLL
+    for (int i = 0; i < 4; i++)
+      out[2 * i] = float_of(v.word[i] << 16), out[2 * i + 1] = float_of(v.word[i] & 0xffff0000);
+    return;
+  }
+  EPT_UNROLL
   for (int i = 0; i < 4; i++) {
-    const uint32_t low = v.word[i] & 0xffff, high = v.word[i] >> 16;
-    out[2 * i] = float_of(format == kBF16 ? low << 16 : f16_to_f32(low));
-    out[2 * i + 1] = float_of(format == kBF16 ? high << 16 : f16_to_f32(high));
+    out[2 * i] = float_of(f16_to_f32(v.word[i] & 0xffff));
+    out[2 * i + 1] = float_of(f16_to_f32(v.word[i] >> 16));
   }
 }
 // Eight elements in a row, as fp32 and back. `from` and `to` are 16-byte aligned.
@@ -95,11 +101,14 @@ EPT_DEVICE void widen16(float out[16], const Vector (&v)[kSize], int32_t format)
   }
 }
 
-EPT_DEVICE uint32_t most_of_numbers(const float x[16]) {
+struct Sixteen {
+  float x[16];
+};
+EPT_SELDOM uint32_t most_of_numbers(Sixteen of) {
   uint32_t most = 0;
-  EPT_UNROLL
+  EPT_ROLLED
   for (uint32_t i = 0; i < 16; i++) {
-    const uint32_t size = bits_of(x[i]) & 0x7fffffff;
+    const uint32_t size = bits_of(of.x[i]) & 0x7fffffff;
     if (size <= 0x7f800000 && size > most) most = size;
   }
   return most;
@@ -118,8 +127,19 @@ EPT_DEVICE float divided_by_inverse(float x, float by, float inverse) {
 #ifndef EPT_HAS_E4M3
 EPT_DEVICE uint32_t e4m3_pair(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
 #endif
+// Where there is a NaN, or the scale's inverse would not do.
+EPT_SELDOM Vector e4m3_by_division(Sixteen of, float scale) {
+  Vector q{};
+  EPT_ROLLED
+  for (uint32_t i = 0; i < 16; i++) {
+    const uint32_t sign = bits_of(of.x[i]) & 0x80000000;  // which a GPU's NaN would lose
+    q.word[i / 4] |= e4m3(float_of((bits_of(divided(of.x[i], scale)) & 0x7fffffff) | sign)) << (i % 4 * 8);
+  }
+  return q;
+}
 // Sixteen elements divided by their scale.
-EPT_DEVICE Vector e4m3_of(const float x[16], float scale, bool has_nan) {
+EPT_DEVICE Vector e4m3_of(const Sixteen &of, float scale, bool has_nan) {
+  const float (&x)[16] = of.x;
   Vector q{};
   if (!has_nan && scale >= 0x1p-64f && scale <= 0x1p64f) {
     const float inverse = divided(1.0f, scale);
@@ -129,12 +149,7 @@ EPT_DEVICE Vector e4m3_of(const float x[16], float scale, bool has_nan) {
                        << (i % 4 * 8);
     return q;
   }
-  EPT_UNROLL
-  for (uint32_t i = 0; i < 16; i++) {
-    const uint32_t sign = bits_of(x[i]) & 0x80000000;  // which a GPU's NaN would lose
-    q.word[i / 4] |= e4m3(float_of((bits_of(divided(x[i], scale)) & 0x7fffffff) | sign)) << (i % 4 * 8);
-  }
-  return q;
+  return e4m3_by_division(of, scale);
 }
 
 EPT_DEVICE float load1(const char *from, int32_t format) {

@@ -4,6 +4,7 @@
 #include "moe/cuda/combine.cuh"
 #include "moe/cuda/dispatch_recv.cuh"
 #include "moe/cuda/dispatch_send.cuh"
+#include "moe/cuda/lane_kernels.cuh"
 #include "moe/cuda/late_weights.cuh"
 #include "moe/cuda/quiet.cuh"
 #include "moe/cuda/streamed_combine.cuh"

@@ -41,7 +41,7 @@ EPT_DEVICE uint32_t fault_of(const LaneTable &t) {
   return uint32_t(Hardware::relaxed_system(reinterpret_cast<const int32_t *>(&t.state->fault)));
 }
 
-EPT_DEVICE void raise_fault(const LaneTable &t, uint32_t code, uint32_t half, int32_t peer, uint32_t what,
+EPT_SELDOM void raise_fault(const LaneTable &t, uint32_t code, uint32_t half, int32_t peer, uint32_t what,
                             uint64_t generation, uint64_t expected, uint64_t seen) {
   if (atomicCAS(&t.state->fault, 0u, code) != 0) return;
   t.told->half = half;
@@ -108,7 +108,7 @@ EPT_DEVICE void post_own(const LaneTable &t, uint32_t phase, uint64_t generation
   Hardware::add_release_system(t.words[t.rank] + signal_index(phase, uint32_t(generation & 1)), 1);
 }
 // The whole message is packed, and seen by the caller, a single thread.
-EPT_DEVICE void post(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, uint32_t peer, char *from,
+EPT_SELDOM void post(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, uint32_t peer, char *from,
                      uint64_t received, uint64_t bytes) {
   const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
   const ept_path &path = t.paths[peer];
@@ -217,10 +217,10 @@ EPT_DEVICE void tally(const LaneTable &t, const ObjectTable &object, uint32_t ph
   tally(t, object, phase, rows, bytes, [](uint32_t) { return 1u; });
 }
 
-// A header as it is moved: by words.
+// A header as it is moved. Each stands at a multiple of 16.
 union HeaderWords {
   ept_moe_header header;
-  uint32_t words[EPT_MOE_HEADER_BYTES / 4];
+  Vector pieces[EPT_MOE_HEADER_BYTES / 16];
 };
 EPT_DEVICE ept_moe_header header_of(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
                                     uint64_t rows) {
@@ -241,8 +241,9 @@ EPT_DEVICE ept_moe_header header_of(const LaneTable &t, const ObjectTable &objec
   return h;
 }
 EPT_DEVICE void put_header(char *to, const ept_moe_header &h) {
-  HeaderWords from{h};
-  for (uint32_t i = 0; i < EPT_MOE_HEADER_BYTES / 4; i++) reinterpret_cast<uint32_t *>(to)[i] = from.words[i];
+  const HeaderWords from{h};
+  EPT_UNROLL
+  for (uint32_t i = 0; i < EPT_MOE_HEADER_BYTES / 16; i++) store16(to + i * 16, from.pieces[i]);
 }
 
 // ---- in ----
@@ -258,7 +259,7 @@ EPT_DEVICE bool has_arrived(const LaneTable &t, uint32_t source, uint32_t phase,
                          arrival_count(t, source, phase, generation));
 }
 // Nothing moved: true where the wait for that count of a word of `source`'s shall go on. One thread.
-EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint64_t generation, uint32_t source, const uint64_t *word,
+EPT_SELDOM bool may_wait(const LaneTable &t, uint32_t half, uint64_t generation, uint32_t source, const uint64_t *word,
                          uint64_t target, uint64_t deadline) {
   if (fault_of(t)) return false;
   const uint64_t now = Hardware::now();
@@ -284,7 +285,7 @@ EPT_DEVICE bool may_wait(const LaneTable &t, uint32_t half, uint32_t phase, uint
 
 // 0, or the number of the first field that is not of this step. `kind`: of the flags that say which message it is. One
 // thread, after the signal was seen.
-EPT_DEVICE uint32_t check_header(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
+EPT_SELDOM uint32_t check_header(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
                                  uint32_t membership, uint32_t source, const ept_moe_header &h, uint64_t row_bytes,
                                  uint64_t most_rows, uint32_t kind = 0) {
   if (h.magic != EPT_MOE_MAGIC || h.version != EPT_WIRE_VERSION) return 1;
@@ -306,22 +307,25 @@ EPT_DEVICE void refuse_header(const LaneTable &t, uint32_t half, uint32_t source
   raise_fault(t, uint32_t(field == kMembershipField ? -EPT_E_FAULT : -EPT_E_MISMATCH), half, int32_t(source), kHeader,
               generation, expected, field);
 }
+// The same, where most headers are good: who looks at one has it in registers.
+EPT_DEVICE uint32_t wrong_in_header(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
+                                    uint32_t membership, uint32_t source, const ept_moe_header &h, uint64_t row_bytes,
+                                    uint64_t most_rows, uint32_t kind = 0) {
+  const bool good = h.magic == EPT_MOE_MAGIC && h.version == EPT_WIRE_VERSION && h.membership == membership &&
+                    h.phase == phase && h.source == source && h.lane == t.lane && h.chunk == 0 &&
+                    h.generation == generation && h.object == object.number &&
+                    (h.flags & (EPT_MOE_LATE_WEIGHTS | EPT_MOE_ROW_WEIGHTS | EPT_MOE_LAST)) == (kind | EPT_MOE_LAST) &&
+                    h.top_k == object.top_k && h.row_bytes == row_bytes && h.rows == h.total_rows &&
+                    h.total_rows <= most_rows;
+  if (good) return 0;
+  const ept_moe_header copy = h;  // what has an address is in memory
+  return check_header(t, object, phase, generation, membership, source, copy, row_bytes, most_rows, kind);
+}
 // A plain copy of what a peer's header said when its signal was seen: what was checked is what is used.
 EPT_DEVICE ept_moe_header get_header(const char *from) {
   HeaderWords to{};
-  for (uint32_t i = 0; i < EPT_MOE_HEADER_BYTES / 4; i++) to.words[i] = reinterpret_cast<const uint32_t *>(from)[i];
-  return to.header;
-}
-
-// The same by a warp, a word a lane; all lanes have it.
-EPT_DEVICE uint32_t header_word(const char *from) {
-  static_assert(EPT_MOE_HEADER_BYTES == 4 * kWarp);
-  return reinterpret_cast<const uint32_t *>(from)[lane_id()];
-}
-EPT_DEVICE ept_moe_header header_of(uint32_t word) {
-  HeaderWords to{};
   EPT_UNROLL
-  for (uint32_t i = 0; i < kWarp; i++) to.words[i] = from_lane(word, i);
+  for (uint32_t i = 0; i < EPT_MOE_HEADER_BYTES / 16; i++) to.pieces[i] = load16(from + i * 16);
   return to.header;
 }
 
@@ -358,8 +362,7 @@ EPT_DEVICE uint64_t has_consumed(const LaneTable &t, uint32_t phase, uint32_t pe
 
 // Staging of generation - 2 is no longer read by the network, and the slot is free at every CPU rank. Each block asks
 // for itself: no other has told it. All threads call; false, for all of them: the lane is faulted.
-EPT_DEVICE bool settle(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
-  if (!t.proxied) return true;
+EPT_SELDOM bool settle_network(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
   const uint64_t deadline = device::deadline_in(t.timeout_ns);
   const Taking members = taking(t, kNext);
   for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
@@ -378,6 +381,9 @@ EPT_DEVICE bool settle(const LaneTable &t, uint32_t half, uint32_t phase, uint64
     }
   }
   return !is_faulted(t);
+}
+EPT_DEVICE bool settle(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
+  return !t.proxied || settle_network(t, half, phase, generation);
 }
 
 // Device timestamps, where somebody asks for them.
@@ -400,22 +406,10 @@ struct Span16 {
   uint32_t from, to;
   EPT_DEVICE uint32_t rounds() const { return to > from ? (to - from + kWarp - 1) / kWarp : 0; }
 };
-EPT_DEVICE Span16 span_of(uint32_t vectors, uint32_t part, uint32_t parts) {
-  const uint32_t rounds = (vectors + kWarp - 1) / kWarp;
-  const uint32_t from = rounds * part / parts * kWarp, to = rounds * (part + 1) / parts * kWarp;
+EPT_DEVICE Span16 span_of(uint32_t vectors, uint32_t part, Divisor parts) {
+  const uint32_t rounds = rounds_of(vectors);
+  const uint32_t from = parts.of(rounds * part) * kWarp, to = parts.of(rounds * (part + 1)) * kWarp;
   return {from, to < vectors ? to : vectors};
-}
-// Into how many parts rows are cut so that each of `warps` has about `each` pieces or more: `rows` of them a block. The
-// more pieces, the less warps wait for the one that has one more; but each begins with a wait for memory, so that no
-// part is shorter than kLeast rounds, unless there would be a warp without work.
-EPT_DEVICE uint32_t parts_of(uint32_t rows, uint32_t warps, uint32_t vectors, uint32_t each) {
-  constexpr uint32_t kLeast = 7;  // of a row of 7168: halves in fp8, quarters in bf16
-  const uint32_t rounds = (vectors + kWarp - 1) / kWarp, n = rows < 1 ? 1 : rows;
-  const uint32_t needed = warps / n, most = (rounds + kLeast - 1) / kLeast, wanted = (each * warps + n - 1) / n;
-  uint32_t parts = wanted < most ? wanted : most;
-  parts = parts < needed ? needed : parts;
-  parts = parts < rounds ? parts : rounds;
-  return parts < 1 ? 1 : parts;
 }
 
 }  // namespace ept::moe::cuda

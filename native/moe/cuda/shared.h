@@ -68,7 +68,8 @@ EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t wo
 
 // What a block takes of a source's rows, and in how many pieces each.
 struct BlockRun {
-  uint32_t first, end, parts;
+  uint32_t first, end;
+  Divisor parts;
 };
 // Of each source's run, the first rows' places are kept here, where sources are few.
 EPT_HD constexpr uint32_t kept_rows(uint32_t world) { return world <= 16 ? 6 : 0; }
@@ -108,7 +109,7 @@ EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t wo
   s.counts = carve.take<uint32_t>(uint64_t(world) * local);
   s.cursor = carve.take<uint32_t>(uint64_t(world) * local);
   s.groups = carve.take<uint32_t>(uint64_t(world) * local);
-  s.runs = reinterpret_cast<BlockRun *>(carve.take<uint32_t>(3ull * world));
+  s.runs = reinterpret_cast<BlockRun *>(carve.take<uint32_t>(4ull * world));
   s.kept = kept_rows(world);
   s.places = carve.take<int32_t>(uint64_t(world) * s.kept * top_k);
   s.sums = carve.take<uint32_t>(local);

@@ -2,6 +2,11 @@
 //
 // simt.h: the little of CUDA that the kernels are written in. A CPU has the same by fibers (tests/native/simt/), so
 // that the kernels' logic runs, and is checked against the CPU executor, where there is no GPU.
+//
+// CODE IS READ FROM MEMORY TOO. Most of a kernel runs once: so each line of 128 bytes, eight instructions, is waited
+// for when it is first reached, and where several processes share a GPU each has its own. What a step runs through is
+// therefore kept short and together: EPT_SELDOM for what a good step doesn't run, and for what few threads do;
+// EPT_ROLLED for loops of a few turns, which the compiler would write out four times.
 #pragma once
 
 #include "eptransport/device.cuh"
@@ -13,6 +18,8 @@
 #define EPT_SHARED(name) extern __shared__ __align__(16) char name[]
 #define EPT_REST() ::ept::device::Hardware::rest()
 #define EPT_UNROLL _Pragma("unroll")
+#define EPT_ROLLED _Pragma("unroll 1")
+#define EPT_SELDOM static __device__ __noinline__
 namespace ept::moe::cuda {
 struct alignas(16) Vector {
   uint32_t word[4];

@@ -58,7 +58,7 @@ void want_here(const GpuObject &moe, const char *name, ept_tensor tensor, std::i
 Strided strided(const ept_tensor &tensor, int dims) {
   if (!tensor.data) return {};
   const Rows rows = rows_of(tensor, dims);
-  return {rows.data, rows.outer, rows.inner, rows.column, rows.leading};
+  return {rows.data, rows.outer, rows.inner, rows.column, divisor(uint32_t(rows.leading))};
 }
 
 uint32_t lane_of(const GpuObject &moe, uint32_t lane) {
@@ -212,6 +212,9 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
                 uint32_t(object.shape.fan()));
   });
   moe.carried[args.lane] = carried;
+  const uint32_t warps = moe.lanes->threads() / kWarp;
+  a.deal = deal_of(a.tokens, moe.lanes->blocks(), warps, uint32_t(moe.table.payload / 16));
+  if (moe.streams()) a.deal.parts = divisor(1), a.deal.units = 1;  // a warp has a token by itself
   if (!moe.streams()) {
     launch(moe, kKernelDispatchSend, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
     return;
@@ -279,7 +282,9 @@ void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o,
   a.scale_size = carried.scale_size;
   a.scale_bytes = carried.scale_bytes;
   a.outer = two ? uint32_t(outer) : 1;
-  a.leading = uint64_t(n);
+  a.leading = divisor(uint32_t(n));
+  a.blocks = divisor(moe.lanes->blocks());
+  a.turn = moe.lanes->blocks() / config.world + 1;
   const int dims = two ? 2 : 1;
   a.x = strided(o.x, dims);
   if (carried.scale_bytes) a.scales = strided(o.scales, dims);

@@ -14,32 +14,41 @@
 
 namespace ept::moe::cuda {
 
-// For each of `steps` steps, the same number in all lanes: next() gives where kEach vectors of 16 bytes stand, or NULL
-// for none in this lane; use(vectors) takes those of a step, in the same order. kNear: lanes share sectors of memory,
-// which then come through the cache. plan() is done while the first are under way. `started`: they are since
-// start_stream, with the same steps.
-template <uint32_t kEach, bool kNear, class Next, class Plan, class Use>
-EPT_DEVICE void stream(Piece *ring, uint32_t steps, bool started, Next next, Plan plan, Use use) {
+// So many steps of kEach vectors are under way before the first is read.
+template <uint32_t kEach>
+constexpr uint32_t kFirst = kAhead / kEach - 1;
+
+// A stream has `steps` steps, the same number in all lanes: next() gives where the kEach vectors of 16 bytes of the
+// next one stand, or NULL for none in this lane. kNear: lanes share sectors of memory, which then come through the
+// cache. This asks for the first kFirst steps; until finish_stream the thread fetches nothing else.
+template <uint32_t kEach, bool kNear, class Next>
+EPT_DEVICE void start_stream(Piece *ring, uint32_t steps, Next &&next) {
+  Piece *mine = ring + threadIdx.x;
+  EPT_ROLLED
+  for (uint32_t step = 0; step < kFirst<kEach>; step++) {
+    const char *from = step < steps ? next() : nullptr;
+    EPT_UNROLL
+    for (uint32_t i = 0; i < kEach && from; i++)
+      fetch16<kNear>(reinterpret_cast<char *>(mine + (step * kEach + i) * blockDim.x), from + i * 16);
+    end_fetches();
+  }
+}
+
+// next() goes on with step kFirst; use(vectors) takes those of a step, in the same order.
+template <uint32_t kEach, bool kNear, class Next, class Use>
+EPT_DEVICE void finish_stream(Piece *ring, uint32_t steps, Next &&next, Use use) {
   constexpr uint32_t kSteps = kAhead / kEach;
   const uint32_t stride = blockDim.x;
   Piece *mine = ring + threadIdx.x;
-  uint32_t asked = 0, slot = 0;
-  const auto ask = [&](uint32_t into) {
-    if (asked < steps) {
-      const char *from = next();
-      EPT_UNROLL
-      for (uint32_t i = 0; i < kEach && from && !started; i++)
-        fetch16<kNear>(reinterpret_cast<char *>(mine + (into * kEach + i) * stride), from + i * 16);
-    }
-    if (!started) end_fetches();
-    asked++;
-  };
-  EPT_UNROLL
-  for (uint32_t i = 0; i + 1 < kSteps; i++) ask(i);
-  started = false;
-  plan();
+  uint32_t slot = 0;
+  EPT_ROLLED
   for (uint32_t step = 0; step < steps; step++) {
-    ask(slot == 0 ? kSteps - 1 : slot - 1);  // the place that the last step was read from
+    const uint32_t into = slot == 0 ? kSteps - 1 : slot - 1;  // the place that the last step was read from
+    const char *from = step + kSteps - 1 < steps ? next() : nullptr;
+    EPT_UNROLL
+    for (uint32_t i = 0; i < kEach && from; i++)
+      fetch16<kNear>(reinterpret_cast<char *>(mine + (into * kEach + i) * stride), from + i * 16);
+    end_fetches();
     await_fetches<kSteps - 1>();
     Vector held[kEach];
     EPT_UNROLL
@@ -52,20 +61,8 @@ EPT_DEVICE void stream(Piece *ring, uint32_t steps, bool started, Next next, Pla
 
 template <uint32_t kEach, bool kNear, class Next, class Use>
 EPT_DEVICE void stream(Piece *ring, uint32_t steps, Next next, Use use) {
-  stream<kEach, kNear>(ring, steps, false, next, [] {}, use);
-}
-
-// The first of them, long before stream(): the thread fetches nothing else in between.
-template <uint32_t kEach, bool kNear, class Next>
-EPT_DEVICE void start_stream(Piece *ring, uint32_t steps, Next next) {
-  Piece *mine = ring + threadIdx.x;
-  for (uint32_t step = 0; step + 1 < kAhead / kEach; step++) {
-    const char *from = step < steps ? next() : nullptr;
-    EPT_UNROLL
-    for (uint32_t i = 0; i < kEach && from; i++)
-      fetch16<kNear>(reinterpret_cast<char *>(mine + (step * kEach + i) * blockDim.x), from + i * 16);
-    end_fetches();
-  }
+  start_stream<kEach, kNear>(ring, steps, next);
+  finish_stream<kEach, kNear>(ring, steps, next, use);
 }
 
 }  // namespace ept::moe::cuda

@@ -12,7 +12,7 @@ namespace ept::moe::cuda {
 class StreamedSender : public DispatchSender {
  public:
   EPT_DEVICE StreamedSender(const StreamedDispatch &args, const StreamedDispatchShared &shared, const ChunkState &state)
-      : DispatchSender(args.out, shared.send, true),
+      : DispatchSender(args.out, shared.send),
         w(state),
         what(args.how),
         number(args.how.first ? generation : args.out.lane.state->received[EPT_PHASE_DISPATCH]),
@@ -107,13 +107,9 @@ class StreamedSender : public DispatchSender {
   // A row at each of the first n lanes' ranks, and what is kept of the token.
   EPT_DEVICE void pack(uint32_t token, uint32_t n, const TokenPlan &plan) const {
     char *to = plan.rank >= 0 ? out.row_at(uint32_t(plan.rank), plan.row) : nullptr;
-    const auto look = [&] { rest(token, plan.rank, to, n); };
-    if (!a.quantise)
-      copy(token, 0, false, look, to, n);
-    else if (element_size(a.x_format) == 2)
-      quantise<2>(token, 0, false, look, to, n);
-    else
-      quantise<4>(token, 0, false, look, to, n);
+    fetch(token, 0);
+    rest(token, plan.rank, to, n);
+    payload(token, 0, to, n);
   }
 
   const ChunkState &w;
@@ -221,7 +217,7 @@ class StreamedReceiver : public DispatchReceiver {
         raise_fault(t, uint32_t(-EPT_E_CAPACITY), kDispatchRecv, int32_t(r), kRoom, generation, needed, leading);
       return false;
     }
-    return !per_expert || index(r, rows - uint64_t(from) * row_bytes, {from, to, 1});
+    return !per_expert || index(r, rows - uint64_t(from) * row_bytes, {from, to, divisor(1)});
   }
 
  private:
@@ -235,7 +231,7 @@ class StreamedReceiver : public DispatchReceiver {
       at = int32_t(a.layout == kByRank ? source * leading + j : kept);
     }
     const uint32_t places = __ballot_sync(kAll, int(at >= 0));
-    payload(row, at, places, 0, 1);
+    payload(row, at, places, 0, divisor(1));
     if (lane_id() == 0) s.flags[source] = w.flags[source];  // the same, whoever writes it
     __syncwarp();
     rest(source, row, at, places);

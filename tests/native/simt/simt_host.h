@@ -13,6 +13,8 @@
 #define EPT_SHARED(name) char *name = ::simt::here().state->memory
 #define EPT_REST() ::simt::yield()
 #define EPT_UNROLL
+#define EPT_ROLLED
+#define EPT_SELDOM static inline
 #define threadIdx (::simt::here().thread)
 #define blockIdx (::simt::here().block)
 #define blockDim (::simt::here().threads)

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// dispatch_headers.cuh: what a source says of its message before its rows; and the kernel that reads no more than that,
+// for who must know how many rows come before there are outputs for them.
+#pragma once
+
+#include "moe/cuda/arrivals.cuh"
+#include "moe/cuda/shared.h"
+
+namespace ept::moe::cuda {
+
+// Reads the header and the counts of a source that has come. The whole warp. False: the lane is faulted.
+EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &object, uint32_t half, uint64_t generation,
+                                     uint32_t membership, uint32_t source, uint32_t scale_bytes, int32_t payload_format,
+                                     int32_t scale_format, const RecvShared &s, bool tells = blockIdx.x == 0) {
+  const char *at = s.sources.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
+                   object.shape.dispatch_region(source).offset;
+  uint32_t sum = 0;
+  __syncwarp();
+  const ept_moe_header h = get_header(at);  // under way with the counts
+  constexpr uint32_t kTogether = 8;         // loads under way
+  EPT_ROLLED
+  for (uint32_t base = 0; base < object.local; base += kTogether * kWarp) {
+    uint32_t n[kTogether];
+    EPT_UNROLL
+    for (uint32_t i = 0; i < kTogether; i++) {
+      const uint32_t e = base + i * kWarp + lane_id();
+      n[i] = e < object.local ? reinterpret_cast<const uint32_t *>(at + EPT_MOE_HEADER_BYTES)[e] : 0;
+    }
+    EPT_UNROLL
+    for (uint32_t i = 0; i < kTogether; i++) {
+      const uint32_t e = base + i * kWarp + lane_id();
+      if (e < object.local) s.counts[source * object.local + e] = n[i];
+      sum += n[i] < (1u << 30) ? n[i] : 1u << 30;  // so that no sum of a peer's making wraps round
+    }
+  }
+  sum = warp_sum(sum >> 5) * 32 + warp_sum(sum & 31);
+  uint32_t wrong = 0;
+  if (lane_id() == 0) {
+    const uint64_t row = ept_row_bytes(object.payload, scale_bytes, object.top_k);
+    wrong = wrong_in_header(t, object, EPT_PHASE_DISPATCH, generation, membership, source, h, row, object.max_tokens);
+    if (!wrong && h.rows &&
+        (h.scale_bytes != scale_bytes || h.payload_format != uint32_t(payload_format) ||
+         (scale_bytes && h.scale_format != uint32_t(scale_format))))
+      wrong = 9;
+    if (!wrong && sum > uint64_t(h.total_rows) * object.top_k) wrong = 10;
+    if (!wrong && (h.combine_offset % kAlign || h.combine_capacity < EPT_MOE_HEADER_BYTES ||
+                   h.combine_offset > object.shape.combine_recv() ||
+                   h.combine_capacity > object.shape.combine_recv() - h.combine_offset))
+      wrong = 11;
+    if (wrong) refuse_header(t, half, source, generation, 0, wrong);
+    if (!wrong) hear(t, source, h, tells);
+    s.rows[source] = h.total_rows;
+    s.return_at[source] = h.combine_offset;
+    s.flags[source] = h.flags;
+  }
+  return from_lane(wrong, 0) == 0;
+}
+
+// Headers alone, by one block.
+class Waiter {
+ public:
+  EPT_DEVICE Waiter(const DispatchWait &args, const RecvShared &shared)
+      : a(args),
+        t(args.lane),
+        s(shared),
+        generation(args.lane.state->received[EPT_PHASE_DISPATCH]),
+        membership(args.lane.state->membership[EPT_PHASE_DISPATCH]) {}
+  EPT_DEVICE bool header(uint32_t source) {
+    return read_dispatch_header(t, a.object, kDispatchRecv, generation, membership, source, a.scale_bytes,
+                                a.payload_format, a.scale_format, s);
+  }
+  EPT_DEVICE bool may_begin(uint32_t) const { return true; }
+  EPT_DEVICE bool begin(uint32_t) const { return true; }
+  EPT_DEVICE void run() {
+    for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) s.rows[r] = 0;
+    for (uint32_t i = threadIdx.x; i < t.world * a.object.local; i += blockDim.x) s.counts[i] = 0;
+    look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
+    __syncthreads();
+    scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, *this);
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    uint64_t sums[4] = {};
+    const bool failed = fault_of(t) != 0;
+    for (uint32_t r = 0; r < t.world && !failed; r++) {
+      sums[0] += s.rows[r];
+      sums[1] = at_least(sums[1], s.rows[r]);
+    }
+    for (uint32_t e = 0; e < a.object.local && !failed; e++) {
+      uint64_t n = 0;
+      for (uint32_t r = 0; r < t.world; r++) n += s.counts[r * a.object.local + e];
+      sums[2] += align_up(n, a.object.alignment);
+      sums[3] = at_least(sums[3], n);
+    }
+    for (uint32_t i = 0; i < 4; i++) a.arrival[i] = sums[i];
+  }
+
+ private:
+  const DispatchWait &a;
+  const LaneTable &t;
+  const RecvShared &s;
+  const uint64_t generation;
+  const uint32_t membership;
+};
+
+}  // namespace ept::moe::cuda
+
+EPT_KERNEL moe_dispatch_wait(EPT_ARGUMENT(ept::moe::cuda::DispatchWait) args) {
+  using namespace ept::moe::cuda;
+  if (!args.lane.world) return;
+  EPT_SHARED(memory);
+  Carve carve(memory);
+  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local, args.object.top_k);
+  Waiter(args, shared).run();
+}
