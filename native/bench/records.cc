@@ -30,7 +30,7 @@ extern "C" int32_t eptb_record_costs(uint64_t count, double *ns) {
   });
   // transfers.cc, operation_ended
   ns[1] = cost(count, [&](uint32_t p, uint64_t i) { record_alone(peers[p].completions, i & 0xffff); });
-  // engine.cc, step
+  // progress.cc, step
   ns[2] = cost(count, [&](uint32_t p, uint64_t i) {
     add_alone(peers[p].rx_operations, 1);
     add_alone(peers[p].rx_bytes, i);

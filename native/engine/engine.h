@@ -18,10 +18,10 @@
  *  - A peer's `link` counts the links to it that have ended. Whatever belongs to a link carries that number, and is
  *    stale, so without effect, once the peer's has moved on (membership.cc).
  *
- * The files: engine.cc life and progress; peers.cc HELLO, status, messages; membership.cc how a link ends and another
- * begins; heartbeat.cc signs of life; memory.cc memory and regions; transfers.cc the way out (queue, credits, pieces);
- * signals.cc the way in (immediates, prefix, grants); metrics.cc and refresh.cc what is counted; why_stuck.cc
- * the report.
+ * The files: engine.cc life; progress.cc who drives and who sleeps; peers.cc HELLO, status, messages; membership.cc how
+ * a link ends and another begins; heartbeat.cc signs of life; memory.cc memory and regions; transfers.cc the way out
+ * (queue, credits, pieces); signals.cc the way in (immediates, prefix, grants); metrics.cc and refresh.cc what is
+ * counted; why_stuck.cc the report.
  */
 #pragma once
 
@@ -369,7 +369,7 @@ struct ept_engine {
 
   ~ept_engine();
 
-  /* engine.cc */
+  /* engine.cc, progress.cc */
   int32_t open(const ept_engine_config &config, ept_error *error);
   int32_t open_plugin(ept_error *error);
   void close_plugin();
