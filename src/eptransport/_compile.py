@@ -176,6 +176,10 @@ def find() -> Compiler:
     raise Unavailable(f"built without GPU kernels, for want of a compiler of CUDA 12.9 ({found}): {GET}")
 
 
+def _octal(data: bytes) -> str:
+    return "".join(f"\\{byte:03o}" for byte in data)
+
+
 def _literal(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
@@ -197,9 +201,10 @@ def embed(out: Path, include: list[str], sources: list[Path], reason: str = "") 
         "namespace {",
     ]
     for i, (_, _, data) in enumerate(images):
-        lines.append(f"alignas(16) constexpr unsigned char image_{i}[] = {{")
-        lines += [",".join(map(str, data[at : at + 64])) + "," for at in range(0, len(data), 64)]
-        lines.append("};")
+        # As strings, which have one more 0: 8 MiB compile in half a second, and as numbers in 14 (gcc 12.2).
+        lines.append(f"alignas(16) constexpr unsigned char image_{i}[] =")
+        lines += [f'"{_octal(data[at : at + 64])}"' for at in range(0, len(data), 64)]
+        lines.append(";")
     lines.append("}  // namespace")
     lines.append("const Image images[] = {")
     for i, (name, target, data) in enumerate(images):

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAB = Path(__file__).parent / "rdma-lab"
-BUILD = ROOT / "build" / "native"
+BUILD = ROOT / "build" / "test"
 PROGRAM = BUILD / "tests" / "native" / "verbs_lab"
 BOX_S = float(os.environ.get("EPT_LAB_BOX_S", "420"))
 """All parts take 240 s on two cores that others use too."""

@@ -4,7 +4,7 @@
 // and while it is not. What broke is read from the engines' own logs: a stage whose fault was never met has failed.
 // Runs in tests/lab alone, with four NICs (rdma-lab --nics 4), as root there: it does to the links what it needs.
 //
-//     EPT_TEST_PLUGINS=build/native/plugins verbs_lab [stage ...]
+//     EPT_TEST_PLUGINS=build/test/plugins verbs_lab [stage ...]
 #include "verbs_lab.h"
 
 #include <atomic>
