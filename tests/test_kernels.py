@@ -65,6 +65,7 @@ def test_no_folder_keeps_nothing(tmp_path: Path) -> None:
     assert len(made) == 2
 
 
+RANKS = 4
 PROCESS = """
 import os, signal, sys, time
 from pathlib import Path
@@ -75,8 +76,11 @@ def make():
         file.write("compiles\\n")
     if dies:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.3)  # so that the others come meanwhile
+    while len(list(log.parent.glob("here-*"))) < int(sys.argv[4]):  # the others come meanwhile
+        time.sleep(0.01)
     return b"kernels" * 1000
+if not dies:
+    (log.parent / f"here-{os.getpid()}").touch()
 assert _kernels.Cache(folder).get("ab" * 32, make) == b"kernels" * 1000
 """
 
@@ -87,12 +91,12 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     folder.mkdir(mode=0o700)
 
     def start(dies: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", PROCESS, str(folder), str(log), dies])
+        return subprocess.Popen([sys.executable, "-c", PROCESS, str(folder), str(log), dies, str(RANKS)])
 
     assert start("dies").wait(timeout=120) == -9
     assert log.read_text() == "compiles\n"
-    ranks = [start("lives") for _ in range(4)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0] * 4
+    ranks = [start("lives") for _ in range(RANKS)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0] * RANKS
     assert log.read_text() == "compiles\n" * 2
 
 
