@@ -15,9 +15,18 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from eptransport import _record as record
-from eptransport._call import ffi, lib, timeout_ns
+from eptransport._call import ffi, lib, sized, timeout_ns
 from eptransport._membership import Change, Membership, MembershipLog
-from eptransport.errors import ClosedError, EptError, InvalidArgument, Masked, PeerLost, Timeout, TransportError
+from eptransport.errors import (
+    ClosedError,
+    EptError,
+    InvalidArgument,
+    LaneFault,
+    Masked,
+    PeerLost,
+    Timeout,
+    TransportError,
+)
 
 if TYPE_CHECKING:
     from eptransport._bootstrap import Bootstrap
@@ -99,7 +108,10 @@ class Members:
         try:
             self.learn()
             lost = error.peer
-            if on_lost == "mask" and isinstance(error, PeerLost) and lost is not None and lost != self.rank:
+            if on_lost != "mask" or lost is None or lost == self.rank:
+                return
+            # A lane on a GPU tells of every first cause as LaneFault.
+            if isinstance(error, PeerLost) or (isinstance(error, LaneFault) and self._is_gone(lost)):
                 self.mask(lost, f"lost: {error.message}")
         except Masked as masked:
             raise masked from error
@@ -119,6 +131,11 @@ class Members:
             logger.warning("rank %d: %s", self.rank, problem)
         finally:
             self._lock.release()
+
+    def _is_gone(self, rank: int) -> bool:
+        info = sized("ept_peer_info")
+        self._call(lib.ept_engine_peer, rank, info)
+        return info.status in (lib.EPT_PEER_LOST, lib.EPT_PEER_LEFT)
 
     def _heard(self) -> int:
         epoch = ffi.new("uint32_t *")

@@ -9,6 +9,7 @@ another rank's call that was seen to wait), never by time.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from harness import Scenario, all_to_alls, make_batches, on_ranks, on_some, run_all
 
 import eptransport as ept
+from eptransport.engine import PeerStatus
 
 Make = Callable[..., list[Any]]
 CONFIG = model.Config(4, 8, 3, 32)
@@ -354,3 +356,18 @@ def test_lost_is_by_token_and_place(make_groups: Make) -> None:
         y = moes[0].combine(got.x, got)
         assert y[:, 0].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
         assert got.source.tolist() == [[0, 0], [0, 1]]
+
+
+def test_with_on_lost_a_lane_fault_masks_whom_the_engine_has_lost(make_groups: Make) -> None:
+    """Lanes on a GPU tell of every cause as LaneFault: of a rank that is only late, and of one that is gone."""
+    groups = make_groups(3, on_lost="mask")
+    fault = ept.LaneFault("lane 0 is faulted, reset it; the first cause was ...", peer=1)
+    groups[0]._members.after(fault, "mask")
+    assert groups[0].membership.epoch == 0
+    groups[1].close()
+    while groups[0].engine.peer(1).info.status is PeerStatus.UP:
+        time.sleep(0.01)
+    groups[0]._members.after(fault, "raise")
+    assert groups[0].membership.epoch == 0
+    groups[0]._members.after(fault, "mask")
+    assert groups[0].membership.active == (0, 2)

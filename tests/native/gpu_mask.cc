@@ -332,6 +332,44 @@ void amid_waits(const std::string &on, uint64_t seed) {
   }
 }
 
+// Nobody masks a rank whose process is gone before somebody knows: the engine does, long before the deadline.
+void gone(const std::string &on, uint64_t seed) {
+  check::running("a rank that the engine has lost");
+  World world(moe_test::config_of(3, 6, 2, 32, 7), seed, on, loopback());
+  good_steps(world, 1);
+  Step step = world.draw();
+  step.lane = 0;
+  for (RankStep &s : step.ranks) s.layout = EPT_LAYOUT_ROWS;
+  const std::vector<Got> expected = world.on_cpu(step);
+  std::vector<Got> all(3);
+  std::vector<Bytes> routings(3);
+  for (uint32_t r : {0u, 1u}) world.send(step, r, routings[r]);
+  for (uint32_t r : {0u, 1u}) {
+    all[r].arrival = expected[r].arrival;
+    world.make(all[r], step.ranks[r], r, 0);
+    world.receive(step, r, routings[r], all[r]);
+  }
+  std::atomic<bool> ended = false;
+  std::thread watch([&] {
+    Error error;
+    for (uint32_t r : {0u, 1u}) OK(ept_engine_mask(world.net->engines[r], 2, 1, "its process is gone", &error), error);
+    while (!ended) {
+      for (uint32_t r : {0u, 1u}) ept_gpu_lanes_watch(&world.lanes[r]);
+      std::this_thread::yield();
+    }
+  });
+  world.gpu->machine.run();
+  ended = true;
+  watch.join();
+  for (uint32_t r : {0u, 1u}) {
+    Error error;
+    CHECK_EQ(ept_gpu_moe_check(world.objects[r], 0, &error), EPT_E_FAULT);
+    CHECK_HAS(error.text, "waited for rank 2, which is gone (EPT_E_PEER_LOST)");
+    CHECK_EQ(error.peer, 2);
+    CHECK_EQ(all[r].num_rows, 0);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -351,5 +389,6 @@ int main() {
   across("ggg", 26);
   amid_waits("mmm", 30);
   amid_waits("ggg", 31);
+  gone("mmm", 40);
   return 0;
 }

@@ -104,7 +104,9 @@ class Lanes final : public Follower {
   bool shares_process() const { return ranks_here_ > 1; }
   Gpu &gpu() const { return *gpu_; }
   Opened opened() const { return {gpu_, offered_}; }
-  void watch() { arena_->watch(); }
+  // Whoever will raise no signal more ends the waits for it: by what the others say, and by what the engine sees, which
+  // carries nothing between ranks that map each other but knows when a process is gone.
+  void watch();
   // Where the lanes over the engine stand, and why (home.h); empty where there are none.
   std::string home;
 
