@@ -41,14 +41,14 @@ lab:
 test-native: $(VENV)/test.installed
 	meson test -C $(BUILD) --print-errorlogs --timeout-multiplier 3
 
-# `make build-sanitizers` is the part of it that only compiles.
+# `make build-sanitizers` is the part of it that only compiles; JOBS=2: so many at once.
 test-sanitizers: build-sanitizers
 	meson test -C build/asan --print-errorlogs --timeout-multiplier 5
 	meson test -C build/tsan --print-errorlogs --timeout-multiplier 10
 
 build-sanitizers: build/asan/build.ninja build/tsan/build.ninja
-	ninja -C build/asan meson-test-prereq
-	ninja -C build/tsan meson-test-prereq
+	ninja -C build/asan $(addprefix -j,$(JOBS)) meson-test-prereq
+	ninja -C build/tsan $(addprefix -j,$(JOBS)) meson-test-prereq
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check src tests examples native
