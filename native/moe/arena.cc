@@ -70,6 +70,7 @@ Arena::Arena(ept_engine *of) : engine(of), metrics(metrics_of(of)), spans(spans_
   all->active.assign(world, 1);
   members_ = std::move(all);
   returned_.assign(world, 0);
+  places_.resize(world);
 }
 
 Arena::~Arena() = default;
@@ -93,7 +94,13 @@ std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<
   }
   begin_attempt(with);
   std::vector<Place> places(world);
+  if (expected_) {
+    const std::lock_guard<std::mutex> lock_places(members_mutex_);
+    places = places_;
+  }
   std::shared_ptr<Object> object = agree(config, with, deadline, side, places);
+  for (uint32_t r = 0; r < world; r++)
+    if (places[r].known) learn_place(r, places[r]);
   const LaneMap needs = lane_map(object->shape);
   const LaneMap larger = {
       at_least(map.dispatch_recv, needs.dispatch_recv), at_least(map.combine_recv, needs.combine_recv),

@@ -79,7 +79,11 @@ struct Arena {
   std::shared_ptr<const Members> members_of_step() const;
   // This process is a later life of its rank: the others have so many AllToAlls already. The first ones made here are
   // made by this rank alone, and the first reset joins them to the others'.
-  void expect(uint32_t objects);
+  // `places`: what all_places gave at one of them; empty: not known, all compute on CPUs.
+  void expect(uint32_t objects, const std::string &places);
+  // Where each rank computes, as far as it has told.
+  std::string all_places() const;
+  void learn_place(uint32_t rank, const Place &place);
   // The highest generation that has begun here.
   uint64_t step();
   // Takes the messages of resets that have come, for a call that isn't one: FAULT where a rank that it needs has gone
@@ -126,6 +130,7 @@ struct Arena {
   mutable std::mutex members_mutex_;
   std::shared_ptr<const Members> members_;
   std::atomic<uint64_t> step_{0};
+  std::vector<Place> places_;      // [world]
   std::vector<uint8_t> returned_;  // [world] is back, and not taken in by a reset yet
   uint32_t objects_ = 0;
   Driver driver_ = Driver::none;

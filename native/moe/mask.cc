@@ -83,8 +83,39 @@ std::shared_ptr<const Members> Arena::members_of_step() const {
   return members_;
 }
 
-void Arena::expect(uint32_t objects) {
+// INVARIANT. Which pairs of ranks talk through the engine is decided by every rank for itself, from the places of all,
+// and alike, since all have the same places. A rank that makes an AllToAll alone, as those that others have had before
+// its process began, has them from one of these; only its own is new. So its lanes are as the others' are, and the
+// reset that takes it in finds links to make anew, and memory to map, where the others look for them.
+std::string Arena::all_places() const {
   const std::lock_guard<std::mutex> lock(members_mutex_);
+  Bytes bytes;
+  bytes.put(uint32_t(sizeof(Place))).put(world);
+  for (const Place &place : places_) bytes.put(place);
+  return bytes.all();
+}
+
+void Arena::learn_place(uint32_t other, const Place &place) {
+  const std::lock_guard<std::mutex> lock(members_mutex_);
+  places_[other] = place;
+}
+
+void Arena::expect(uint32_t objects, const std::string &places) {
+  const std::lock_guard<std::mutex> lock(members_mutex_);
+  if (objects && !places.empty()) {
+    Bytes bytes(places);
+    if (places.size() != 2 * sizeof(uint32_t) + world * sizeof(Place) || bytes.get<uint32_t>() != sizeof(Place) ||
+        bytes.get<uint32_t>() != world)
+      fail(EPT_E_VERSION, -1, "where the other ranks compute comes in %zu bytes, which this version doesn't read",
+           places.size());
+    for (uint32_t r = 0; r < world; r++) {
+      auto place = bytes.get<Place>();
+      if (r == rank || !place.known) continue;
+      place.known = 2;
+      place.lanes = Driver::none;  // asked of ranks that take part
+      places_[r] = place;
+    }
+  }
   expected_ = objects;
   if (!objects) return;
   for (uint32_t r = 0; r < world; r++) returned_[r] = r != rank && members_->has(r);

@@ -122,8 +122,22 @@ int32_t ept_arena_members(ept_arena *arena, uint32_t epoch, const uint8_t *activ
   return guarded("arena_members", error, [&] { arena->arena->set_members(epoch, active, step); });
 }
 
-int32_t ept_arena_expect(ept_arena *arena, uint32_t objects, ept_error *error) {
-  return guarded("arena_expect", error, [&] { arena->arena->expect(objects); });
+int32_t ept_arena_expect(ept_arena *arena, uint32_t objects, const void *places, size_t length, ept_error *error) {
+  return guarded("arena_expect", error, [&] {
+    arena->arena->expect(objects, std::string(static_cast<const char *>(places), places ? length : 0));
+  });
+}
+
+int32_t ept_arena_places(ept_arena *arena, void *places, size_t *length, ept_error *error) {
+  return guarded("arena_places", error, [&] {
+    const std::string all = arena->arena->all_places();
+    const size_t room = *length;
+    *length = all.size();
+    if (!places) return;
+    if (room < all.size())
+      fail(EPT_E_CAPACITY, -1, "the places of all ranks take %zu bytes, not %zu", all.size(), room);
+    memcpy(places, all.data(), all.size());
+  });
 }
 
 int32_t ept_arena_step(ept_arena *arena, uint64_t *step, ept_error *error) {

@@ -26,7 +26,7 @@ enum class Driver : uint32_t { none, calls, kernels };
 // On the wire, in a config message.
 struct Place {
   uint32_t on_gpu = 0;
-  uint32_t known = 0;           // 0: of a rank that takes no part, or has not told yet
+  uint32_t known = 0;           // 0: of a rank that takes no part, or has not told yet; 2: told by another rank
   Driver lanes = Driver::none;  // so far
   uint64_t process = 0;         // a number of the process, different in every other
   char gpu[16] = {};            // UUID

@@ -58,6 +58,7 @@ class Members:
         self._arena: Any = None
         self._masked: Change | None = None
         self._expected = 0
+        self._places = b""
 
     @property
     def state(self) -> Membership:
@@ -76,7 +77,8 @@ class Members:
             if self.state.epoch or self.life:
                 self._tell_arena()
             if self._expected:
-                self._native(lib.ept_arena_expect, arena, self._expected)
+                places = self._places or ffi.NULL
+                self._native(lib.ept_arena_expect, arena, self._expected, places, len(self._places))
 
     # -- learning --
 
@@ -159,14 +161,15 @@ class Members:
         self.learn()
         if rank not in self.state.active:
             life, address = self._wait_for_return(rank, deadline, timeout_s)
-            step = ffi.new("uint64_t *")
+            step, places = ffi.new("uint64_t *"), ""
             if self._arena is not None:
                 self._native(lib.ept_arena_step, self._arena, step)
+                places = self._all_places()
 
             def wanted(state: Membership) -> Change | None:
                 if rank in state.active:
                     return None
-                return Change("readmit", rank, self.rank, "", life, address, int(step[0]), self.made)
+                return Change("readmit", rank, self.rank, "", life, address, int(step[0]), self.made, places)
 
             with self._lock:
                 self._carry_out(self._log.propose(wanted))
@@ -206,6 +209,7 @@ class Members:
         with self._lock:
             self._masked = None
             self._expected = max(0, self._log.returns[self.rank].objects - self.made)
+            self._places = bytes.fromhex(self._log.returns[self.rank].places)
             for masked in self.state.masked:
                 self._mask_engine(masked.rank, masked.epoch, masked.why)
             others = [rank for rank in self.state.active if rank != self.rank]
@@ -292,6 +296,14 @@ class Members:
         """A call of the arena, which lives as long as the engine."""
         assert self._engine is not None
         self._engine.call(lambda _, *rest: function(arena, *rest), *args)
+
+    def _all_places(self) -> str:
+        """Where each rank computes, in hex: for a process that makes AllToAlls which the others have already."""
+        length = ffi.new("size_t *")
+        self._native(lib.ept_arena_places, self._arena, ffi.NULL, length)
+        places = ffi.new("uint8_t[]", length[0])
+        self._native(lib.ept_arena_places, self._arena, places, length)
+        return bytes(places).hex()
 
     def _life_key(self, rank: int) -> str:
         return f"{self._prefix}/{rank}/lives"

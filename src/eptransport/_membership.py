@@ -62,6 +62,8 @@ class Change:
     step: int = 0
     objects: int = 0
     """AllToAlls that the rank which readmits has made."""
+    places: str = ""
+    """Where the ranks compute that have made them, in hex, as `ept_arena_places` tells."""
     epoch: int = 0
     """Where it stands in the log."""
 
@@ -75,6 +77,7 @@ _SHAPE: record.Shape = {
     **dict.fromkeys(("rank", "by", "life", "step", "objects"), _a_count),
     "why": record.a_text,
     "address": record.hexadecimal,
+    "places": record.hexadecimal,
 }
 
 

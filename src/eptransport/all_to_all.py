@@ -175,9 +175,9 @@ class AllToAll(Closing):
         """The plan of this object."""
         self.local_experts = self._find_local_experts(placement)
         """The global ids of the experts here: a range, or a tuple if `placement` was given."""
-        self.paths: tuple[Path, ...] = tuple(_path(arena, group.rank, rank) for rank in range(group.world_size))
+        self.paths: tuple[Path, ...] = self._find_paths()
         """How each rank is reached: its memory is mapped by this GPU, this GPU's kernels put into it by themselves
-        (`gpu`, over NVSHMEM), or the engine writes to it."""
+        (`gpu`, over NVSHMEM), or the engine writes to it. As of the last `reset`: a rank may come back elsewhere."""
         self.lane_memory: str = arena.home() if arena else ""
         """Of a rank on a GPU: where the lanes stand that the backend writes into, on the GPU or pinned on the host, and
         why. Empty where no rank is reached through the backend."""
@@ -444,6 +444,7 @@ class AllToAll(Closing):
             if monotonic() > deadline:
                 raise Timeout("reset: the membership went on changing until the deadline", operation="reset")
         self.group.fault.zero_()
+        self.paths = self._find_paths()
 
     def stats(self) -> Stats:
         """What it has done so far. Not collective, doesn't block. On a GPU it counts kernels that have ended, those of
@@ -473,6 +474,9 @@ class AllToAll(Closing):
         return f"{self!r}\n{self.plan_}\nrows that outputs have room for: {rooms}"
 
     # -- how it is done --
+
+    def _find_paths(self) -> tuple[Path, ...]:
+        return tuple(_path(self._arena, self.group.rank, rank) for rank in range(self.group.world_size))
 
     def _find_local_experts(self, placement: Sequence[int] | None) -> range | tuple[int, ...]:
         count = self.plan_.local_experts

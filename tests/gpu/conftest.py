@@ -17,7 +17,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "moe"), str(HERE.parent / "reference")]
+sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in ("moe", "processes", "reference"))]
 
 import gpu_harness  # noqa: E402
 import torch  # noqa: E402

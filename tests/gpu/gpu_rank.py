@@ -6,11 +6,14 @@ ranks' inputs from the same seed, and checks its own part against the reference.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import launch
 import moe_model as model
+import pytest
 import torch
 from gpu_harness import DEVICE, Scenario, moved
 from harness import LAYOUTS, TORCH, arguments, make_batch, make_batches
@@ -154,6 +157,47 @@ def _meet(store: FileStore, what: str, n: int) -> None:
         assert time.monotonic() < until, f"only {count} of {n} came to {what!r}"
         time.sleep(0.01)
         count = store.add(what, 0)
+
+
+THREE = model.Config(3, 8, 3, 64)
+
+
+def _open(rank: int, world: int, folder: str, held: list[Any], nodes: str, **more: Any) -> ept.AllToAll:
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    torch.zeros(1, device=DEVICE)
+    group = launch.open_group(rank, world, folder, timeout_s=60.0, dead_s=60.0, node=nodes[rank], **more)
+    held.append(group)
+    return ept.AllToAll(group, num_experts=8, top_k=3, hidden=64, max_tokens=16, device=DEVICE)
+
+
+def _checked(moe: ept.AllToAll, lost: tuple[int, ...], count: int) -> None:
+    for seed in range(count):
+        batches = make_batches(THREE, (4, 2, 5), seed)
+        Scenario(THREE, batches, ["rows", "masked", "contiguous"], masked=frozenset(lost)).run(moe.group.rank, moe)
+        moe.check()
+
+
+def loses_rank_1(rank: int, world: int, folder: str, held: list[Any], nodes: str) -> tuple[str, ...]:
+    moe = _open(rank, world, folder, held, nodes)
+    _checked(moe, (), 2)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    moe.group.mask(1, why="it was killed")
+    _checked(moe, (1,), 2)
+    if rank == 2:
+        moe.group.readmit(1)
+    moe.reset()
+    _checked(moe, (), 3)
+    return moe.paths
+
+
+def started_again(rank: int, world: int, folder: str, held: list[Any], nodes: str) -> tuple[str, ...]:
+    moe = _open(rank, world, folder, held, nodes, rejoin=True)
+    with pytest.raises(ept.LaneFault, match="reset"):
+        _checked(moe, (), 1)
+    moe.reset()
+    _checked(moe, (), 3)
+    return moe.paths
 
 
 def written(group: ept.Group) -> int:

@@ -5,9 +5,11 @@ several of them in turn where no MPS runs: a wait lasts some time slices."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gpu_rank
+import launch
 import libfabrics
 import pytest
 import torch
@@ -60,3 +62,15 @@ def test_torchrun_with_one_process_a_gpu(n: int) -> None:
     if torch.cuda.device_count() < n:
         pytest.skip(f"needs {n} GPUs, {torch.cuda.device_count()} are here")
     reached(torchrun(n, gpu_rank.by_torchrun, 8), "a" * n)
+
+
+@pytest.mark.parametrize("nodes", ["aaa", "aab", "abc"], ids=["mapped", "both ways", "through the backend"])
+def test_one_that_is_started_again(tmp_path: Path, nodes: str) -> None:
+    """It makes its lanes as the others' are, and all go on with it: rank 1 is killed and comes back."""
+    answers = launch.run(
+        3, gpu_rank.loses_rank_1, tmp_path, nodes, dies=frozenset({1}), again=gpu_rank.started_again, limit_s=100.0
+    )
+    for rank, paths in enumerate(answers):
+        expected = ["mapped" if node == nodes[rank] else "engine" for node in nodes]
+        expected[rank] = "own"
+        assert list(paths) == expected

@@ -54,6 +54,43 @@ class Log {
         OK(ept_engine_wait_peer(group->engines[rank], r, 60 * moe_test::kSecond, &error), error);
     }
   }
+  // As back, and the rank of the group that is tried is a new process.
+  void started_again(uint32_t rank) {
+    epoch_++;
+    lives_[rank]++;
+    const std::vector<uint32_t> others = world_.order();
+    Error error;
+    for (uint32_t r : others) {
+      OK(ept_arena_step(world_.net->arenas[r], &step_, &error), error);
+      CHECK(step_ > 0);
+    }
+    size_t length = 0;
+    OK(ept_arena_places(world_.net->arenas[others[0]], nullptr, &length, &error), error);
+    std::string places(length, 0);
+    OK(ept_arena_places(world_.net->arenas[others[0]], places.data(), &length, &error), error);
+    world_.close_rank(rank);
+    world_.net->start_again(rank, lives_[rank]);
+    OK(ept_engine_rejoin(world_.cpu.engines[rank], lives_[rank], &error), error);
+    world_.up[rank] = 1;
+    for (uint32_t r = 0; r < world_.config.world; r++)
+      if (!world_.up[r]) OK(ept_engine_mask(world_.net->engines[rank], r, epoch_, "it is odd", &error), error);
+    for (const Group *group : groups()) {
+      for (uint32_t r : others) {
+        open(*group, rank, r);
+        open(*group, r, rank);
+        tell(*group, r);
+      }
+      tell(*group, rank);
+      for (uint32_t r : others)
+        OK(ept_engine_wait_peer(group->engines[rank], r, 60 * moe_test::kSecond, &error), error);
+    }
+    OK(ept_arena_expect(world_.net->arenas[rank], 1, places.data(), places.size() - 1, &error) == EPT_E_VERSION
+           ? EPT_OK
+           : EPT_E_INTERNAL,
+       error);
+    OK(ept_arena_expect(world_.net->arenas[rank], 1, places.data(), places.size(), &error), error);
+    world_.make_again(rank, 7);
+  }
   void reset() {
     world_.cpu.run([&](uint32_t r) {
       Error error;
@@ -126,6 +163,28 @@ void between_steps(const std::string &on, const ept_moe_config &config, uint64_t
       CHECK_HAS(error.text, "is back since membership");
     }
     log.reset();
+    good_steps(world, 3);
+  }
+}
+
+// A process that is started again makes its lanes alone, as the others' are, and takes part from a reset on.
+void again(const std::string &on, const std::vector<uint32_t> &victims, uint64_t seed) {
+  check::running("a process that is started again");
+  World world(moe_test::config_of(uint32_t(on.size()), 9, 3, 32, 7), seed, on, loopback());
+  Log log(world);
+  good_steps(world, 2);
+  for (uint32_t victim : victims) {
+    log.mask(victim);
+    good_steps(world, 2);
+    log.started_again(victim);
+    if (world.on_gpu(victim)) {
+      Error error;
+      CHECK_EQ(ept_gpu_moe_members(world.objects[victim], 0, 0, nullptr, nullptr, &error), EPT_E_FAULT);
+    }
+    log.reset();
+    for (uint32_t r = 0; r < on.size(); r++)
+      for (uint32_t other = 0; other < on.size() && world.on_gpu(r); other++)
+        CHECK_EQ(world.lanes[r].lanes->maps(other), other == r || (on[r] == on[other] && on[r] != 'g'));
     good_steps(world, 3);
   }
 }
@@ -381,6 +440,9 @@ int main() {
   between_steps("gggg", moe_test::config_of(4, 9, 4, 24, 40), 2);
   between_steps("mcgm", moe_test::config_of(4, 9, 4, 24, 40), 3);
   asleep("mgcm", 9);
+  again("ggg", {1}, 40);
+  again("mgcm", {0, 2}, 41);
+  again("mmm", {0}, 43);
   stray("mmm", 10);
   stray("ggg", 11);
   between_halves("mmm", 20);

@@ -97,6 +97,7 @@ struct World {
   std::unique_ptr<simt::Library> library;
   std::shared_ptr<simt::HostGpu> gpu;
   std::string where;  // as `on`
+  std::vector<ept_gpu_config> ways;
   std::unique_ptr<Group> net;
   std::vector<ept_moe *> net_objects;  // of its ranks that are on a CPU
   std::vector<ept_gpu_lanes> lanes;    // of those that are on the GPU
@@ -124,6 +125,7 @@ struct World {
       if (node) hows[r].node[0] = on[r];
     }
     where = on;
+    ways = hows;
     if (std::any_of(on.begin(), on.end(), [](char c) { return puts(c, false); })) {
       library = std::make_unique<simt::Library>(config.world, 16 << 20, seed);
       gpu->machine.beside([this] { library->move(); });
@@ -140,6 +142,31 @@ struct World {
     for (uint32_t r = 0; r < config.world; r++)
       if (on[r] != 'c') open_object(r, numbers[r]);
   }
+  // That rank's process has ended, and one in its place makes the AllToAll alone, since the others have it.
+  // `others`: are there since the engine was opened anew.
+  void close_rank(uint32_t r) {
+    if (objects[r]) ept_gpu_moe_close(objects[r]);
+    if (net_objects[r]) moe_test::close_all({net_objects[r]});
+    objects[r] = nullptr;
+    net_objects[r] = nullptr;
+    lanes[r].lanes.reset();
+    std::fill(open[r].begin(), open[r].end(), 0);
+    std::erase_if(mirrored, [&](const auto &each) { return each.first.first == r; });
+  }
+  void make_again(uint32_t r, uint64_t process) {
+    Error error;
+    const ept_moe_config mine = config_of(r);
+    if (where[r] == 'c') {
+      OK(ept_moe_create(net->arenas[r], &mine, &net_objects[r], &error), error);
+      return;
+    }
+    uint32_t number = 0;
+    ept_gpu_config how = ways[r];
+    how.process = process;
+    lanes[r].lanes = join(r, mine, how, nullptr, &number);
+    open_object(r, number);
+  }
+
   static bool puts(char on, bool node) { return (on >= 'A' && on <= 'Z') || (!node && on == 'i'); }
   ~World() {
     for (ept_gpu_moe *object : objects)

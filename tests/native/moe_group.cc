@@ -27,7 +27,7 @@ Options adversary(uint64_t seed) {
 }
 
 ept_engine *open_engine(const std::string &name, uint32_t rank, uint32_t world, const ept_plugin *plugin,
-                        const Options &options) {
+                        const Options &options, uint32_t life) {
   std::vector<ept_value> values;
   for (const auto &[key, text] : options.values) values.push_back({key.c_str(), text.c_str()});
   if (!options.of_rank.empty())
@@ -36,6 +36,7 @@ ept_engine *open_engine(const std::string &name, uint32_t rank, uint32_t world, 
   config.size = sizeof config;
   config.rank = rank;
   config.world = world;
+  config.epoch = life;
   config.job = name.c_str();
   config.secret = reinterpret_cast<const uint8_t *>("moe");
   config.secret_length = 3;
@@ -74,13 +75,24 @@ void connect_engine(ept_engine *engine, const std::vector<std::vector<char>> &ad
   OK(ept_engine_wait_connected(engine, options.timeout_ns, &error), error);
 }
 
-Group::Group(uint32_t world, const Options &options) : engines(world), arenas(world) {
+namespace {
+
+std::string new_job() {
   static std::atomic<int> job{0};
-  const std::string name = "moe_test " + std::to_string(getpid()) + " " + std::to_string(job++);
-  const ept_plugin *plugin = options.opened ? options.opened : open_plugin(options.plugin);
+  return "moe_test " + std::to_string(getpid()) + " " + std::to_string(job++);
+}
+const ept_plugin *plugin_of(const Options &options) {
+  return options.opened ? options.opened : open_plugin(options.plugin);
+}
+
+}  // namespace
+
+Group::Group(uint32_t world, const Options &options)
+    : engines(world), arenas(world), name_(new_job()), options_(options) {
+  const ept_plugin *plugin = plugin_of(options);
   std::vector<std::vector<char>> addresses;
   for (uint32_t rank = 0; rank < world; rank++) {
-    engines[rank] = open_engine(name, rank, world, plugin, options);
+    engines[rank] = open_engine(name_, rank, world, plugin, options);
     addresses.push_back(address_of(engines[rank]));
   }
   run([&](uint32_t rank) {
@@ -96,6 +108,14 @@ Group::~Group() {
     OK(ept_arena_close(arenas[rank], 10 * kSecond, &error), error);
   });
   run([&](uint32_t rank) { ept_engine_close(engines[rank], 2 * kSecond, nullptr); });
+}
+
+void Group::start_again(uint32_t rank, uint32_t life) {
+  Error error;
+  OK(ept_arena_close(arenas[rank], 10 * kSecond, &error), error);
+  ept_engine_close(engines[rank], 0, nullptr);
+  engines[rank] = open_engine(name_, rank, world(), plugin_of(options_), options_, life);
+  OK(ept_arena_create(engines[rank], &arenas[rank], &error), error);
 }
 
 void Group::run(const std::function<void(uint32_t)> &body) const {

@@ -47,7 +47,7 @@ Options adversary(uint64_t seed);
 
 // The engine of one rank of the job `name`, connected to nobody.
 ept_engine *open_engine(const std::string &name, uint32_t rank, uint32_t world, const ept_plugin *plugin,
-                        const Options &options);
+                        const Options &options, uint32_t life = 0);
 std::vector<char> address_of(ept_engine *engine);
 // Connects it to the addresses of all ranks, and waits until it is.
 void connect_engine(ept_engine *engine, const std::vector<std::vector<char>> &addresses, const Options &options);
@@ -64,9 +64,16 @@ class Group {
   // An AllToAll on every rank.
   std::vector<ept_moe *> create(const ept_moe_config &config) const;
   uint64_t registered(uint32_t rank) const;
+  // The rank's process has ended, and another one has begun: an engine in that life, connected to nobody, and an arena.
+  // What it had made is closed before.
+  void start_again(uint32_t rank, uint32_t life);
 
   std::vector<ept_engine *> engines;
   std::vector<ept_arena *> arenas;
+
+ private:
+  const std::string name_;
+  const Options options_;
 };
 
 ept_moe_config config_of(uint32_t world, uint32_t experts, uint32_t top_k, uint32_t hidden, uint32_t max_tokens);

@@ -414,8 +414,12 @@ int32_t ept_arena_resume(ept_arena *arena, uint64_t timeout_ns, ept_error *error
 int32_t ept_arena_members(ept_arena *arena, uint32_t epoch, const uint8_t *active /* [world] */, uint64_t step,
                           ept_error *error);
 /* This process is a later life of its rank, and the other ranks have made so many AllToAlls: the first ones are made
- * here without them, and ept_moe_reset, which all ranks call, joins these to theirs. */
-int32_t ept_arena_expect(ept_arena *arena, uint32_t objects, ept_error *error);
+ * here without them, and ept_moe_reset, which all ranks call, joins these to theirs. places: what ept_arena_places
+ * gave at one of them, or NULL where all compute on CPUs. */
+int32_t ept_arena_expect(ept_arena *arena, uint32_t objects, const void *places, size_t length, ept_error *error);
+/* Where each rank computes, of those that have made an AllToAll: for ept_arena_expect of a rank whose process is
+ * started again. Bytes for the same version of this library. places NULL: *length alone. */
+int32_t ept_arena_places(ept_arena *arena, void *places, size_t *length, ept_error *error);
 /* The highest generation of any lane that has begun. */
 int32_t ept_arena_step(ept_arena *arena, uint64_t *step, ept_error *error);
 

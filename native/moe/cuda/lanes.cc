@@ -235,7 +235,7 @@ uint32_t Lanes::combine_threads(uint64_t tokens) const {
 
 void Lanes::start() {
   for (uint32_t r = 0; r < world_; r++)
-    if (places_[r].known && (r == rank_ || direct(places_[r], places_[rank_])) && !maps(r) && !initiates(r))
+    if (places_[r].known == 1 && (r == rank_ || direct(places_[r], places_[rank_])) && !maps(r) && !initiates(r))
       fail(EPT_E_INVALID, int32_t(r), "rank %u's lanes are not connected", r);
   ranks_here_ = 0;
   for (const Peer &peer : peers_) ranks_here_ += peer.same_process;
@@ -515,6 +515,7 @@ void Lanes::meet(uint64_t tag, bool tell, const Deadline &deadline) {
     if (r == rank_ || !with.has(r)) continue;
     Bytes theirs(said[r]);
     places_[r] = theirs.get<Place>();
+    arena_->learn_place(r, places_[r]);
     if (direct(places_[r], places_[rank_]))
       connect(r, theirs.get_text());
     else if (!net_)

@@ -459,8 +459,8 @@ class GpuSide final : public Side {
   void accept(const std::vector<std::string> &offers) override {
     if (!fresh_) return;
     for (uint32_t r = 0; r < offers.size(); r++)
-      if (places_[r].known && (r == arena_->rank || direct(places_[r], places_[arena_->rank])))
-        lanes->connect(r, offers[r]);
+      if (places_[r].known == 1 && (r == arena_->rank || direct(places_[r], places_[arena_->rank])))
+        lanes->connect(r, offers[r]);  // others are met in the reset that takes this rank in
     lanes->start();
   }
 
