@@ -174,11 +174,7 @@ class DispatchSender : public DispatchPlan {
     else if (element_size(a.x_format) == 2)
       quantise<2>(token, part, to, n);
     else
-      quantise_f32(*this, token, part, to, n);
-  }
-  // By a copy of the sender, whose own stays in registers so.
-  EPT_SELDOM void quantise_f32(DispatchSender sender, uint32_t token, uint32_t part, char *to, uint32_t n) {
-    sender.quantise<4>(token, part, to, n);
+      quantise<4>(token, part, to, n);
   }
 
   EPT_DEVICE void copy(uint32_t token, uint32_t part, char *to, uint32_t n) const {

@@ -7,6 +7,8 @@
 // for when it is first reached, and where several processes share a GPU each has its own. What a step runs through is
 // therefore kept short and together: EPT_SELDOM for what a good step doesn't run, and for what few threads do;
 // EPT_ROLLED for loops of a few turns, which the compiler would write out four times.
+// A function that is EPT_SELDOM is no member, and small: where kernels are linked with a device library, it must not
+// need more registers than a kernel has.
 #pragma once
 
 #include "eptransport/device.cuh"
