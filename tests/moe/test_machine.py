@@ -254,9 +254,10 @@ class MoeMachine(RuleBasedStateMachine):
                 scenario = kept.scenario
                 summed_here = all(layout in ("rows", "by_rank") for layout in scenario.layouts)
                 weighed_here = all(layout in ("contiguous", "masked") for layout in scenario.layouts)
-                # Late weights travel as a dispatch: while one is to be received, a second late combine is refused.
+                # Late weights travel as a dispatch: while one is to be received, a second late combine is refused, and
+                # on a GPU the first.
                 late = None
-                if step.late and self.late_left[lane] != 0:
+                if step.late and self.late_left[lane] not in ((0, 1) if ON_GPU else (0,)):
                     if self.late_left[lane] is not None:
                         self.late_left[lane] = 0
                     late = [
