@@ -106,16 +106,36 @@ def link(tools: Tools, arch: str, include: list[str], kernels: Path, library: Pa
     """One image. The driver loads it as it is: nothing of cudart comes with it."""
     target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     common = [tools.nvcc, "-rdc=true", *target, "-std=c++20", "-c"]
-    theirs = [f"-I{tools.nvshmem / 'include'}"]
-    theirs += [f"-I{folder}" for folder in _toolkit(tools.nvcc).glob("**/include/cccl") if folder.is_dir()][:1]
     with tempfile.TemporaryDirectory() as folder:
         ours, its, image = (Path(folder) / name for name in ("kernels.o", "library.o", "image.cubin"))
-        _run([*common, "--fmad=false", "-DEPT_GPU_INITIATED", *(f"-I{i}" for i in include), kernels, "-o", ours])
-        # Its headers warn of themselves.
-        _run([*common, "-w", f"-maxrregcount={KERNEL_REGISTERS}", *theirs, library, "-o", its])
+        _run([*common, *_for_kernels(include), kernels, "-o", ours])
+        _run([*common, *_for_library(tools), library, "-o", its])
         where = ["-L", tools.nvshmem / "lib", "-lnvshmem_device"]
         _run([tools.nvcc, "-dlink", *target, "-cubin", ours, its, *where, "-o", image])
         return image.read_bytes()
+
+
+def _for_kernels(include: list[str]) -> list[str]:
+    return ["--fmad=false", "-DEPT_GPU_INITIATED", *(f"-I{folder}" for folder in include)]
+
+
+def _for_library(tools: Tools) -> list[str]:
+    inner = [f"-I{folder}" for folder in _toolkit(tools.nvcc).glob("**/include/cccl") if folder.is_dir()][:1]
+    # Its headers warn of themselves.
+    return ["-w", f"-maxrregcount={KERNEL_REGISTERS}", f"-I{tools.nvshmem / 'include'}", *inner]
+
+
+def compiles(tools: Tools, arch: str, include: list[str], kernels: Path, library: Path) -> dict[str, str]:
+    """Both as PTX, unoptimised, which takes seconds where `link` takes a minute: what their sources say, by file."""
+    common = [tools.nvcc, "-rdc=true", "-gencode", f"arch=compute_{arch},code=compute_{arch}", "-std=c++20"]
+    common += ["-ptx", "-Xcicc", "-O0"]
+    made = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for source, options in ((kernels, _for_kernels(include)), (library, _for_library(tools))):
+            out = Path(folder) / f"{source.stem}.ptx"
+            _run([*common, *options, source, "-o", out])
+            made[source.name] = out.read_text()
+    return made
 
 
 def _toolkit(nvcc: Path) -> Path:
