@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "reference")]
 
 import harness  # noqa: E402
+import spmd  # noqa: E402
 
 import eptransport as ept  # noqa: E402
 
@@ -33,6 +34,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for name, why in NOT_ON_A_GPU.items():
                 if name in item.nodeid:
                     item.add_marker(pytest.mark.skip(reason=why))
+
+
+NOT_OF_PROCESSES = {
+    "test_streaming.py": "kernels that put by themselves refuse calls that may be streamed",
+    "test_machine.py": "it drives all ranks from one place",
+    "test_links.py": "it breaks tcp's connections",
+}
+"""With tests/moe/spmd.py, and why."""
+
+
+@pytest.fixture(autouse=True)
+def together(request: pytest.FixtureRequest) -> None:
+    if not spmd.RANKS:
+        return
+    spmd.begin(request.node.nodeid)
+    for name, why in NOT_OF_PROCESSES.items():
+        if name in request.node.nodeid and (name != "test_streaming.py" or spmd.BACKEND == "nvshmem"):
+            pytest.skip(why)
+    if "make_groups" not in request.fixturenames:
+        pytest.skip("it makes its groups by itself")
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import moe_model as model
 import numpy as np
+import spmd
 import torch
 
 import eptransport as ept
@@ -56,11 +57,42 @@ def settings(**fields: Any) -> ept.Settings:
 
 
 def groups(n: int, **fields: Any) -> list[ept.Group]:
+    if spmd.RANKS:
+        return _groups_of_processes(n, **fields)
     return ept.loopback_groups(n, settings(**fields))
 
 
+def _groups_of_processes(n: int, **fields: Any) -> list[Any]:
+    if n != spmd.RANKS:
+        spmd.skip(f"it is of {n} ranks; {spmd.RANKS} processes run")
+    options = fields.pop("options", {})
+    if options or fields.get("backend", spmd.BACKEND) != spmd.BACKEND:
+        spmd.skip(f"it is about a backend of its own: {options or fields['backend']}")
+    fields.pop("adversary", None)  # loopback's
+    if spmd.BACKEND == "nvshmem" and _open:
+        spmd.skip("it makes a second group while one is open, and a process is a PE of one")
+    fields = {"backend": spmd.BACKEND, "timeout_s": 60.0, "threads": 1, **fields}
+    if spmd.BACKEND == "nvshmem":
+        fields = {"intra": "off", "gpu_path": "gpu", "options": {"nvshmem.heap_mib": "512"}, **fields}
+    made = spmd.group(ept.Settings(**fields))
+    _open.append(made[spmd.RANK])
+    return made
+
+
+_open: list[ept.Group] = []
+
+
+def each(all_groups: Sequence[ept.Group], run: Callable[[ept.Group], T]) -> list[Any]:
+    """run(group) of every rank."""
+    if not spmd.RANKS:
+        return ept.loopback_run(all_groups, run)
+    mine = run(all_groups[spmd.RANK])
+    return [mine if rank == spmd.RANK else spmd.Absent(rank) for rank in range(spmd.RANKS)]
+
+
 def close(all_groups: Sequence[ept.Group]) -> None:
-    ept.loopback_run(all_groups, lambda group: group.close())
+    each(all_groups, lambda group: group.close())
+    _open[:] = [group for group in _open if group not in all_groups]
 
 
 GRACE_S = 0.5
@@ -72,6 +104,8 @@ def together(all_groups: Sequence[ept.Group], calls: Sequence[Callable[[], T]]) 
     The others of a rank that failed an assertion may wait for it until their deadline: after a moment the groups are
     closed under them.
     """
+    if spmd.RANKS:
+        spmd.skip("its threads are of several ranks")
     answers: list[Any] = [None] * len(calls)
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -170,16 +204,21 @@ class OnGpu:
 
 def checked(moe: ept.AllToAll) -> ept.AllToAll:
     """As OnGpu where it is on one."""
-    return moe if DEVICE == "cpu" else OnGpu(moe)  # type: ignore[return-value]
+    return moe if DEVICE == "cpu" or isinstance(moe, spmd.Absent) else OnGpu(moe)  # type: ignore[return-value]
 
 
 def on_ranks(all_groups: Sequence[ept.Group], run: Callable[[int], T]) -> list[T]:
     """run(rank) on a thread for each rank."""
+    if spmd.RANKS:
+        return list(on_some(all_groups, range(spmd.RANKS), run).values())
     return together(all_groups, [lambda rank=rank: run(rank) for rank in range(len(all_groups))])  # type: ignore[misc]
 
 
 def on_some(all_groups: Sequence[ept.Group], ranks: Sequence[int], run: Callable[[int], T]) -> dict[int, T]:
     """run(rank) on a thread for each of those ranks."""
+    if spmd.RANKS:
+        with on_device():
+            return spmd.on_ranks(ranks, run)
     answers = together(all_groups, [lambda rank=rank: run(rank) for rank in ranks])  # type: ignore[misc]
     return dict(zip(ranks, answers, strict=True))
 
@@ -192,10 +231,12 @@ def all_to_alls(
     arguments.setdefault("lanes", 1)
     if config.placement is not None:
         arguments.setdefault("placement", list(config.placement))
+    if spmd.RANKS and spmd.BACKEND == "nvshmem" and arguments.get("buffer_bytes"):
+        spmd.skip("its calls may be streamed, which kernels that put by themselves refuse")
     if not devices and DEVICE != "cpu":
         devices = [DEVICE] * len(all_groups)
         return [checked(moe) for moe in all_to_alls(all_groups, config, devices, **arguments)]
-    return ept.loopback_run(
+    return each(
         all_groups,
         lambda group: ept.AllToAll(
             group,
