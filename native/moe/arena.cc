@@ -99,6 +99,7 @@ std::shared_ptr<Object> Arena::create(const ept_moe_config &config, std::vector<
     places = places_;
   }
   std::shared_ptr<Object> object = agree(config, with, deadline, side, places);
+  if (!expected_) weigh(places, *object, with, deadline, side);  // one that comes back is alone here
   for (uint32_t r = 0; r < world; r++)
     if (places[r].known) learn_place(r, places[r]);
   const LaneMap needs = lane_map(object->shape);

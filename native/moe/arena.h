@@ -106,6 +106,9 @@ struct Arena {
   struct Growth;
   std::shared_ptr<Object> agree(const ept_moe_config &config, const Members &with, const Deadline &deadline, Side *side,
                                 std::vector<Place> &places);
+  // Sets `initiates` of all places to 0 where both ways were measured and the other one is faster.
+  void weigh(std::vector<Place> &places, const Object &object, const Members &with, const Deadline &deadline,
+             Side *side);
   void refuse_drivers(const std::vector<Place> &places, const Members &with, bool larger) const;
   void bring_sides(const std::vector<Place> &places, const Members &with, const Deadline &deadline, Side *side);
   Holds until_idle(const Members &with, const Deadline &deadline, const char *what);

@@ -26,6 +26,7 @@ constexpr uint64_t kTagOffer = EPT_TAG_OURS | 8ull << 48;
 constexpr uint64_t kTagSide = EPT_TAG_OURS | 9ull << 48;
 constexpr uint64_t kTagSideReady = EPT_TAG_OURS | 10ull << 48;
 constexpr uint64_t kTagSideMeet = EPT_TAG_OURS | 11ull << 48;  // + how many before
+constexpr uint64_t kTagWeigh = EPT_TAG_OURS | 12ull << 48;     // + Arena::attempt() + how many before
 
 // Bytes of a message, appended and read in the same order.
 class Bytes {

@@ -146,6 +146,14 @@ uint64_t Object::contiguous_rows(const uint32_t *counts) const {
   return rows;
 }
 
+uint64_t Object::message(uint32_t phase) const {
+  const uint64_t rows = (config.max_tokens * shape.fan() + config.world - 1) / config.world;
+  const uint64_t scales = quantises() ? own_scales() : config.caller_scale_bytes;
+  return EPT_MOE_HEADER_BYTES + rows * (phase == EPT_PHASE_DISPATCH
+                                            ? ept_row_bytes(payload(), uint32_t(scales), config.top_k)
+                                            : ept_combine_row_bytes(returned(), config.top_k, 0));
+}
+
 uint64_t Object::max_contiguous_rows() const {
   const uint64_t filled = uint64_t(config.world) * config.max_tokens * config.top_k;
   return local() == 0

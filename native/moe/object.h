@@ -48,6 +48,8 @@ struct Object {
   uint64_t own_scales() const {
     return !quantises() ? 0 : own_blocks() * (config.scale_format == EPT_SCALES_FP32 ? 4 : 1);
   }
+  // Bytes of a message to one of the ranks, each of which has as many of max_tokens tokens' experts as any other.
+  uint64_t message(uint32_t phase) const;
   // A row in the contiguous layout for each (row, k), and the padding of each group.
   uint64_t contiguous_rows(const uint32_t *counts) const;
   uint64_t max_contiguous_rows() const;

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "moe/crossover.h"
 #include "moe/fail.h"
 #include "moe/members.h"
 
@@ -33,7 +34,9 @@ struct Place {
   char machine[40] = {};        // boot id; empty: its memory is shown to nobody
   char node[32] = {};           // as its user named it
   uint32_t initiates = 0;       // 1: its kernels put into peers' memory through a device library, and peers' into its
-  uint32_t reserved = 0;
+  static constexpr uint32_t kMeasures = 1;    // weighs: whether they do is to be measured (weigh.cc)
+  static constexpr uint32_t kKeepsProxy = 2;  //   it has lanes over the engine, from which they don't
+  uint32_t weighs = 0;
 };
 
 inline bool same_gpu(const Place &a, const Place &b) {
@@ -55,6 +58,17 @@ inline bool all_direct(const std::vector<Place> &places) {
   return true;
 }
 
+// Both ways to the ranks that kernels could put to, over lanes that are there for this alone. All throw Failure.
+class Trial {
+ public:
+  virtual ~Trial() = default;
+  // Messages of that length to each of them, some rounds; until they have come from all.
+  virtual void launch(Way way, uint32_t length) = 0;
+  virtual void await(Way way, uint32_t length) = 0;
+  // The least of each.
+  virtual Figures figures() const = 0;
+};
+
 class Side {
  public:
   virtual ~Side() = default;
@@ -62,6 +76,11 @@ class Side {
   virtual Place place() = 0;
   // A lane's memory where it is to be no host memory; NULL: it is. After place().
   virtual std::unique_ptr<LaneMemory> lane_memory(Arena &arena, uint64_t bytes) = 0;
+  // `tried`: an arena with a lane of room for messages of all ranks. Both outlive what is given.
+  virtual std::unique_ptr<Trial> trial(Arena &tried, const std::vector<Place> &places,
+                                       const uint64_t (&lengths)[kLengths], const Deadline &deadline) = 0;
+  // What came of it, for a log.
+  virtual void chose(const std::string &how) = 0;
   // The lanes are there: what the other GPU ranks need to map our memory.
   virtual std::string offer(Arena &arena, const std::vector<Place> &places) = 0;
   // What they offered, [world]; empty of a rank that is on no GPU.

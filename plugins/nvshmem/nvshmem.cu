@@ -23,6 +23,15 @@ __device__ void ept_library_put_block(void *to, const void *from, uint64_t bytes
     nvshmemx_putmem_nbi_block(to, from, bytes, int(number));
 }
 
+// Copied by all threads; the fence that quiet is there, by one of them after a barrier, covers what the others stored.
+// Quiet asks transports too, for some 9 us a part (decisions.md).
+__device__ void ept_library_part_block(void *to, const void *from, uint64_t bytes, uint32_t number) {
+  nvshmemx_putmem_nbi_block(to, from, bytes, int(number));
+  __syncthreads();
+  if (threadIdx.x == 0) nvshmem_quiet();
+  __syncthreads();
+}
+
 __device__ void ept_library_value(uint64_t *to, uint64_t value, uint64_t *signal, uint32_t number) {
   nvshmem_uint64_p(to, value, int(number));
   if (!signal) return;

@@ -85,6 +85,13 @@ class GpuArena:
         lib.ept_gpu_lanes_home(self.pointer, sentence, 1200)
         return text(sentence)
 
+    def way(self) -> str:
+        """Of the AllToAll that joined last: what was measured of both ways to ranks that kernels could put to, and
+        what was chosen by it; empty where nothing was."""
+        sentence = ffi.new("char[]", 1200)
+        lib.ept_gpu_lanes_way(self.pointer, sentence, 1200)
+        return text(sentence)
+
     def initiates(self, rank: int) -> bool:
         """Whether this rank's kernels put into that rank's memory through a device library."""
         return bool(lib.ept_gpu_lanes_initiates(self.pointer, rank))
@@ -112,11 +119,12 @@ class GpuArena:
 class NativeGpuMoe:
     """The `ept_gpu_moe`, closed before its arena."""
 
-    def __init__(self, group: Group, arena: GpuArena, pointer: Any, ue8m0: bool) -> None:
+    def __init__(self, group: Group, arena: GpuArena, pointer: Any, ue8m0: bool, way: str) -> None:
         self.group = group
         self.arena = arena
         self.pointer = pointer
         self.ue8m0 = ue8m0
+        self.way = way
         self.guard = Guard("this AllToAll")
         arena.objects += 1
         self._children: dict[int, Callable[[], None]] = group.engine._native.children
@@ -135,6 +143,10 @@ class NativeGpuMoe:
 
 def create_gpu_moe(group: Group, config: Any, device: torch.device) -> NativeGpuMoe:
     """Collective. A rank that fails here tells the others why."""
+    import torch
+
+    if torch.cuda.is_current_stream_capturing():
+        raise InvalidArgument("an AllToAll is made while a CUDA graph is captured: make it before")
     add_missing(group.settings, device)
     fault = _fault_of(group, device)
     native = _native_config(group, device, fault)
@@ -143,7 +155,10 @@ def create_gpu_moe(group: Group, config: Any, device: torch.device) -> NativeGpu
     image = for_shape(group.settings, device, config)
     buffer = ffi.NULL if image is None else ffi.from_buffer(image)
     call(lib.ept_gpu_moe_create, arena.pointer, config, number, buffer, len(image or b""), handle)
-    return NativeGpuMoe(group, arena, handle[0], config.scale_format == lib.EPT_SCALES_UE8M0)
+    way = arena.way()
+    if way:
+        logger.info("rank %d: messages to other nodes are %s", group.rank, way)
+    return NativeGpuMoe(group, arena, handle[0], config.scale_format == lib.EPT_SCALES_UE8M0, way)
 
 
 def _native_config(group: Group, device: torch.device, fault: torch.Tensor) -> Any:

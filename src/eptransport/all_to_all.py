@@ -178,6 +178,9 @@ class AllToAll(Closing):
         self.paths: tuple[Path, ...] = self._find_paths()
         """How each rank is reached: its memory is mapped by this GPU, this GPU's kernels put into it by themselves
         (`gpu`, over NVSHMEM), or the engine writes to it. As of the last `reset`: a rank may come back elsewhere."""
+        self.path_choice: str = "" if isinstance(native, NativeMoe) else native.way
+        """Where both ways to ranks of other nodes were measured (EPT_GPU_PATH=auto, over NVSHMEM): the figures, and
+        what was chosen by them, `gpu` or `engine` in `paths`. Empty where nothing was."""
         self.lane_memory: str = arena.home() if arena else ""
         """Of a rank on a GPU: where the lanes stand that the backend writes into, on the GPU or pinned on the host, and
         why. Empty where no rank is reached through the backend."""

@@ -122,13 +122,14 @@ class Settings(BaseSettings):
     gpu_path: Literal["auto", "gpu", "proxy"] = Field(
         "auto",
         description="how messages leave for GPU ranks whose memory isn't mapped, where kernels can post by themselves: "
-        "posted by the kernel (gpu), by the proxy thread (proxy), or by the kernel up to gpu_crossover_bytes (auto)",
+        "posted by the kernel (gpu), by the proxy thread (proxy), or as is faster (auto): both are measured, at the "
+        "lengths of its messages, when an AllToAll is made",
     )
     gpu_crossover_bytes: int | None = Field(
         None,
         ge=1,
-        description="with gpu_path=auto, messages that may be longer go by the proxy thread, bytes; none if not given: "
-        "no length was found at which the proxy is faster",
+        description="with gpu_path=auto, nothing is measured, and AllToAlls whose messages may be longer use the proxy "
+        "thread, bytes",
     )
     stripe_bytes: int | None = Field(
         None, ge=4096, description="a longer write is cut over the rails, bytes; 896 KiB if not given"

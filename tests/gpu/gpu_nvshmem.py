@@ -20,7 +20,8 @@ import eptransport as ept
 def group_of(rank: int, n: int, folder: Path, **more: Any) -> ept.Group:
     torch.cuda.set_device(rank % torch.cuda.device_count())
     options = {"nvshmem.heap_mib": "256", **more.pop("options", {})}
-    settings = ept.Settings(backend="nvshmem", timeout_s=60.0, threads=1, options=options, **more)
+    fields = {"timeout_s": 60.0, "threads": 1, "gpu_path": "gpu", **more}
+    settings = ept.Settings(backend="nvshmem", options=options, **fields)
     return ept.Group(settings, store=FileStore(str(folder / "store"), n), rank=rank, world_size=n)
 
 
@@ -131,8 +132,26 @@ def masks(rank: int, n: int, folder: Path) -> int:
         return rows
 
 
-def refusals(rank: int, n: int, folder: Path) -> tuple[str, str]:
-    """A second group while the first is open, and lanes that are larger than the heap."""
+def chooses(rank: int, n: int, folder: Path, path: str) -> tuple[str, tuple[str, ...], int, int]:
+    """Steps of an AllToAll by EPT_GPU_PATH: what was measured, how ranks are reached, puts, bytes of the engine."""
+    with group_of(rank, n, folder, intra="off", gpu_path=path) as group:
+        config = model.Config(n, 4 * n, 4, 7168, "bf16", "e4m3")
+        moe = all_to_all(group, config, max_tokens=128)
+        before = gpu_rank.written(group), puts(moe)
+        for step in range(4):
+            batches = make_batches(config, [(37 * (r + step)) % 129 for r in range(n)], step)
+            Scenario(config, batches, [LAYOUTS[(r + step) % 4] for r in range(n)]).run(rank, moe, halves=step % 2 == 1)
+            moe.check()
+        moe.reset()
+        Scenario(config, make_batches(config, [5] * n, 99), [LAYOUTS[1]] * n).run(rank, moe)
+        torch.cuda.synchronize()
+        counted = puts(moe) - before[1], gpu_rank.written(group) - before[0]
+        moe.close()
+        return moe.path_choice, moe.paths, *counted
+
+
+def refusals(rank: int, n: int, folder: Path) -> tuple[str, str, str]:
+    """A second group while the first is open, lanes that are larger than the heap, and calls that may be streamed."""
     with group_of(rank, n, folder, intra="off") as group:
         config = model.Config(n, 2 * n, 2, 7168)
         try:
@@ -145,6 +164,10 @@ def refusals(rank: int, n: int, folder: Path) -> tuple[str, str]:
             group_of(rank, n, folder / "again").close()
         except ept.EptError as error:
             second = error.message
+        try:
+            all_to_all(group, config, max_tokens=4096, buffer_bytes=64 << 20)
+        except ept.UnsupportedError as error:
+            streamed = error.message
         moe = all_to_all(group, config)
         Scenario(config, make_batches(config, [3] * n, 1), [LAYOUTS[0]] * n).run(rank, moe)
         moe.close()
@@ -152,4 +175,4 @@ def refusals(rank: int, n: int, folder: Path) -> tuple[str, str]:
         moe = all_to_all(group, config)
         Scenario(config, make_batches(config, [3] * n, 2), [LAYOUTS[0]] * n).run(rank, moe)
         moe.close()
-    return large, second
+    return large, second, streamed

@@ -34,7 +34,9 @@ class Pair:
         torch.set_num_threads(2)
         blocks = self.job.blocks
         near = Settings(backend="tcp", gpu_blocks=blocks)
-        puts = Settings(backend="nvshmem", gpu_blocks=blocks, intra="off", options={"nvshmem.heap_mib": "512"})
+        puts = Settings(
+            backend="nvshmem", gpu_blocks=blocks, intra="off", gpu_path="gpu", options={"nvshmem.heap_mib": "512"}
+        )
         with rank.group(near) as mapped, rank.group(puts) as by_puts:
             steps = [gpu._Step(self.job, group, rank) for group in (mapped, by_puts)]
             checked = []

@@ -6,6 +6,7 @@ happened."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,31 @@ def test_replayed_graphs(spawn: Spawn, n: int) -> None:
         assert puts == messages == 2 * count * (n - 1)
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_both_ways_are_measured(spawn: Spawn, n: int) -> None:
+    """What is measured says which way, all ranks choose alike, and the steps are right over either."""
+    for path in ("auto", "gpu", "proxy"):
+        answers = answers_of(spawn(n, gpu_nvshmem.chooses, path))
+        choices = {choice for choice, *_ in answers}
+        assert len(choices) == 1
+        (choice,) = choices
+        print(f"{n} ranks, EPT_GPU_PATH={path}: {choice}")
+        by_puts = path == "gpu"
+        if path == "auto":
+            took = [float(us) for pair in re.findall(r"([0-9.]+) and ([0-9.]+) us", choice) for us in pair]
+            assert len(took) == 6
+            assert min(took) > 0
+            by_puts = choice.startswith("put by kernels")
+            difference = took[3] + took[5] - took[2] - took[4]
+            assert abs(difference) < 0.5 or by_puts == (difference > 0)  # as far as what is shown can tell
+        else:
+            assert choice == ""
+        for rank, (_, paths, puts, written) in enumerate(answers):
+            assert list(paths) == ["own" if other == rank else "gpu" if by_puts else "engine" for other in range(n)]
+            assert (puts > 0) == by_puts
+            assert (written > 0) == (not by_puts)
+
+
 def test_a_rank_is_masked(spawn: Spawn) -> None:
     rows = answers_of(spawn(3, gpu_nvshmem.masks))
     assert rows[2] == 0
@@ -72,6 +98,7 @@ def test_a_rank_is_masked(spawn: Spawn) -> None:
 
 
 def test_refusals(spawn: Spawn) -> None:
-    for large, second in answers_of(spawn(2, gpu_nvshmem.refusals)):
+    for large, second, streamed in answers_of(spawn(2, gpu_nvshmem.refusals)):
         assert "set EPT_NVSHMEM_HEAP_MIB to" in large
         assert "a PE of another group that is open" in second
+        assert "kernels that post by themselves can't do yet" in streamed

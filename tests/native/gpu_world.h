@@ -87,8 +87,10 @@ inline bool is_per_expert(int32_t layout) { return layout == EPT_LAYOUT_CONTIGUO
 inline uint32_t home_wished = 0;
 inline bool gpu_orders_network = true;
 // Of the worlds that are made next: ept_gpu_config's.
-inline int32_t path = EPT_GPU_PATH_AUTO;
+inline uint32_t most_blocks = 3;
+inline int32_t path = EPT_GPU_PATH_GPU;  // what a clock says chooses in no other test
 inline uint64_t crossover_bytes = 0;
+inline uint64_t library_costs = 0;  // what a put takes, on the GPU's clock
 
 struct World {
   ept_moe_config config;
@@ -128,6 +130,11 @@ struct World {
     ways = hows;
     if (std::any_of(on.begin(), on.end(), [](char c) { return puts(c, false); })) {
       library = std::make_unique<simt::Library>(config.world, 16 << 20, seed);
+      library->costs = library_costs;
+      // Ranks of a node map each other's heap; of the others some do, for the library alone.
+      library->maps = [this, seed](uint32_t a, uint32_t b) {
+        return (puts(where[a], true) && where[a] == where[b]) || (a + b + seed) % 2 != 0;
+      };
       gpu->machine.beside([this] { library->move(); });
     }
     lanes.resize(config.world);
@@ -184,7 +191,7 @@ struct World {
   ept_gpu_config how(uint64_t timeout_ns, bool mapped) {
     ept_gpu_config how{};
     how.size = sizeof how;
-    how.blocks = 1 + uint32_t(below(random, 3));
+    how.blocks = 1 + uint32_t(below(random, most_blocks));
     how.threads = 64;
     how.timeout_ns = timeout_ns;
     how.process = 7;
@@ -197,13 +204,15 @@ struct World {
   // As ept_gpu_lanes_join, on this GPU of fibers.
   std::shared_ptr<ept::moe::cuda::Lanes> join(uint32_t r, const ept_moe_config &mine, const ept_gpu_config &how,
                                               std::shared_ptr<ept::moe::cuda::Lanes> known, uint32_t *number) {
-    return ept::moe::cuda::join(
-        net->arenas[r]->arena, how, mine, std::move(known),
-        [&](int32_t) -> ept::moe::cuda::Opened {
-          if (!library || !puts(where[r], false)) return gpu;
-          return {gpu, library->heap(r)};
-        },
-        number);
+    const auto open = [&](int32_t) -> ept::moe::cuda::Opened {
+      if (!library || !puts(where[r], false)) return gpu;
+      return {gpu, library->heap(r)};
+    };
+    try {
+      return ept::moe::cuda::join(net->arenas[r]->arena, how, mine, std::move(known), open, number);
+    } catch (const ept::moe::Failure &failure) {
+      check::failed(__FILE__, __LINE__, failure.error.text);
+    }
   }
 
   Step draw() {

@@ -34,7 +34,8 @@
  * `seen`.
  *  7 A transfer over a GPU path. The blocks' stores of rows into the symmetric heap -> 3 -> a fence of system scope by
  *    every thread of the block that puts, since a NIC reads beside all of them -> the library's put-with-signal, which
- *    adds one to the signal after the bytes => the reader's acquire, as in 1. What is put is bounded by the protocol
+ *    adds one to the signal after the bytes => the reader's acquire, as in 1. Parts that other blocks have put before:
+ *    they have arrived -> 3 -> that put's signal. What is put is bounded by the protocol
  *    above, and a source is free when that shows that its bytes have arrived: so flush has nothing to wait for.
  *
  * THE RING'S INVARIANTS (arithmetic modulo 2^64, differences as signed numbers; C is the capacity)
@@ -69,6 +70,9 @@
 #ifndef EPT_SPIN /* what a CPU does between two looks; fibers bring their own */
 #define EPT_SPIN() std::this_thread::yield()
 #endif
+#ifndef EPT_CLOCK_AHEAD /* ns; likewise */
+#define EPT_CLOCK_AHEAD() 0
+#endif
 #endif
 
 #ifdef EPT_GPU_INITIATED
@@ -82,6 +86,9 @@
 #endif
 EPT_LIBRARY void ept_library_put(void *to, const void *from, uint64_t bytes, uint64_t *signal, uint32_t number);
 EPT_LIBRARY void ept_library_put_block(void *to, const void *from, uint64_t bytes, uint64_t *signal, uint32_t number);
+/* `bytes` without a signal, by all threads of a block, none of which goes on before they have arrived; where the
+ * library copies them itself (ept_path.memory). */
+EPT_LIBRARY void ept_library_part_block(void *to, const void *from, uint64_t bytes, uint32_t number);
 /* The 8 bytes of `value`, and then the signal. By one thread. */
 EPT_LIBRARY void ept_library_value(uint64_t *to, uint64_t value, uint64_t *signal, uint32_t number);
 /* Until all that this rank has put has arrived. By one thread, with no other kernel of the rank under way. */
@@ -164,7 +171,7 @@ struct Hardware {
   static uint64_t now() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<uint64_t>(t.tv_sec) * 1000000000 + static_cast<uint64_t>(t.tv_nsec);
+    return static_cast<uint64_t>(t.tv_sec) * 1000000000 + static_cast<uint64_t>(t.tv_nsec) + EPT_CLOCK_AHEAD();
   }
   static void spin() { EPT_SPIN(); }
   static void rest() { EPT_SPIN(); }
@@ -505,6 +512,21 @@ EPT_DEVICE Put put(Team team, const ept_path &path, const void *source, uint64_t
   if (team.rank() != 0) return {EPT_OK, 0};
   return push<M>(path, command_of(path, EPT_COMMAND_PUT, offset, destination, bytes, signal), deadline);
 }
+
+#ifdef EPT_GPU_INITIATED
+/* A part of what another put's signal tells of, over a path of kind GPU with `memory`: it has arrived when the block
+ * goes on, all of whose threads call. */
+template <class Team>
+EPT_DEVICE int32_t put_part(Team team, const ept_path &path, const void *source, uint64_t destination, uint64_t bytes) {
+  static_assert(Team::is_block);
+  const int32_t code = refused(path, destination, bytes, EPT_NO_SIGNAL);
+  if (code != EPT_OK || bytes == 0) return code;
+  if (!inside(reinterpret_cast<uintptr_t>(source) - path.source, bytes, path.source_bytes)) return EPT_E_ACCESS;
+  team.meet();
+  ept_library_part_block(address<char>(path.window + destination), source, bytes, path.number);
+  return EPT_OK;
+}
+#endif
 
 /* The 8 bytes of `value` to `destination`, a multiple of 8, then the signal. One thread. */
 template <class M = Hardware>

@@ -24,7 +24,8 @@ typedef struct ept_gpu_moe ept_gpu_moe;
 /* How messages leave for GPU ranks whose memory isn't mapped, where this rank's kernels could put them by themselves.
  */
 typedef enum ept_gpu_path {
-  EPT_GPU_PATH_AUTO = 0, /* as GPU, unless a message of balanced routing is longer than crossover_bytes */
+  EPT_GPU_PATH_AUTO = 0, /* as is faster: both are measured, at the lengths of messages of balanced routing, when the
+                            AllToAll is made; or by crossover_bytes */
   EPT_GPU_PATH_GPU = 1,  /* put by the kernel */
   EPT_GPU_PATH_PROXY = 2 /* posted by the proxy thread */
 } ept_gpu_path;
@@ -44,7 +45,7 @@ typedef struct ept_gpu_config {
   uint32_t share;       /* of memory that peers map. 0: by CUDA IPC where that works, else 2; 1: by CUDA IPC; 2: by file
                            descriptors over a Unix socket (EPT_GPU_SHARE) */
   int32_t path;         /* ept_gpu_path */
-  uint64_t crossover_bytes; /* EPT_GPU_PATH_AUTO: 0: the kernel puts messages of any length */
+  uint64_t crossover_bytes; /* EPT_GPU_PATH_AUTO: 0: measured; else longer ones go by the proxy thread */
 } ept_gpu_config;
 
 /* Collective with ept_moe_create: an AllToAll of ranks on GPUs and CPUs. `known`: what an earlier call with this arena
@@ -56,7 +57,7 @@ int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const
 int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes);
 /* Whether that rank's memory is in this GPU's address space: else what goes there goes through the engine. */
 int32_t ept_gpu_lanes_maps(const ept_gpu_lanes *lanes, uint32_t rank);
-/* Bytes of a dispatch's message to one rank where routing is balanced: what AUTO compares. */
+/* Bytes of a dispatch's message to one rank where routing is balanced: what crossover_bytes is compared with. */
 uint64_t ept_gpu_message_bytes(const ept_moe_config *moe);
 /* Whether this rank's kernels put into that rank's memory through a device library (NVSHMEM). */
 int32_t ept_gpu_lanes_initiates(const ept_gpu_lanes *lanes, uint32_t rank);
@@ -71,6 +72,9 @@ int32_t ept_gpu_lanes_fit(const ept_gpu_lanes *lanes, const ept_moe_config *moe,
 int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, uint64_t timeout_ns, ept_error *error);
 /* Where the lanes over the engine stand, and why, in a sentence; empty where there are none. */
 void ept_gpu_lanes_home(const ept_gpu_lanes *lanes, char *text, size_t capacity);
+/* Of the last AllToAll that joined with these lanes: what was measured of both ways to ranks that kernels could put to,
+ * and what was chosen by it, in a sentence; empty where nothing was measured. */
+void ept_gpu_lanes_way(const ept_gpu_lanes *lanes, char *text, size_t capacity);
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes);
 /* Device timestamps (ns of the GPU's clock) of the kernels that are launched, or captured, from now on, into `times` on
  * the device; NULL: no more. Words in all; for each lane, one after another:

@@ -279,6 +279,16 @@ struct DispatchWait {
   uint64_t *arrival;
 };
 
+// Rounds of messages of one length, over one way (trial.h). The messages of each rank, and to it, stand `room` bytes
+// apart in the slots of a dispatch.
+struct TrialArgs {
+  LaneTable lane;
+  uint64_t first;  // generation
+  uint64_t bytes, room;
+  uint32_t warm, rounds;  // rounds 0: nothing is done
+  uint64_t *took;         // ns of one of `rounds`; pinned
+};
+
 // Takes a message of each source as if it had been read.
 struct Drain {
   LaneTable lane;

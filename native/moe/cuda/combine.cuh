@@ -6,6 +6,7 @@
 #include "moe/cuda/arrivals.cuh"
 #include "moe/cuda/dispatch_recv.cuh"
 #include "moe/cuda/formats.cuh"
+#include "moe/cuda/initiated.cuh"
 #include "moe/cuda/shared.h"
 #include "moe/cuda/stream.cuh"
 

@@ -9,6 +9,7 @@
 
 #include "moe/cuda/dispatch_plan.cuh"
 #include "moe/cuda/formats.cuh"
+#include "moe/cuda/initiated.cuh"
 #include "moe/cuda/stream.cuh"
 
 namespace ept::moe::cuda {

@@ -15,11 +15,10 @@
 
 namespace ept::moe::cuda {
 
-const char *const kernel_names[kKernels] = {"moe_dispatch_send",   "moe_dispatch_wait",     "moe_dispatch_recv",
-                                            "moe_combine_send",    "moe_combine_recv",      "moe_drain",
-                                            "moe_take_members",    "moe_late_send",         "moe_late_recv",
-                                            "moe_quiet",           "moe_streamed_dispatch", "moe_streamed_late",
-                                            "moe_streamed_combine"};
+const char *const kernel_names[kKernels] = {
+    "moe_dispatch_send", "moe_dispatch_wait",     "moe_dispatch_recv", "moe_combine_send",    "moe_combine_recv",
+    "moe_drain",         "moe_take_members",      "moe_late_send",     "moe_late_recv",       "moe_quiet",
+    "moe_trial",         "moe_streamed_dispatch", "moe_streamed_late", "moe_streamed_combine"};
 
 namespace {
 
@@ -220,6 +219,30 @@ class DriverGpu final : public Gpu {
   void synchronise(void *stream) override {
     const Entered entered(*primary_);
     want(driver().cuStreamSynchronize(static_cast<Stream>(stream)), "cuStreamSynchronize");
+  }
+  bool ends(void *stream, uint64_t deadline_ns) override {
+    const Entered entered(*primary_);
+    for (;;) {
+      const Result result = driver().cuStreamQuery(static_cast<Stream>(stream));
+      if (result != ept::cuda::kNotReady) {
+        want(result, "cuStreamQuery");
+        return true;
+      }
+      if (now_ns() >= deadline_ns) return false;
+      const timespec pause = {0, 50'000};
+      nanosleep(&pause, nullptr);
+    }
+  }
+
+  void *make_stream() override {
+    const Entered entered(*primary_);
+    Stream stream = nullptr;
+    want(driver().cuStreamCreate(&stream, ept::cuda::kStreamNonBlocking), "cuStreamCreate");
+    return stream;
+  }
+  void end_stream(void *stream) override {
+    const Entered entered(*primary_);
+    (void)driver().cuStreamDestroy(static_cast<Stream>(stream));
   }
 
   void *allocate_shared(uint64_t bytes, ept::cuda::Sharing sharing) override {

@@ -26,6 +26,7 @@ enum Kernel : uint32_t {
   kKernelLateSend,
   kKernelLateRecv,
   kKernelQuiet,
+  kKernelTrial,
   kKernelStreamedDispatch,
   kKernelStreamedLate,
   kKernelStreamedCombine,
@@ -71,6 +72,11 @@ class Gpu {
   virtual void copy_out(void *to, const void *from, uint64_t bytes) = 0;
   virtual void clear(void *memory, uint64_t bytes) = 0;
   virtual void synchronise(void *stream) = 0;
+  // Until what is on the stream has ended; false: not by then (CLOCK_MONOTONIC, ns).
+  virtual bool ends(void *stream, uint64_t deadline_ns) = 0;
+  // A stream beside all others.
+  virtual void *make_stream() = 0;
+  virtual void end_stream(void *stream) = 0;
   // Memory for another process as well, what tells it, and the other end of it.
   virtual void *allocate_shared(uint64_t bytes, ept::cuda::Sharing sharing) = 0;
   virtual std::string share(void *memory) = 0;

@@ -30,6 +30,7 @@ constexpr uint32_t kWide = 1024, kWideTokens = 2;
 constexpr uint32_t kConnections = 32;
 // A send's scan and tables in shared memory: what every GPU of sm_80 and later gives a block.
 constexpr uint64_t kMostShared = 96 << 10;
+constexpr uint64_t kMostWide = 160 << 10;  // a block alone on its multiprocessor, likewise
 
 }  // namespace
 
@@ -99,6 +100,8 @@ Lanes::~Lanes() {
 }
 
 void Lanes::give_back() {
+  // What a kernel still uses stays: the driver would wait for that one here.
+  if (stuck_ && !gpu_->ends(nullptr, now_ns())) return (void)net_.release();
   net_.reset();
   for (const Peer &peer : peers_)
     if (peer.opened) gpu_->close(peer.opened);
@@ -233,6 +236,13 @@ uint32_t Lanes::combine_threads(uint64_t tokens) const {
   return wide_ && tokens >= uint64_t(blocks_) * kWideTokens ? kWide : threads_;
 }
 
+// A library that copies does it by all threads of a block, and twice as many have twice as much on the way.
+uint32_t Lanes::send_threads(const std::function<uint64_t(uint32_t)> &shared) const {
+  bool copies = false;
+  for (uint32_t r = 0; r < world_; r++) copies = copies || (initiates(r) && heap_->mapped(r));
+  return wide_ && copies && shared(kWide) <= kMostWide ? kWide : threads_;
+}
+
 void Lanes::start() {
   for (uint32_t r = 0; r < world_; r++)
     if (places_[r].known == 1 && (r == rank_ || direct(places_[r], places_[rank_])) && !maps(r) && !initiates(r))
@@ -302,6 +312,7 @@ void Lanes::fill_peer(uint32_t l, uint32_t r) {
     path.kind = EPT_DEVICE_GPU;
     path.peer = r;
     path.number = heap_->number(r);
+    path.memory = heap_->mapped(r) != nullptr;
     path.source = path.window = number(memory_ + l * lane_bytes_);
     path.source_bytes = lane_bytes_;
     path.window_bytes = map_.exported();
@@ -434,7 +445,12 @@ std::shared_ptr<void> Lanes::before_reset(const Deadline &deadline) {
   if (heap_) {
     Drain a{tables_[0], 0};
     gpu_->launch(kKernelQuiet, 1, kWarp, 0, nullptr, &a);
-    gpu_->synchronise(nullptr);
+    stuck_ = !gpu_->ends(nullptr, deadline.at);
+    if (stuck_)
+      fail(EPT_E_TIMEOUT, -1,
+           "reset: rank %u waited %.3f s for what its kernels have put to arrive, and it hasn't: a card or a peer is "
+           "stuck. Reset again; where it stays, end this process, since one rank can't leave the device library",
+           rank_, deadline.waited_s());
   }
   if (!net_) return nullptr;
   std::vector<std::array<uint64_t, EPT_PHASES>> next(count_);

@@ -92,13 +92,15 @@ class Lanes final : public Follower {
   uint32_t threads() const { return threads_; }
   // Throws where such kernels would not all be on the GPU at once (choose_blocks).
   void refuse_wider(const Kernels &kernels) const;
-  // Of a combine of so many tokens here.
+  // Of a combine of so many tokens here, and of a dispatch's send that takes so much shared memory with that many.
   uint32_t combine_threads(uint64_t tokens) const;
+  uint32_t send_threads(const std::function<uint64_t(uint32_t threads)> &shared) const;
   bool over_engine() const { return net_ != nullptr; }
   // That rank's memory is in this GPU's address space; else what goes there goes through the engine.
   bool maps(uint32_t rank) const { return rank == rank_ || peers_[rank].base; }
   // This rank's kernels put into its memory through a device library.
   bool initiates(uint32_t rank) const { return peers_[rank].initiated; }
+  bool initiates() const { return heap_ != nullptr; }  // to some rank
   // Puts so far by kernels that have ended, since the start or the last reset.
   uint64_t puts() const;
   bool shares_process() const { return ranks_here_ > 1; }
@@ -109,6 +111,8 @@ class Lanes final : public Follower {
   void watch();
   // Where the lanes over the engine stand, and why (home.h); empty where there are none.
   std::string home;
+  // How the last AllToAll that joined came to its way to ranks that kernels could put to, where both were measured.
+  std::string way;
 
  private:
   struct Peer {
@@ -167,6 +171,7 @@ class Lanes final : public Follower {
   std::vector<char **> in_;
   ept_device_progress *progress_ = nullptr;  // [world] of peers that are mapped; pinned
   std::mutex following_;                     // progress_ is written
+  bool stuck_ = false;                       // a reset gave up waiting for a kernel
   std::atomic<bool> whole_{true};            // false: from a reset's begin until one ends well
   std::vector<uint32_t> taken_;              // [lanes] the membership that the lane has, as far as was launched
   std::vector<std::pair<void *, uint64_t>> cleared_;

@@ -6,6 +6,7 @@
 // them: each row is one piece, and a source's rows are read by one block.
 #pragma once
 
+#include "moe/cuda/initiated.cuh"
 #include "moe/cuda/protocol.cuh"
 
 namespace ept::moe::cuda {

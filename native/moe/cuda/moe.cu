@@ -10,3 +10,4 @@
 #include "moe/cuda/streamed_combine.cuh"
 #include "moe/cuda/streamed_dispatch.cuh"
 #include "moe/cuda/streamed_late.cuh"
+#include "moe/cuda/trial.cuh"

@@ -19,10 +19,9 @@
 //  - A message is `done` in pieces: each block, by whichever of its threads finishes its last piece for a rank, adds
 //  them
 //    with acquire and release (device.cuh, 3); who completes the count zeroes it and raises the signal.
-//  - A message over a path of kind GPU leaves when the whole kernel has packed it, by one block that waits for the
-//    others (post_initiated): a put of the library is fast by a whole block where it copies, and one thread's where it
-//    tells a NIC. No proxy tells when its staging may be used again: at send(g) each GPU rank has sent g - 1, so it has
-//    read all of g - 2, whose bytes so have left this rank's staging of slot g mod 2.
+//  - A message over a path of kind GPU leaves when the whole kernel has packed it, by blocks that wait for the others
+//    (initiated.cuh). No proxy tells when its staging may be used again: at send(g) each GPU rank has sent g - 1, so it
+//    has read all of g - 2, whose bytes so have left this rank's staging of slot g mod 2.
 //  - Who takes part is known to every block of a launch alike: state->membership[kNext] and its set are written by
 //    take_members alone, which runs when no other kernel of the lane does. A rank that takes no part gets no row, no
 //    header and no signal, and nothing of it is awaited; a message is read under the set that it was sent under.
@@ -135,58 +134,6 @@ EPT_DEVICE bool packed(const LaneTable &t, uint32_t peer, uint32_t pieces, uint3
   if (device::count_in(&t.done[peer], pieces) + pieces != all || is_initiated(t, peer)) return false;
   t.done[peer] = 0;
   return true;
-}
-
-struct WholeBlock {
-  static constexpr bool is_block = true;
-  EPT_DEVICE uint32_t rank() const { return threadIdx.x; }
-  EPT_DEVICE uint32_t size() const { return blockDim.x; }
-  EPT_DEVICE void meet() const { __syncthreads(); }
-};
-
-// The end of a send that is no fault: message(peer) has where it was packed, where it goes, its bytes, and in how many
-// pieces it was packed. Block r mod blocks waits until the message to rank r is whole; all its threads call, and all
-// blocks of the launch are on the GPU together (Lanes::choose_blocks), so the ones that it waits for go on. A fault of
-// the lane, which may have ended a block before it packed, ends the wait.
-struct Packed {
-  const char *from;
-  uint64_t received, bytes;
-  uint32_t pieces;
-};
-template <class Message>
-EPT_DEVICE void post_initiated(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation,
-                               Message message) {
-  if (!t.initiates) return;
-#ifdef EPT_GPU_INITIATED
-  const Taking members = taking(t, kNext);
-  const uint64_t deadline = device::deadline_in(t.timeout_ns);
-  const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
-  for (uint32_t r = blockIdx.x; r < t.world; r += gridDim.x) {
-    if (r == t.rank || !members.has(r) || t.paths[r].kind != EPT_DEVICE_GPU) continue;
-    const Packed its = message(r);
-    bool stopped = false;
-    if (threadIdx.x == 0) {
-      while (!stopped && device::count_in(&t.done[r], 0) != its.pieces) {
-        EPT_REST();
-        stopped = fault_of(t) != 0;
-        if (stopped || Hardware::now() <= deadline) continue;
-        raise_fault(t, uint32_t(-EPT_E_TIMEOUT), half, int32_t(r), kPost, generation, its.pieces,
-                    uint64_t(-EPT_E_TIMEOUT));
-        stopped = true;
-      }
-    }
-    if (is_faulted(stopped)) continue;
-    const device::Put put = device::put(WholeBlock(), t.paths[r], its.from, its.received, its.bytes, signal, 0);
-    if (threadIdx.x != 0) continue;
-    t.done[r] = 0;
-    if (put.code != EPT_OK)
-      raise_fault(t, uint32_t(-put.code), half, int32_t(r), kPost, generation, its.bytes, uint64_t(-put.code));
-    else
-      t.tickets[r * kSignals + signal]++;
-  }
-#else
-  (void)half, (void)phase, (void)generation, (void)message;
-#endif
 }
 
 // What a generation sends to other ranks, for stats: by one warp of one block. A lane's kernels never run beside each

@@ -13,6 +13,7 @@
 #include "moe/cuda/home.h"
 #include "moe/cuda/lanes.h"
 #include "moe/cuda/shared.h"
+#include "moe/cuda/trial.h"
 #include "moe/fail.h"
 #include "moe/moe.h"
 
@@ -207,16 +208,18 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
   a.epsilon = config.scale_epsilon;
   a.quantise = quantise;
   a.ue8m0 = config.scale_format == EPT_SCALES_UE8M0;
-  const uint64_t shared = shared_bytes([&](Carve &carve) {
-    send_shared(carve, moe.lanes->threads(), config.world, config.num_experts, uint32_t(tokens),
-                uint32_t(object.shape.fan()));
-  });
   moe.carried[args.lane] = carried;
   const uint32_t warps = moe.lanes->threads() / kWarp;
   a.deal = deal_of(a.tokens, moe.lanes->blocks(), warps, uint32_t(moe.table.payload / 16));
   if (moe.streams()) a.deal.parts = divisor(1), a.deal.units = 1;  // a warp has a token by itself
   if (!moe.streams()) {
-    launch(moe, kKernelDispatchSend, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
+    const auto shared = [&](uint32_t threads) {
+      return shared_bytes([&](Carve &carve) {
+        send_shared(carve, threads, config.world, config.num_experts, uint32_t(tokens), uint32_t(object.shape.fan()));
+      });
+    };
+    const uint32_t threads = moe.lanes->send_threads(shared);
+    launch(moe, kKernelDispatchSend, moe.lanes->blocks(), threads, shared(threads), stream, &a);
     return;
   }
   moe.begun[args.lane].dispatch = a;
@@ -415,14 +418,6 @@ int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, uint64_t timeout_ns, ept_error
 
 namespace {
 
-// A dispatch's bytes to one of the ranks, each of which has as many of the tokens' experts as any other.
-uint64_t balanced_message(const Object &object) {
-  const ept_moe_config &c = object.config;
-  const uint64_t scales = object.quantises() ? object.own_scales() : c.caller_scale_bytes;
-  const uint64_t fan = object.shape.fan(), rows = (c.max_tokens * fan + c.world - 1) / c.world;
-  return EPT_MOE_HEADER_BYTES + rows * ept_row_bytes(object.payload(), uint32_t(scales), c.top_k);
-}
-
 // What this rank brings to Arena::create.
 class GpuSide final : public Side {
  public:
@@ -442,8 +437,15 @@ class GpuSide final : public Side {
     if (config_.mapped) ept::boot_id().copy(place.machine, sizeof place.machine - 1);
     memcpy(place.node, config_.node, sizeof place.node);
     place.initiates = opened_.heap && puts();
+    if (measures()) place.weighs |= Place::kMeasures;
+    if (lanes && lanes->over_engine() && !lanes->initiates()) place.weighs |= Place::kKeepsProxy;
     return place;
   }
+  std::unique_ptr<Trial> trial(Arena &tried, const std::vector<Place> &places, const uint64_t (&lengths)[kLengths],
+                               const Deadline &deadline) override {
+    return std::make_unique<GpuTrial>(opened_, config_, tried, places, lengths, deadline);
+  }
+  void chose(const std::string &how) override { how_ = how; }
   std::unique_ptr<LaneMemory> lane_memory(Arena &arena, uint64_t bytes) override {
     return device_home(opened_.gpu, arena.engine, Home(config_.memory), bytes, &home_);
   }
@@ -452,7 +454,7 @@ class GpuSide final : public Side {
     if (lanes && lanes->over_engine() == all_direct(places)) lanes = nullptr;
     if (lanes) return {};
     lanes = std::make_shared<Lanes>(opened_, config_, moe_, arena_, places);
-    lanes->home = home_;
+    if (lanes->over_engine()) lanes->home = home_;  // else it is of lanes that were tried
     fresh_ = true;
     return lanes->exported();
   }
@@ -463,14 +465,16 @@ class GpuSide final : public Side {
         lanes->connect(r, offers[r]);  // others are met in the reset that takes this rank in
     lanes->start();
   }
+  const std::string &how() const { return how_; }
 
   std::shared_ptr<Lanes> lanes;
 
  private:
   // Alike on every rank, as config and settings are.
+  bool measures() const { return config_.path == EPT_GPU_PATH_AUTO && !config_.crossover_bytes; }
   bool puts() const {
     if (config_.path != EPT_GPU_PATH_AUTO) return config_.path == EPT_GPU_PATH_GPU;
-    return !config_.crossover_bytes || balanced_message(Object(moe_)) <= config_.crossover_bytes;
+    return measures() || Object(moe_).message(EPT_PHASE_DISPATCH) <= config_.crossover_bytes;
   }
   const std::shared_ptr<Arena> arena_;
   const ept_gpu_config config_;
@@ -478,7 +482,7 @@ class GpuSide final : public Side {
   const Open open_;
   Opened opened_;
   std::vector<Place> places_;
-  std::string home_;
+  std::string home_, how_;
   bool fresh_ = false;
 };
 
@@ -491,6 +495,7 @@ std::shared_ptr<Lanes> ept::moe::cuda::join(std::shared_ptr<Arena> arena, const 
   std::vector<Lane *> its;
   const std::shared_ptr<Object> object = arena->create(moe, its, &side);
   *number = object->number;
+  side.lanes->way = side.how();
   return side.lanes;
 }
 
@@ -516,7 +521,7 @@ int32_t ept_gpu_lanes_maps(const ept_gpu_lanes *lanes, uint32_t rank) {
 
 uint64_t ept_gpu_message_bytes(const ept_moe_config *moe) {
   uint64_t bytes = 0;
-  (void)guarded("moe_create", nullptr, [&] { bytes = balanced_message(Object(*moe)); });
+  (void)guarded("moe_create", nullptr, [&] { bytes = Object(*moe).message(EPT_PHASE_DISPATCH); });
   return bytes;
 }
 
@@ -536,6 +541,10 @@ void ept_gpu_lanes_watch(ept_gpu_lanes *lanes) {
 
 void ept_gpu_lanes_home(const ept_gpu_lanes *lanes, char *text, size_t capacity) {
   snprintf(text, capacity, "%s", lanes->lanes->home.c_str());
+}
+
+void ept_gpu_lanes_way(const ept_gpu_lanes *lanes, char *text, size_t capacity) {
+  snprintf(text, capacity, "%s", lanes->lanes->way.c_str());
 }
 
 uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes) { return lanes->lanes->blocks(); }

@@ -41,6 +41,12 @@ class HostGpu final : public ept::moe::cuda::Gpu {
     const std::lock_guard<std::mutex> lock(running_);
     machine.run();
   }
+  bool ends(void *, uint64_t deadline_ns) override {
+    const std::lock_guard<std::mutex> lock(running_);
+    return machine.run(deadline_ns);
+  }
+  void *make_stream() override { return allocate(1); }
+  void end_stream(void *stream) override { release(stream); }
   void *allocate_shared(uint64_t bytes, ept::cuda::Sharing) override;
   std::string share(void *) override { return {}; }
   void *open(const std::string &) override { return nullptr; }  // all its ranks are of one process

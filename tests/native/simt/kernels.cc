@@ -8,7 +8,9 @@
 
 #define ept ept_on_fibers
 #define EPT_SPIN() ::simt::yield()
+#define EPT_CLOCK_AHEAD() ::simt::ahead.load(std::memory_order_relaxed)
 #define EPT_GPU_INITIATED  // library.h is its device library
+#define EPT_LEAST_PART 96
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // load and store stand under the same condition
 #endif
@@ -24,7 +26,7 @@ simt::Kernel made() {
 }  // namespace
 
 using namespace ept::moe::cuda;
-const simt::Kernel simt::kernels[13] = {
+const simt::Kernel simt::kernels[14] = {
     made<DispatchSend, moe_dispatch_send>(),
     made<DispatchWait, moe_dispatch_wait>(),
     made<DispatchRecv, moe_dispatch_recv>(),
@@ -35,6 +37,7 @@ const simt::Kernel simt::kernels[13] = {
     made<LateSend, moe_late_send>(),
     made<LateRecv, moe_late_recv>(),
     made<Drain, moe_quiet>(),
+    made<TrialArgs, moe_trial>(),
     made<StreamedDispatch, moe_streamed_dispatch>(),
     made<StreamedLate, moe_streamed_late>(),
     made<StreamedCombine, moe_streamed_combine>(),

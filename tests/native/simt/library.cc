@@ -18,7 +18,7 @@ Library *library;
 
 class Part final : public ept::moe::cuda::Heap {
  public:
-  Part(Library &library, uint32_t rank) : library_(library), base_(library.parts_[library.number(rank)]) {}
+  Part(Library &library, uint32_t rank) : library_(library), rank_(rank), base_(library.parts_[library.number(rank)]) {}
   char *allocate(uint64_t bytes) override {
     char *here = base_ + used_;
     used_ += (bytes + kAlign - 1) / kAlign * kAlign;
@@ -28,10 +28,13 @@ class Part final : public ept::moe::cuda::Heap {
   void release(char *) override {}
   char *base() const override { return base_; }
   uint32_t number(uint32_t rank) const override { return library_.number(rank); }
-  char *mapped(uint32_t rank) const override { return library_.parts_[library_.number(rank)]; }
+  char *mapped(uint32_t rank) const override {
+    return !library_.maps || library_.maps(rank_, rank) ? library_.parts_[library_.number(rank)] : nullptr;
+  }
 
  private:
   Library &library_;
+  const uint32_t rank_;
   char *const base_;
   uint64_t used_ = 0;
 };
@@ -66,7 +69,18 @@ void Library::put(const void *to, const void *from, uint64_t bytes, const uint64
   for (uint64_t at = 0; at < bytes; at += kPiece) put.pieces.push_back(at);
   std::shuffle(put.pieces.begin(), put.pieces.end(), random_);
   under_way_.push_back(std::move(put));
+  ahead += costs;
   puts_++;
+}
+
+void Library::part(const void *to, const void *from, uint64_t bytes, uint32_t number) {
+  char *const at = there(to, number);
+  (void)there(from, 0);
+  parts_put_++;
+  for (uint64_t piece = 0; piece < bytes; piece += kPiece) {
+    memcpy(at + piece, static_cast<const char *>(from) + piece, std::min(kPiece, bytes - piece));
+    yield();
+  }
 }
 
 void Library::move_one() {
@@ -107,8 +121,18 @@ void ept_library_put_block(void *to, const void *from, uint64_t bytes, uint64_t 
     if (same[i] != bytes) check::failed(__FILE__, __LINE__, "threads of a block put different bytes together");
   if (simt::here().thread.x == 0) simt::library->put(to, from, bytes, signal, number);
 }
+void ept_library_part_block(void *to, const void *from, uint64_t bytes, uint32_t number) {
+  const uint64_t *same = simt::meet_block("library_part", bytes);
+  for (uint32_t i = 0; i < simt::here().threads.x; i++)
+    if (same[i] != bytes) check::failed(__FILE__, __LINE__, "threads of a block put different parts together");
+  if (simt::here().thread.x == 0) simt::library->part(to, from, bytes, number);
+  (void)simt::meet_block("library_part_end", bytes);
+}
 void ept_library_value(uint64_t *to, uint64_t value, uint64_t *signal, uint32_t number) {
   (void)to, (void)value, (void)signal, (void)number;
   check::failed(__FILE__, __LINE__, "no kernel puts a value");
 }
-void ept_library_quiet() { simt::library->quiet(); }
+void ept_library_quiet() {
+  while (simt::library->stuck()) simt::yield();
+  simt::library->quiet();
+}

@@ -9,6 +9,8 @@
 
 #include <stdint.h>
 
+#include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -29,12 +31,22 @@ class Library {
   // Numbers are not ranks: rank r's.
   uint32_t number(uint32_t rank) const { return (rank + 1) % uint32_t(parts_.size()); }
 
+  // Copied by the block itself, as slowly as it likes.
+  void part(const void *to, const void *from, uint64_t bytes, uint32_t number);
   void put(const void *to, const void *from, uint64_t bytes, const uint64_t *signal, uint32_t number);
   // A piece of some put, now and then; none while it is held.
   void move();
   void hold(bool held) { held_ = held; }
+  // Then quiet doesn't return, as where a card is stuck.
+  void stick(bool stuck) { stuck_ = stuck; }
+  bool stuck() const { return stuck_; }
+  // What each put takes on the GPU's clock, ns.
+  uint64_t costs = 0;
   void quiet();
   uint64_t puts() const { return puts_; }
+  uint64_t parts() const { return parts_put_; }
+  // Whether it has the memory of `to` mapped where `from` puts. By rank; all if not given.
+  std::function<bool(uint32_t from, uint32_t to)> maps;
   uint64_t late() const { return late_; }  // that were under way when quiet was called
 
  private:
@@ -54,7 +66,8 @@ class Library {
   std::vector<Put> under_way_;
   std::mutex mutex_;  // quiet comes from any rank's thread
   bool held_ = false;
-  uint64_t puts_ = 0, late_ = 0;
+  std::atomic<bool> stuck_{false};
+  uint64_t puts_ = 0, late_ = 0, parts_put_ = 0;
 };
 
 // The one that kernels of this process put through.

@@ -2,6 +2,7 @@
 #include "machine.h"
 
 #include <string.h>
+#include <time.h>
 
 #include <string>
 
@@ -12,6 +13,12 @@ namespace simt {
 namespace {
 
 constexpr size_t kStack = 64 << 10;
+
+uint64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return uint64_t(t.tv_sec) * 1'000'000'000 + uint64_t(t.tv_nsec);
+}
 
 Fiber *running;
 ucontext_t scheduler;
@@ -66,6 +73,8 @@ void prepare(Meeting &meeting, uint32_t size) {
 }
 
 }  // namespace
+
+std::atomic<uint64_t> ahead;
 
 const Fiber &here() { return *running; }
 
@@ -142,10 +151,11 @@ void Machine::begin(const void *stream) {
   }
 }
 
-void Machine::run() {
+bool Machine::run(uint64_t deadline_ns) {
   for (auto &[stream, queue] : streams_)
-    if (!queue.empty()) begin(stream);
-  while (!runnable.empty()) {
+    if (!queue.empty() && queue.front()->states.empty()) begin(stream);
+  for (uint32_t steps = 0; !runnable.empty(); steps++) {
+    if (deadline_ns != UINT64_MAX && steps % 1024 == 0 && now_ns() >= deadline_ns) return false;
     if (beside_) beside_();
     const size_t at = random_() % runnable.size();
     running = runnable[at];
@@ -164,6 +174,7 @@ void Machine::run() {
     if (!queue.empty()) check::failed(__FILE__, __LINE__, "threads wait at a meeting to which some will never come");
   for (auto &fiber : all_fibers) idle.push_back(std::move(fiber));
   all_fibers.clear();
+  return true;
 }
 
 }  // namespace simt

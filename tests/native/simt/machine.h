@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <ucontext.h>
 
+#include <atomic>
 #include <deque>
 #include <functional>
 #include <map>
@@ -83,8 +84,9 @@ class Machine {
               uint64_t shared);
   // Called at each step of a fiber.
   void beside(std::function<void()> moves) { beside_ = std::move(moves); }
-  // Until all that was launched has ended. One thread at a time.
-  void run();
+  // Until all that was launched has ended; one thread at a time. False: not by then (CLOCK_MONOTONIC, ns), and the next
+  // call goes on.
+  bool run(uint64_t deadline_ns = UINT64_MAX);
 
  private:
   void begin(const void *stream);
@@ -96,6 +98,8 @@ class Machine {
 // ---- for the thread that runs ----
 
 const Fiber &here();
+// ns that the GPU's clock is ahead of the host's: what a test makes something cost, without its being slow.
+extern std::atomic<uint64_t> ahead;
 // Lets another one go on.
 void yield();
 // All threads of this warp, or of this block: what they bring.
