@@ -208,11 +208,7 @@ struct World {
       if (!library || !puts(where[r], false)) return gpu;
       return {gpu, library->heap(r)};
     };
-    try {
-      return ept::moe::cuda::join(net->arenas[r]->arena, how, mine, std::move(known), open, number);
-    } catch (const ept::moe::Failure &failure) {
-      check::failed(__FILE__, __LINE__, failure.error.text);
-    }
+    return ept::moe::cuda::join(net->arenas[r]->arena, how, mine, std::move(known), open, number);
   }
 
   Step draw() {
