@@ -286,27 +286,39 @@ void between_halves(const std::string &on, uint64_t seed) {
   }
 }
 
+// A step of three ranks in lane 0, of which rank 2 stays away.
+struct WithoutTwo {
+  explicit WithoutTwo(World &of) : world(of), step(world.draw()), got(2), routings(2) {
+    step.lane = 0;
+    for (RankStep &s : step.ranks) s.layout = EPT_LAYOUT_ROWS;
+    expected = world.on_cpu(step);
+  }
+  void send(uint32_t r) { world.send(step, r, routings[r]); }
+  void receive(uint32_t r) {
+    got[r].arrival = expected[r].arrival;
+    world.make(got[r], step.ranks[r], r, 0);
+    world.receive(step, r, routings[r], got[r]);
+  }
+  void sum(uint32_t r) { world.sum(step, r, routings[r], got[r]); }
+
+  World &world;
+  Step step;
+  std::vector<Got> expected, got;
+  std::vector<Bytes> routings;
+};
+
 // A rank that began its step before the mask and one that began it after: each is told, and that calls were alike.
 void across(const std::string &on, uint64_t seed) {
   check::running("a step under two memberships");
   World world(moe_test::config_of(3, 6, 2, 32, 7), seed, on, loopback());
   Log log(world);
   good_steps(world, 1);
-  Step step = world.draw();
-  step.lane = 0;
-  for (RankStep &s : step.ranks) s.layout = EPT_LAYOUT_ROWS;
-  const std::vector<Got> expected = world.on_cpu(step);
-  std::vector<Got> all(2);
-  std::vector<Bytes> routings(2);
-  world.send(step, 0, routings[0]);
+  WithoutTwo step(world);
+  step.send(0);
   world.gpu->machine.run();
   log.mask(2);
-  world.send(step, 1, routings[1]);
-  for (uint32_t r : {0u, 1u}) {
-    all[r].arrival = expected[r].arrival;
-    world.make(all[r], step.ranks[r], r, 0);
-    world.receive(step, r, routings[r], all[r]);
-  }
+  step.send(1);
+  for (uint32_t r : {0u, 1u}) step.receive(r);
   world.gpu->machine.run();
   for (uint32_t r : {0u, 1u}) {
     Error error;
@@ -330,18 +342,11 @@ void amid_waits(const std::string &on, uint64_t seed) {
   Log log(world);
   for (int turn = 0; turn < 2; turn++) {
     good_steps(world, 1);
-    Step step = world.draw();
-    step.lane = 0;
-    for (RankStep &s : step.ranks) s.layout = EPT_LAYOUT_ROWS;
-    const std::vector<Got> expected = world.on_cpu(step);
-    std::vector<Got> all(3);
-    std::vector<Bytes> routings(3);
-    for (uint32_t r : {0u, 1u}) world.send(step, r, routings[r]);
+    WithoutTwo step(world);
+    for (uint32_t r : {0u, 1u}) step.send(r);
     for (uint32_t r : {0u, 1u}) {
-      all[r].arrival = expected[r].arrival;
-      world.make(all[r], step.ranks[r], r, 0);
-      world.receive(step, r, routings[r], all[r]);
-      world.sum(step, r, routings[r], all[r]);
+      step.receive(r);
+      step.sum(r);
     }
     log.begin_mask(2);
     std::thread other([&] {
@@ -354,20 +359,15 @@ void amid_waits(const std::string &on, uint64_t seed) {
       Error error;
       CHECK_EQ(ept_gpu_moe_check(world.objects[r], 0, &error), EPT_E_FAULT);
       CHECK_HAS(error.text, "PEER_LOST");
-      CHECK_EQ(all[r].num_rows, 0);
+      CHECK_EQ(step.got[r].num_rows, 0);
     }
     log.reset();
     good_steps(world, 2);
 
     // Rank 0 takes part in no step: it resets, and rank 1, which waits for it, is told.
-    Step next = world.draw();
-    next.lane = 0;
-    const std::vector<Got> sums = world.on_cpu(next);
-    Got got;
-    world.send(next, 1, routings[1]);
-    got.arrival = sums[1].arrival;
-    world.make(got, next.ranks[1], 1, 0);
-    world.receive(next, 1, routings[1], got);
+    WithoutTwo next(world);
+    next.send(1);
+    next.receive(1);
     std::thread resets([&] {
       Error error;
       OK(ept_gpu_lanes_reset(&world.lanes[0], 60 * moe_test::kSecond, &error), error);
@@ -396,18 +396,9 @@ void gone(const std::string &on, uint64_t seed) {
   check::running("a rank that the engine has lost");
   World world(moe_test::config_of(3, 6, 2, 32, 7), seed, on, loopback());
   good_steps(world, 1);
-  Step step = world.draw();
-  step.lane = 0;
-  for (RankStep &s : step.ranks) s.layout = EPT_LAYOUT_ROWS;
-  const std::vector<Got> expected = world.on_cpu(step);
-  std::vector<Got> all(3);
-  std::vector<Bytes> routings(3);
-  for (uint32_t r : {0u, 1u}) world.send(step, r, routings[r]);
-  for (uint32_t r : {0u, 1u}) {
-    all[r].arrival = expected[r].arrival;
-    world.make(all[r], step.ranks[r], r, 0);
-    world.receive(step, r, routings[r], all[r]);
-  }
+  WithoutTwo step(world);
+  for (uint32_t r : {0u, 1u}) step.send(r);
+  for (uint32_t r : {0u, 1u}) step.receive(r);
   std::atomic<bool> ended = false;
   std::thread watch([&] {
     Error error;
@@ -425,7 +416,7 @@ void gone(const std::string &on, uint64_t seed) {
     CHECK_EQ(ept_gpu_moe_check(world.objects[r], 0, &error), EPT_E_FAULT);
     CHECK_HAS(error.text, "waited for rank 2, which is gone (EPT_E_PEER_LOST)");
     CHECK_EQ(error.peer, 2);
-    CHECK_EQ(all[r].num_rows, 0);
+    CHECK_EQ(step.got[r].num_rows, 0);
   }
 }
 
