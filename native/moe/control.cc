@@ -128,10 +128,7 @@ class Talks {
   void find_lost(const char *what) const {
     for (uint32_t r = 0; r < talks_.size(); r++) {
       if (!with(r) || talks_[r].done()) continue;
-      ept_peer_info info{};
-      info.size = sizeof info;
-      Error error;
-      check(ept_engine_peer(engine_, r, &info, &error), error);
+      const ept_peer_info info = info_of(engine_, r);
       if (ended(info.status))
         fail(EPT_E_PEER_LOST, int32_t(r), "rank %u waits for rank %u, %s: it is gone (%s)", rank_, r, what, info.why);
     }

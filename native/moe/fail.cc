@@ -36,4 +36,12 @@ void check(int32_t code, const ept_error &error) {
   throw failure;
 }
 
+ept_peer_info info_of(ept_engine *engine, uint32_t rank) {
+  ept_peer_info info{};
+  info.size = sizeof info;
+  Error error;
+  check(ept_engine_peer(engine, rank, &info, &error), error);
+  return info;
+}
+
 }  // namespace ept::moe

@@ -23,6 +23,8 @@ struct Failure {
 // Throws what an engine call answered, where it is an error.
 void check(int32_t code, const ept_error &error);
 
+// What an engine knows of a peer. Throws Failure.
+ept_peer_info info_of(ept_engine *engine, uint32_t rank);
 // Of an ept_peer_status: nothing more will come over this link.
 inline bool ended(int32_t status) {
   return status == EPT_PEER_LOST || status == EPT_PEER_LEFT || status == EPT_PEER_MASKED;

@@ -32,18 +32,6 @@ struct Arena::Growth {
   void accept(uint32_t from, Bytes &bytes);
 };
 
-namespace {
-
-uint32_t life_of(ept_engine *engine, uint32_t rank) {
-  ept_peer_info info{};
-  info.size = sizeof info;
-  Error error;
-  check(ept_engine_peer(engine, rank, &info, &error), error);
-  return info.epoch;
-}
-
-}  // namespace
-
 Arena::Growth::~Growth() {
   if (kept) return;
   Error error;
@@ -71,7 +59,7 @@ void Arena::Growth::make(const LaneMap &map, uint32_t lanes, const MakeMemory &e
       make_signals(arena.engine, *fresh.back(), r);
       Link &link = fresh.back()->links[r];
       link.mine = arena.epoch;
-      link.theirs = r == arena.rank ? link.mine : life_of(arena.engine, r);
+      link.theirs = r == arena.rank ? link.mine : info_of(arena.engine, r).epoch;
     }
   }
 }

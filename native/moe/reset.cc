@@ -67,16 +67,7 @@ struct Resetting {
   void wait();
   void agree();
   bool send(uint32_t rank, uint64_t tag, const void *data, size_t length);
-  ept_peer_info info(uint32_t rank) const;
 };
-
-ept_peer_info Resetting::info(uint32_t rank) const {
-  ept_peer_info info{};
-  info.size = sizeof info;
-  Error error;
-  check(ept_engine_peer(arena.engine, rank, &info, &error), error);
-  return info;
-}
 
 // False: it is gone meanwhile.
 bool Resetting::send(uint32_t rank, uint64_t tag, const void *data, size_t length) {
@@ -110,12 +101,13 @@ void Resetting::forget_steps() {
 void Resetting::find_up() {
   for (uint32_t r = 0; r < arena.world; r++) {
     if (r == arena.rank || !members->has(r)) continue;
-    if (const int32_t status = info(r).status; status == EPT_PEER_NEW || status == EPT_PEER_CONNECTING) {
+    if (const int32_t status = info_of(arena.engine, r).status;
+        status == EPT_PEER_NEW || status == EPT_PEER_CONNECTING) {
       Error error;
       const int32_t code = ept_engine_wait_peer(arena.engine, r, deadline.remaining(), &error);
       if (code != EPT_E_PEER_LOST) check(code, error);
     }
-    const ept_peer_info found = info(r);
+    const ept_peer_info found = info_of(arena.engine, r);
     up[r] = !ended(found.status);
     lives[r] = found.epoch;
   }
@@ -250,7 +242,7 @@ bool Resetting::done() {
   bool all = true;
   for (uint32_t r = 0; r < arena.world; r++) {
     if (!up[r] || through(r)) continue;
-    up[r] = !ended(info(r).status);
+    up[r] = !ended(info_of(arena.engine, r).status);
     all = all && !up[r];
   }
   return all;

@@ -13,14 +13,6 @@ namespace ept::moe {
 
 namespace {
 
-ept_peer_info info_of(ept_engine *engine, uint32_t rank) {
-  ept_peer_info info{};
-  info.size = sizeof info;
-  Error error;
-  check(ept_engine_peer(engine, rank, &info, &error), error);
-  return info;
-}
-
 // Who is waited for may be alive, and itself stuck for want of a rank that this one needs no more.
 std::string lost_ranks(ept_engine *engine, uint32_t world, uint32_t own) {
   std::string text;

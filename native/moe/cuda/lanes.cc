@@ -418,11 +418,7 @@ void Lanes::watch() {
   const std::lock_guard<std::mutex> lock(following_);
   for (uint32_t r = 0; r < world_; r++) {
     if (r == rank_ || !(maps(r) || initiates(r))) continue;
-    ept_peer_info info{};
-    info.size = sizeof info;
-    Error error;
-    if (ept_engine_peer(arena_->engine, r, &info, &error) != EPT_OK) continue;
-    if (info.status == EPT_PEER_LOST || info.status == EPT_PEER_LEFT || info.status == EPT_PEER_MASKED)
+    if (ended(info_of(arena_->engine, r).status))
       std::atomic_ref<int32_t>(progress_[r].status).store(EPT_E_PEER_LOST, std::memory_order_release);
   }
 }

@@ -185,10 +185,7 @@ void GpuTrial::end_waits(int32_t code) {
 
 void GpuTrial::look_at_peers() {
   for (uint32_t r : peers_) {
-    ept_peer_info info{};
-    info.size = sizeof info;
-    Error error;
-    if (ept_engine_peer(arena_.engine, r, &info, &error) != EPT_OK || !ended(info.status)) continue;
+    if (!ended(info_of(arena_.engine, r).status)) continue;
     std::atomic_ref<int32_t>(progress_[r].status).store(EPT_E_PEER_LOST, std::memory_order_release);
     net_->end_waits(r, EPT_E_PEER_LOST);
   }
