@@ -261,10 +261,6 @@ void lost() {
 }  // namespace
 
 int main() {
-#ifdef __SANITIZE_THREAD__
-  puts("skipped: TSan doesn't follow fibers, which all run on one thread");
-  return 77;
-#endif
   using moe_test::config_of;
   most_blocks = 8;  // more than messages
   steps("2 ranks", config_of(2, 6, 3, 64, 9), "ii", 8, 1);

@@ -126,14 +126,6 @@ moe_test::Options loopback() {
   return options;
 }
 
-void good_steps(World &world, int count) {
-  for (int i = 0; i < count; i++) {
-    Step step = world.draw();
-    const std::vector<Got> expected = world.on_cpu(step);
-    world.compare(step, expected);
-  }
-}
-
 ept_moe_config quantised() {
   ept_moe_config config = moe_test::config_of(4, 9, 4, 272, 40);
   config.dispatch_dtype = EPT_DTYPE_E4M3;
@@ -146,14 +138,14 @@ void between_steps(const std::string &on, const ept_moe_config &config, uint64_t
   check::running("ranks that are masked between steps");
   World world(config, seed, on, loopback());
   Log log(world);
-  good_steps(world, 2);
+  world.good_steps(2);
   log.mask(2);
-  good_steps(world, 4);
+  world.good_steps(4);
   world.arenas(ept_arena_suspend);
   world.arenas(ept_arena_resume);
-  good_steps(world, 2);
+  world.good_steps(2);
   log.mask(0);
-  good_steps(world, 3);
+  world.good_steps(3);
   for (uint32_t rank : {0u, 2u}) {
     log.back(rank);
     for (uint32_t r : world.order()) {
@@ -163,7 +155,7 @@ void between_steps(const std::string &on, const ept_moe_config &config, uint64_t
       CHECK_HAS(error.text, "is back since membership");
     }
     log.reset();
-    good_steps(world, 3);
+    world.good_steps(3);
   }
 }
 
@@ -172,10 +164,10 @@ void again(const std::string &on, const std::vector<uint32_t> &victims, uint64_t
   check::running("a process that is started again");
   World world(moe_test::config_of(uint32_t(on.size()), 9, 3, 32, 7), seed, on, loopback());
   Log log(world);
-  good_steps(world, 2);
+  world.good_steps(2);
   for (uint32_t victim : victims) {
     log.mask(victim);
-    good_steps(world, 2);
+    world.good_steps(2);
     log.started_again(victim);
     if (world.on_gpu(victim)) {
       Error error;
@@ -185,7 +177,7 @@ void again(const std::string &on, const std::vector<uint32_t> &victims, uint64_t
     for (uint32_t r = 0; r < on.size(); r++)
       for (uint32_t other = 0; other < on.size() && world.on_gpu(r); other++)
         CHECK_EQ(world.lanes[r].lanes->maps(other), other == r || (on[r] == on[other] && on[r] != 'g'));
-    good_steps(world, 3);
+    world.good_steps(3);
   }
 }
 
@@ -194,11 +186,11 @@ void asleep(const std::string &on, uint64_t seed) {
   check::running("a rank that is masked while the group sleeps");
   World world(moe_test::config_of(4, 6, 2, 32, 7), seed, on, loopback());
   Log log(world);
-  good_steps(world, 1);
+  world.good_steps(1);
   world.arenas(ept_arena_suspend);
   log.mask(0);
   world.arenas(ept_arena_resume);
-  good_steps(world, 3);
+  world.good_steps(3);
 }
 
 // It doesn't know that it is masked, and goes on: nothing of it is in what the others get, and its wait ends.
@@ -206,7 +198,7 @@ void stray(const std::string &on, uint64_t seed) {
   check::running("a masked rank that goes on");
   World world(moe_test::config_of(3, 6, 2, 32, 7), seed, on, loopback());
   Log log(world);
-  good_steps(world, 2);
+  world.good_steps(2);
   Step alone = world.draw();
   alone.lane = 0;
   for (RankStep &s : alone.ranks) s.layout = EPT_LAYOUT_BY_RANK;
@@ -220,13 +212,13 @@ void stray(const std::string &on, uint64_t seed) {
   world.make(got, alone.ranks[1], 1, 0);
   world.receive(alone, 1, routing, got);
   world.have_patience(60 * moe_test::kSecond);
-  good_steps(world, 3);
+  world.good_steps(3);
   Error error;
   CHECK_EQ(ept_gpu_moe_check(world.objects[1], 0, &error), EPT_E_FAULT);
   CHECK_EQ(got.num_rows, 0);
   log.back(1);
   log.reset();
-  good_steps(world, 2);
+  world.good_steps(2);
 }
 
 // A step has its members from its begin to its end, but no sum is made of what a masked rank had.
@@ -234,7 +226,7 @@ void between_halves(const std::string &on, uint64_t seed) {
   check::running("a rank that is masked between the halves of a dispatch");
   World world(moe_test::config_of(3, 6, 2, 32, 7), seed, on, loopback());
   Log log(world);
-  good_steps(world, 1);
+  world.good_steps(1);
   for (int turn = 0; turn < 2; turn++) {
     Step step = world.draw();
     const std::vector<Got> expected = world.on_cpu(step);
@@ -279,10 +271,10 @@ void between_halves(const std::string &on, uint64_t seed) {
       CHECK_EQ(ept_gpu_moe_check(world.objects[r], step.lane, &error), EPT_E_FAULT);
     }
     log.reset();
-    good_steps(world, 2);
+    world.good_steps(2);
     log.back(1);
     log.reset();
-    good_steps(world, 2);
+    world.good_steps(2);
   }
 }
 
@@ -312,7 +304,7 @@ void across(const std::string &on, uint64_t seed) {
   check::running("a step under two memberships");
   World world(moe_test::config_of(3, 6, 2, 32, 7), seed, on, loopback());
   Log log(world);
-  good_steps(world, 1);
+  world.good_steps(1);
   WithoutTwo step(world);
   step.send(0);
   world.gpu->machine.run();
@@ -328,10 +320,10 @@ void across(const std::string &on, uint64_t seed) {
               r ? "rank 0 takes its step under another membership" : "under another membership than rank 0");
   }
   log.reset();
-  good_steps(world, 2);
+  world.good_steps(2);
   log.back(2);
   log.reset();
-  good_steps(world, 2);
+  world.good_steps(2);
 }
 
 // Kernels that wait for a rank learn that it is masked, and that another one has gone on to a reset, long before their
@@ -341,7 +333,7 @@ void amid_waits(const std::string &on, uint64_t seed) {
   World world(moe_test::config_of(3, 6, 2, 32, 7), seed, on, loopback());
   Log log(world);
   for (int turn = 0; turn < 2; turn++) {
-    good_steps(world, 1);
+    world.good_steps(1);
     WithoutTwo step(world);
     for (uint32_t r : {0u, 1u}) step.send(r);
     for (uint32_t r : {0u, 1u}) {
@@ -362,7 +354,7 @@ void amid_waits(const std::string &on, uint64_t seed) {
       CHECK_EQ(step.got[r].num_rows, 0);
     }
     log.reset();
-    good_steps(world, 2);
+    world.good_steps(2);
 
     // Rank 0 takes part in no step: it resets, and rank 1, which waits for it, is told.
     WithoutTwo next(world);
@@ -385,7 +377,7 @@ void amid_waits(const std::string &on, uint64_t seed) {
     OK(ept_gpu_lanes_reset(&world.lanes[1], 60 * moe_test::kSecond, &error), error);
     resets.join();
     for (auto &lanes : world.open) std::fill(lanes.begin(), lanes.end(), 0);
-    good_steps(world, 2);
+    world.good_steps(2);
     log.back(2);
     log.reset();
   }
@@ -395,7 +387,7 @@ void amid_waits(const std::string &on, uint64_t seed) {
 void gone(const std::string &on, uint64_t seed) {
   check::running("a rank that the engine has lost");
   World world(moe_test::config_of(3, 6, 2, 32, 7), seed, on, loopback());
-  good_steps(world, 1);
+  world.good_steps(1);
   WithoutTwo step(world);
   for (uint32_t r : {0u, 1u}) step.send(r);
   for (uint32_t r : {0u, 1u}) step.receive(r);
@@ -423,10 +415,6 @@ void gone(const std::string &on, uint64_t seed) {
 }  // namespace
 
 int main() {
-#ifdef __SANITIZE_THREAD__
-  puts("skipped: TSan doesn't follow fibers, which all run on one thread");
-  return 77;
-#endif
   between_steps("mmmm", quantised(), 1);
   between_steps("gggg", moe_test::config_of(4, 9, 4, 24, 40), 2);
   between_steps("mcgm", moe_test::config_of(4, 9, 4, 24, 40), 3);

@@ -182,10 +182,6 @@ void refused() {
 }  // namespace
 
 int main() {
-#ifdef __SANITIZE_THREAD__
-  puts("skipped: TSan doesn't follow fibers, which all run on one thread");
-  return 77;
-#endif
   using moe_test::config_of;
   divided();
   steps("bf16, 2 ranks", config_of(2, 6, 3, 64, 9), 6, 1);

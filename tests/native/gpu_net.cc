@@ -302,10 +302,6 @@ void few_connections() {
 }  // namespace
 
 int main() {
-#ifdef __SANITIZE_THREAD__
-  puts("skipped: TSan doesn't follow fibers, which all run on one thread");
-  return 77;
-#endif
   using moe_test::config_of;
   const moe_test::Options polite = over("loopback");
   steps("2 GPU ranks", config_of(2, 6, 3, 64, 9), "gg", polite, 6, 1);

@@ -140,10 +140,6 @@ void halves() {
 }  // namespace
 
 int main() {
-#ifdef __SANITIZE_THREAD__
-  puts("skipped: TSan doesn't follow fibers, which all run on one thread");
-  return 77;
-#endif
   using moe_test::config_of;
   const moe_test::Options polite = over("loopback");
   steps("3 ranks that map each other's memory", streamed(config_of(3, 8, 3, 64, 9), 100, 8), "mmm", polite, 4, 1);

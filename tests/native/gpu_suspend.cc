@@ -17,14 +17,6 @@ moe_test::Options over(const char *plugin, const char *gpu = "0") {
   return options;
 }
 
-void good_steps(World &world, int count) {
-  for (int i = 0; i < count; i++) {
-    Step step = world.draw();
-    const std::vector<Got> expected = world.on_cpu(step);
-    world.compare(step, expected);
-  }
-}
-
 // Every rank gets that code from the call, and these words.
 void all_get(World &world, int32_t (*call)(ept_arena *, uint64_t, ept_error *), uint64_t timeout_ns, int32_t code,
              const char *says) {
@@ -153,7 +145,7 @@ void sleeps(const char *what, const ept_moe_config &config, const std::string &o
   const bool graphs = on.find('c') == std::string::npos;
   std::vector<std::unique_ptr<Graph>> owned;
   std::vector<Graph *> all;
-  good_steps(world, 2);
+  world.good_steps(2);
   for (bool late : {false, true}) {
     if (!graphs) break;
     owned.push_back(std::make_unique<Graph>(world, late));
@@ -165,23 +157,23 @@ void sleeps(const char *what, const ept_moe_config &config, const std::string &o
       graph->replay();
       graph->same();
     }
-    good_steps(world, 2);
+    world.good_steps(2);
   }
   world.reset();
-  good_steps(world, 1);
+  world.good_steps(1);
   sleep_once(world, all, true);
   for (Graph *graph : all) {
     graph->replay();
     graph->same();
   }
-  good_steps(world, 1);
+  world.good_steps(1);
 }
 
 // A step under way, a fault, and no memory: told to every rank, and the group goes on.
 void in_the_way(const std::string &on, uint64_t seed) {
   check::running("what a suspend or a resume can't do now");
   World world(moe_test::config_of(uint32_t(on.size()), 6, 2, 32, 7), seed, on, over("loopback"));
-  good_steps(world, 1);
+  world.good_steps(1);
   {
     Step step = world.draw();
     const std::vector<Got> expected = world.on_cpu(step);
@@ -213,7 +205,7 @@ void in_the_way(const std::string &on, uint64_t seed) {
   }
   world.gpu->is_full = false;
   world.arenas(ept_arena_resume);
-  good_steps(world, 2);
+  world.good_steps(2);
   {
     Step step = world.draw();
     Bytes routing;
@@ -236,9 +228,9 @@ void in_the_way(const std::string &on, uint64_t seed) {
 void of_a_heap() {
   check::running("lanes in a symmetric heap");
   World world(moe_test::config_of(2, 6, 2, 32, 7), 80, "ii", over("loopback"));
-  good_steps(world, 1);
+  world.good_steps(1);
   all_get(world, ept_arena_suspend, 60 * moe_test::kSecond, EPT_E_UNSUPPORTED, "symmetric heap");
-  good_steps(world, 1);
+  world.good_steps(1);
 }
 
 ept_moe_config streamed(ept_moe_config config, uint32_t tokens, uint32_t chunk) {
@@ -252,10 +244,6 @@ ept_moe_config streamed(ept_moe_config config, uint32_t tokens, uint32_t chunk) 
 }  // namespace
 
 int main() {
-#ifdef __SANITIZE_THREAD__
-  puts("skipped: TSan doesn't follow fibers, which all run on one thread");
-  return 77;
-#endif
   using moe_test::config_of;
   ept_moe_config fp8 = config_of(3, 6, 3, 272, 9);
   fp8.dispatch_dtype = EPT_DTYPE_E4M3;

@@ -211,6 +211,14 @@ struct World {
     return ept::moe::cuda::join(net->arenas[r]->arena, how, mine, std::move(known), open, number);
   }
 
+  // Drawn, and bit for bit as on a CPU.
+  void good_steps(int count) {
+    for (int i = 0; i < count; i++) {
+      Step step = draw();
+      const std::vector<Got> expected = on_cpu(step);
+      compare(step, expected);
+    }
+  }
   Step draw() {
     Step step;
     step.lane = uint32_t(below(random, config.lanes));
