@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING, Any
 from eptransport._call import call, ffi, lib, new_error, sized, whole
 from eptransport._calls import CombineCall, DispatchCall, Unpacking
 from eptransport._convert import fill
-from eptransport._inputs import check_combine, check_dispatch, check_y
+from eptransport._inputs import check_combine, check_dispatch
 from eptransport._lane import Lane, Sent, Summed
+from eptransport._members import BY_MEMBERSHIP
 from eptransport._outputs import check_out, make_outputs
 from eptransport._shapes import LAYOUTS
+from eptransport._sums import make_sums
 from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
-from eptransport.errors import Code, InvalidArgument, LaneFault, PeerLost, Timeout
+from eptransport.errors import Code, InvalidArgument, Timeout
 
 if TYPE_CHECKING:
+    import torch
+
     from eptransport._moe_native import NativeMoe
     from eptransport._shapes import Shapes
     from eptransport.group import Group
 
 __all__ = ["CpuSteps"]
-
-_BY_MEMBERSHIP = (PeerLost, LaneFault, Timeout)
-"""What a call raises when ranks take part no longer, or again, as the others see it."""
 
 
 class CpuSteps:
@@ -101,31 +102,15 @@ class CpuSteps:
         keep = (given.expert_out, given.row_weights) if given.whole else None
         state.summed = Summed(routing.tokens, routing.num_tokens, given.row_weights is not None, keep)
 
-    def combine_recv(self, lane: int, out: Any) -> Any:
-        import torch
-
+    def combine_recv(self, lane: int, out: torch.Tensor | None) -> Any:
         state = self._lane(lane)
         summed = state.summed
         if summed is None:
             raise InvalidArgument(f"combine_recv on lane {lane}, where no combine_send is to be received")
-        shapes = self._shapes
-        if out is None:
-            y = torch.empty(summed.tokens, shapes.hidden, dtype=shapes.types.dtype, device=shapes.place)
-        else:
-            check_y(shapes, summed.tokens, out)
-            y = out
-        weights = None
-        if summed.row_weights:
-            weights = torch.empty(summed.tokens, shapes.top_k, dtype=torch.float32, device=shapes.place)
-        native_y, native_weights = ffi.new("ept_tensor *"), ffi.new("ept_tensor *")
-        fill(native_y, y[: summed.count])
-        fill(native_weights, None if weights is None else weights[: summed.count])
-        self._call(lib.ept_moe_combine_recv, lane, native_y, native_weights, lane=lane)
+        sums = make_sums(self._shapes, summed.tokens, summed.count, summed.row_weights, out)
+        self._call(lib.ept_moe_combine_recv, lane, *sums.native(), lane=lane)
         state.summed = None
-        for tensor in (y, weights):
-            if tensor is not None and summed.count < summed.tokens:
-                tensor[summed.count :].zero_()
-        return y if weights is None else (y, weights)
+        return sums.answer()
 
     # -- state --
 
@@ -159,7 +144,7 @@ class CpuSteps:
             self._note_fault(lane)
             if isinstance(error, Timeout):
                 self._group.engine._native.tell_why(error)
-            if isinstance(error, _BY_MEMBERSHIP):
+            if isinstance(error, BY_MEMBERSHIP):
                 self._members.after(error, self._group.settings.on_lost)
             raise
         finally:

@@ -15,8 +15,9 @@ from eptransport._call import call, ffi, lib, new_error, sized, text, timeout_ns
 from eptransport._gpu_lane import Lane
 from eptransport._guard import CLOSE_S, Guard
 from eptransport._kernels import add_missing, for_shape
+from eptransport._members import BY_MEMBERSHIP
 from eptransport._process import process
-from eptransport.errors import InvalidArgument, LaneFault, PeerLost, Timeout, UnsupportedError
+from eptransport.errors import InvalidArgument, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +192,7 @@ def _joined(group: Group, config: Any, native: Any, device: torch.device, fault:
     before = ffi.NULL if known is None else known.pointer
     try:
         engine.call_arena(lib.ept_gpu_lanes_join, group.arena(), native, config, before, handle, number)
-    except (PeerLost, LaneFault, Timeout) as error:
+    except BY_MEMBERSHIP as error:
         members.after(error, group.settings.on_lost)
         raise
     if known is not None and handle[0] == known.pointer:

@@ -10,18 +10,17 @@ from eptransport._call import call, ffi, lib, sized, whole
 from eptransport._calls import CombineCall, DispatchCall, Unpacking
 from eptransport._convert import code_of, fill
 from eptransport._gpu_lane import GpuRouting, Lane, Sent, Summed
-from eptransport._inputs import check_combine, check_dispatch, check_y
+from eptransport._inputs import check_combine, check_dispatch
+from eptransport._members import BY_MEMBERSHIP
 from eptransport._outputs import check_out, make_outputs
 from eptransport._shapes import LAYOUTS
+from eptransport._sums import make_sums
 from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
 from eptransport.errors import (
     Code,
     ConfigError,
     EptError,
     InvalidArgument,
-    LaneFault,
-    PeerLost,
-    Timeout,
     UnsupportedError,
 )
 from eptransport.host_counts import Counts, HostCounts
@@ -39,9 +38,6 @@ FP8_BLOCK = 128
 """Elements under one scale of our own quantisation: wire.h's EPT_FP8_BLOCK."""
 DISPATCH, COMBINE = 0, 1
 """wire.h's phases."""
-
-_BY_MEMBERSHIP = (PeerLost, LaneFault, Timeout)
-"""What a call raises when ranks take part no longer, or again, as the others see it."""
 
 
 class GpuSteps:
@@ -198,30 +194,14 @@ class GpuSteps:
         return late
 
     def combine_recv(self, lane: int, out: torch.Tensor | None) -> Any:
-        import torch
-
         state = self._lane(lane)
         if state.summed is None or state.summed.by is not self:
             raise InvalidArgument(f"combine_recv on lane {lane}, where no combine_send is to be received")
         routing = state.summed.routing
-        shapes = self._shapes
-        if out is None:
-            y = torch.empty(routing.tokens, shapes.hidden, dtype=shapes.types.dtype, device=shapes.device)
-        else:
-            check_y(shapes, routing.tokens, out)
-            y = out
-        weights = None
-        if state.summed.row_weights:
-            weights = torch.empty(routing.tokens, shapes.top_k, dtype=torch.float32, device=shapes.device)
-        native, beside = ffi.new("ept_tensor *"), ffi.new("ept_tensor *")
-        fill(native, y[: routing.num_tokens])
-        fill(beside, None if weights is None else weights[: routing.num_tokens])
-        self._call(lib.ept_gpu_moe_combine_recv, lane, native, beside, _address(routing), self._stream(state))
+        sums = make_sums(self._shapes, routing.tokens, routing.num_tokens, state.summed.row_weights, out)
+        self._call(lib.ept_gpu_moe_combine_recv, lane, *sums.native(), _address(routing), self._stream(state))
         state.summed = None
-        for tensor in (y, weights):
-            if tensor is not None and routing.num_tokens < routing.tokens:
-                tensor[routing.num_tokens :].zero_()
-        return y if weights is None else (y, weights)
+        return sums.answer()
 
     # -- state --
 
@@ -283,7 +263,7 @@ class GpuSteps:
         self._native.guard.enter()
         try:
             return call(lib.ept_gpu_lanes_reset, self._native.arena.pointer, timeout)
-        except _BY_MEMBERSHIP as error:
+        except BY_MEMBERSHIP as error:
             self._members.after(error, self._native.group.settings.on_lost)
             raise
         finally:
@@ -419,7 +399,7 @@ class GpuSteps:
         self._native.guard.enter()
         try:
             call(function, self._native.pointer, *arguments)
-        except _BY_MEMBERSHIP as error:
+        except BY_MEMBERSHIP as error:
             self._members.after(error, self._native.group.settings.on_lost)
             raise
         finally:

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from eptransport._bootstrap import Bootstrap
     from eptransport._engine_native import NativeEngine
 
-__all__ = ["Members"]
+__all__ = ["BY_MEMBERSHIP", "Members"]
+
+BY_MEMBERSHIP = (PeerLost, LaneFault, Timeout)
+"""What a call raises when ranks take part no longer, or again, as the others see it: what `Members.after` is for."""
 
 logger = logging.getLogger("eptransport")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eptransport._call import ffi, lib, new_error, text
 from eptransport._guard import CLOSE_S, Guard
-from eptransport.errors import LaneFault, PeerLost, Timeout
+from eptransport._members import BY_MEMBERSHIP
 
 if TYPE_CHECKING:
     from eptransport.group import Group
@@ -48,7 +48,7 @@ def create_moe(group: Group, config: Any) -> NativeMoe:
     handle = ffi.new("ept_moe **")
     try:
         engine.call_arena(lib.ept_moe_create, arena, config, handle)
-    except (PeerLost, LaneFault, Timeout) as error:
+    except BY_MEMBERSHIP as error:
         group._members.after(error, group.settings.on_lost)
         raise
     return NativeMoe(handle[0], engine.children, group.rank)
