@@ -94,9 +94,9 @@ class Captured:
         return y
 
 
-def step(moe: ept.AllToAll, config: model.Config, rank: int) -> torch.Tensor:
+def step(moe: ept.AllToAll, config: model.Config, rank: int, device: str = DEVICE) -> torch.Tensor:
     """The same one each time, on the device of the AllToAll."""
-    got = moe.dispatch(**_given(config, 5 + rank, rank, "cpu" if moe._gpu is None else DEVICE), layout="rows")
+    got = moe.dispatch(**_given(config, 5 + rank, rank, device), layout="rows")
     y: torch.Tensor = moe.combine(got.x, got)
     return y.cpu()
 

@@ -116,10 +116,11 @@ def test_what_was_sent_and_never_received(make_world: Make) -> None:
 def test_steps_on_cpus_and_gpus(make_world: Make) -> None:
     config = model.Config(3, 6, 2, 64)
     world = make_world(3)
-    moes = world.all_to_alls(config, ["cuda", "cpu", "cuda"], max_tokens=8)
+    devices = ["cuda", "cpu", "cuda"]
+    moes = world.all_to_alls(config, devices, max_tokens=8)
     wanted = None
     for _ in range(3):
-        y = world.on_ranks(lambda rank: gpu_rank.step(moes[rank], config, rank))
+        y = world.on_ranks(lambda rank: gpu_rank.step(moes[rank], config, rank, devices[rank]))
         assert wanted is None or all(torch.equal(a, b) for a, b in zip(y, wanted, strict=True))
         wanted = y
         asleep(world)
