@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from eptransport._gpu_steps import GpuSteps
+    from eptransport._shapes import Shapes
 
 __all__ = ["GpuRouting", "Lane", "Sent", "Summed"]
 
@@ -20,7 +21,11 @@ __all__ = ["GpuRouting", "Lane", "Sent", "Summed"]
 class GpuRouting(Routing):
     """A routing that is kept on the GPU, in the caller's memory."""
 
-    def __init__(self, memory: torch.Tensor, layout: Layout, lane: int, tokens: int, num_tokens: int) -> None:
+    def __init__(
+        self, of: Shapes, memory: torch.Tensor, layout: Layout, lane: int, tokens: int, num_tokens: int
+    ) -> None:
+        self.of = of
+        """Those of the AllToAll whose dispatch it is, and of no other."""
         self._memory = memory
         self._native = None
         self.layout = layout

@@ -78,7 +78,7 @@ class GpuSteps:
         tokens, count, chosen = asked.tokens, asked.count, asked.layout
         weighed = topk_weights is not None
         if routing is not None:
-            kept = _on_gpu(routing)
+            kept = self._own(routing)
             if kept.num_tokens != count:
                 raise InvalidArgument(f"x has {count} tokens; the routing has {kept.num_tokens}")
             topk_ids, weights = self._kept(kept)
@@ -87,9 +87,8 @@ class GpuSteps:
         assert topk_ids is not None
         size = self._number(lib.ept_gpu_routing_bytes, count)
         stream = self._stream(state)
-        made = GpuRouting(
-            torch.empty(max(size, 16), dtype=torch.uint8, device=shapes.device), chosen, lane, tokens, count
-        )
+        memory = torch.empty(max(size, 16), dtype=torch.uint8, device=shapes.device)
+        made = GpuRouting(shapes, memory, chosen, lane, tokens, count)
         made.weighed = weighed
         self._take_members(lane, made, stream)
         arguments = sized("ept_dispatch_args")
@@ -152,7 +151,7 @@ class GpuSteps:
     def combine_send(self, given: CombineCall) -> None:
         lane, expert_out, topk_weights = given.lane, given.expert_out, given.topk_weights
         state = self._lane(lane)
-        routing = _on_gpu(routing_of(given.got))
+        routing = self._own(routing_of(given.got))
         check_combine(self._shapes, routing, given)
         if topk_weights is not None and state.sent is not None:
             raise InvalidArgument(
@@ -371,6 +370,14 @@ class GpuSteps:
             raise InvalidArgument(f"lane={number}: this AllToAll has lanes 0 to {len(self._lanes) - 1}")
         return self._lanes[number]
 
+    def _own(self, routing: Routing) -> GpuRouting:
+        """Kernels go by it as it stands: it must be this AllToAll's."""
+        if not isinstance(routing, GpuRouting):
+            raise InvalidArgument("the routing is of a dispatch on the CPU; this AllToAll is on a GPU")
+        if routing.of is not self._shapes:
+            raise InvalidArgument("the routing is of a dispatch of another AllToAll: what dispatched combines")
+        return routing
+
     def _stream(self, state: Lane) -> Any:
         import torch
 
@@ -414,9 +421,3 @@ def _blocks(num_experts: int, world: int) -> list[int]:
     """In rank order, the first ranks hold one more."""
     each, more = divmod(num_experts, world)
     return [rank for rank in range(world) for _ in range(each + (rank < more))]
-
-
-def _on_gpu(routing: Routing) -> GpuRouting:
-    if not isinstance(routing, GpuRouting):
-        raise InvalidArgument("the routing is of a dispatch on the CPU; this AllToAll is on a GPU")
-    return routing

@@ -29,7 +29,7 @@ from eptransport._moe_config import moe_config, one_of, plan_of
 from eptransport._moe_native import NativeMoe, create_moe
 from eptransport._shapes import LAYOUTS, SCALE_LAYOUTS, Shapes
 from eptransport.dispatched import Dispatched, Layout, Routing, routing_of
-from eptransport.errors import Code, InvalidArgument, Timeout
+from eptransport.errors import Code, InvalidArgument, PeerLost, Timeout
 from eptransport.plan import Plan
 
 if TYPE_CHECKING:
@@ -435,15 +435,21 @@ class AllToAll(Closing):
     def reset(self, timeout: float | None = None) -> None:
         """Brings every lane of the group to a common, empty state; faults are gone, steps under way are abandoned.
         Collective over the ranks that are up, and for all AllToAlls of the group at once; blocks. Goes on without ranks
-        that are masked, and with those that were readmitted. Masked, Timeout, PeerLost."""
+        that are masked, also one that is lost meanwhile where on_lost is "mask", and with those that were readmitted.
+        Masked, Timeout, PeerLost."""
         for steps in list(self.group._gpu_steps):
             steps.settle()
         deadline = monotonic() + (self.group.settings.timeout_s if timeout is None else timeout)
         while True:
             self._members.learn()
+            membership = self._members.state.epoch
             left = timeout_ns(max(0.0, deadline - monotonic()))
-            if self._steps.reset(left) == Code.OK:
-                break
+            try:
+                if self._steps.reset(left) == Code.OK:
+                    break
+            except PeerLost:
+                if self._members.state.epoch == membership:
+                    raise  # nobody has masked it
             if monotonic() > deadline:
                 raise Timeout("reset: the membership went on changing until the deadline", operation="reset")
         self.group.fault.zero_()

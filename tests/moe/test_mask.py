@@ -24,6 +24,7 @@ from eptransport.engine import PeerStatus
 
 Make = Callable[..., list[Any]]
 CONFIG = model.Config(4, 8, 3, 32)
+CONFIG_OF_THREE = model.Config(3, 8, 3, 32)
 LAYOUTS = ["contiguous", "rows", "masked", "by_rank"]
 
 
@@ -371,3 +372,31 @@ def test_with_on_lost_a_lane_fault_masks_whom_the_engine_has_lost(make_groups: M
     assert groups[0].membership.epoch == 0
     groups[0]._members.after(fault, "mask")
     assert groups[0].membership.active == (0, 2)
+
+
+@pytest.mark.parametrize("on_lost", ["mask", "raise"])
+def test_a_reset_goes_on_without_whom_it_masks(
+    make_groups: Make, monkeypatch: pytest.MonkeyPatch, on_lost: str
+) -> None:
+    """A rank that is lost amid the reset of a GPU's lanes ends the try. Whoever has masked it tries again."""
+    groups = make_groups(3, on_lost=on_lost)
+    moes = all_to_alls(groups, CONFIG_OF_THREE)
+    tries: list[int] = []
+    whole = moes[0]._steps.reset
+
+    def lost_at_first(timeout: int) -> Any:
+        tries.append(timeout)
+        if len(tries) > 1:
+            return whole(timeout)
+        if on_lost == "mask":
+            groups[0].mask(2)
+        raise ept.PeerLost("rank 2 is lost", peer=2)
+
+    monkeypatch.setattr(moes[0]._steps, "reset", lost_at_first)
+    if on_lost == "raise":
+        with pytest.raises(ept.PeerLost):
+            moes[0].reset()
+        return
+    on_some(groups, (0, 1), lambda rank: moes[rank].reset())
+    assert len(tries) >= 2
+    assert groups[0].membership.active == groups[1].membership.active == (0, 1)

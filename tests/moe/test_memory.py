@@ -53,7 +53,7 @@ def test_receive_buffers_of_the_target_shape() -> None:
 def test_registered_bytes_equal_the_plan(make_groups: Make, world: int, lanes: int) -> None:
     config = model.Config(world, 7, 3, 528, "bf16", "e4m3")
     groups = make_groups(world, **harness.BY_ENGINE)  # lanes that a GPU maps are not registered anywhere
-    before = [group.engine.info().registered_bytes - beside_lanes(world, lanes) for group in groups]
+    before = [group.engine.info().registered_bytes + beside_lanes(world, lanes) for group in groups]
     moes = all_to_alls(groups, config, max_tokens=24, lanes=lanes)
     made = plan(config, max_tokens=24, lanes=lanes)
     page = os.sysconf("SC_PAGE_SIZE")
@@ -116,6 +116,8 @@ def test_routing_of_one_object_is_refused_by_another(make_groups: Make) -> None:
         got = small.dispatch(torch.ones(2, 32, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.int64))
         with pytest.raises(ept.InvalidArgument):
             other.combine(torch.zeros(*got.x.shape[:-1], 64, dtype=torch.bfloat16), got)
+        with pytest.raises(ept.InvalidArgument):
+            other.dispatch(torch.ones(2, 64, dtype=torch.bfloat16), routing=got.routing)
 
 
 # ---- leaks -----------------------------------------------------------------------------------------------------------

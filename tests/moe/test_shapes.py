@@ -110,9 +110,12 @@ def test_repeated_ids_in_the_masked_layout(make_groups: Make) -> None:
     run_all(scenario, moes, groups, max_rows=24)
     run_all(scenario, moes, groups, host_counts=True)
 
+    # A GPU says how many there are at least, when a peer's rows find no room.
+    said = "received 24 rows" if harness.DEVICE == "cpu" else "received (12|24) rows or more; the outputs hold 6"
+
     def step(rank: int) -> None:
         if rank == 0:
-            with pytest.raises(ept.CapacityError, match="24"):
+            with pytest.raises(ept.CapacityError, match=said):
                 moes[rank].dispatch(**scenario.arguments(rank))
         else:
             moes[rank].dispatch(**scenario.arguments(rank))

@@ -47,7 +47,7 @@ def open_all(rank: int, world: int, folder: str, held: list[Any], **more: Any) -
     return group, harness.checked(moe)
 
 
-def nothing(_: str) -> None:
+def nothing(*_: str) -> None:
     pass
 
 
@@ -66,7 +66,9 @@ def step(rank: int, moe: ept.AllToAll, here: Callable[[str], None] = nothing) ->
     return got.lost_ranks
 
 
-def serve(rank: int, moe: ept.AllToAll, lost: tuple[int, ...], steps: int) -> None:
+def serve(
+    rank: int, moe: ept.AllToAll, lost: tuple[int, ...], steps: int, before_reset: Callable[[], None] = nothing
+) -> None:
     """Until so many steps are through with just those ranks lost."""
     done = 0
     while done < steps:
@@ -75,6 +77,7 @@ def serve(rank: int, moe: ept.AllToAll, lost: tuple[int, ...], steps: int) -> No
         except (ept.PeerLost, ept.LaneFault) as error:
             if isinstance(error, ept.Masked):
                 raise
+            before_reset()
             moe.reset()
 
 
@@ -111,6 +114,22 @@ def test_two_ranks_are_killed_in_different_phases(tmp_path: Path) -> None:
     assert answers[0] == answers[1]
     assert answers[0].active == (0, 1)
     assert answers[0].epoch == 2
+
+
+def killed_before_its_reset(rank: int, world: int, folder: str, held: list[Any]) -> ept.Membership:
+    """Rank 3 dies in a step, and rank 2 where the others call reset, which goes on without it."""
+    group, moe = open_all(rank, world, folder, held, on_lost="mask")
+    step(rank, moe)
+    if rank == 3:
+        step(rank, moe, lambda name: die() if name == PHASES[1] else None)
+    serve(rank, moe, (2, 3), 2, before_reset=die if rank == 2 else nothing)
+    return group.membership
+
+
+def test_a_rank_that_is_killed_amid_a_reset_is_masked_in_it(tmp_path: Path) -> None:
+    answers = launch.run(4, killed_before_its_reset, tmp_path, dies=frozenset({2, 3}), limit_s=LIMIT_S)
+    assert answers[0] == answers[1]
+    assert answers[0].active == (0, 1)
 
 
 def killed_and_taken_back(rank: int, world: int, folder: str, held: list[Any]) -> ept.Membership:

@@ -619,8 +619,8 @@ void Lanes::check(uint32_t lane) const {
       failure("topk_ids has %lld; an id is -1 (none) or 0 to %llu. It was sent as -1", (long long)int32_t(told.seen),
               ull(told.expected - 1));
       break;
-    case kRoom:
-      failure("rank %u received %llu rows; the outputs hold %llu. Give larger outputs (max_rows)", rank_,
+    case kRoom:  // of the peer that was placed when there was no more room; others' rows may not have been counted
+      failure("rank %u received %llu rows or more; the outputs hold %llu. Give larger outputs (max_rows)", rank_,
               ull(told.expected), ull(told.seen));
       break;
     case kRow:
