@@ -5,6 +5,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <exception>
+#include <new>
+
 namespace ept::moe {
 
 Error::Error() {
@@ -34,6 +37,30 @@ void check(int32_t code, const ept_error &error) {
   if (!failure.error.text[0])
     snprintf(failure.error.text, sizeof failure.error.text, "the engine answered %s", ept_code_name(code));
   throw failure;
+}
+
+Failure current() {
+  Failure failure{Error()};
+  try {
+    throw;
+  } catch (const Failure &thrown) {
+    return thrown;
+  } catch (const std::bad_alloc &) {
+    failure.error.code = EPT_E_NOMEM;
+    snprintf(failure.error.text, sizeof failure.error.text, "the machine has no memory left for this call");
+  } catch (const std::exception &thrown) {
+    failure.error.code = EPT_E_INTERNAL;
+    snprintf(failure.error.text, sizeof failure.error.text, "a bug of eptransport's: %s", thrown.what());
+  }
+  return failure;
+}
+
+void hand_over(const Failure &failure, const char *operation, ept_error *to) {
+  if (!to) return;
+  const uint32_t size = to->size;
+  *to = failure.error;
+  to->size = size;
+  snprintf(to->operation, sizeof to->operation, "%s", operation);
 }
 
 ept_peer_info info_of(ept_engine *engine, uint32_t rank) {

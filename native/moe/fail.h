@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// fail.h: errors inside moe/. A Failure carries a whole ept_error up to the C boundary (moe.cc), where it becomes the
-// return code and the caller's `error`.
+// fail.h: errors inside moe/. A Failure carries a whole ept_error up to the C boundary (moe.cc, cuda/api.cc), where it
+// becomes the return code and the caller's `error`.
 #pragma once
 
 #include <time.h>
@@ -22,6 +22,23 @@ struct Failure {
 [[noreturn]] __attribute__((format(printf, 3, 4))) void fail(int32_t code, int32_t peer, const char *format, ...);
 // Throws what an engine call answered, where it is an error.
 void check(int32_t code, const ept_error &error);
+
+// The failure that is being handled, whatever was thrown.
+Failure current();
+// NULL: nobody asks.
+void hand_over(const Failure &failure, const char *operation, ept_error *to);
+// Runs a body of the C API.
+template <class Body>
+int32_t guarded(const char *operation, ept_error *error, Body &&body) {
+  try {
+    body();
+    return EPT_OK;
+  } catch (...) {
+    const Failure failure = current();
+    hand_over(failure, operation, error);
+    return failure.error.code;
+  }
+}
 
 // What an engine knows of a peer. Throws Failure.
 ept_peer_info info_of(ept_engine *engine, uint32_t rank);

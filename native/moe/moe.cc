@@ -7,51 +7,9 @@
 #include <stdio.h>
 #include <string.h>
 
-#include <exception>
-#include <new>
-
 using namespace ept::moe;
 
 namespace {
-
-void hand_over(const Failure &failure, const char *operation, ept_error *to) {
-  if (!to) return;
-  const uint32_t size = to->size;
-  *to = failure.error;
-  to->size = size;
-  snprintf(to->operation, sizeof to->operation, "%s", operation);
-}
-
-// The failure that is being handled.
-Failure current() {
-  try {
-    throw;
-  } catch (const Failure &failure) {
-    return failure;
-  } catch (const std::bad_alloc &) {
-    Failure failure{Error()};
-    failure.error.code = EPT_E_NOMEM;
-    snprintf(failure.error.text, sizeof failure.error.text, "the machine has no memory left for this call");
-    return failure;
-  } catch (const std::exception &e) {
-    Failure failure{Error()};
-    failure.error.code = EPT_E_INTERNAL;
-    snprintf(failure.error.text, sizeof failure.error.text, "a bug of eptransport's: %s", e.what());
-    return failure;
-  }
-}
-
-template <class Body>
-int32_t guarded(const char *operation, ept_error *error, Body &&body) {
-  try {
-    body();
-    return EPT_OK;
-  } catch (...) {
-    const Failure failure = current();
-    hand_over(failure, operation, error);
-    return failure.error.code;
-  }
-}
 
 Lane &lane_of(Moe &moe, uint32_t index) {
   if (moe.arena->closed()) fail(EPT_E_CLOSED, -1, "the arena was closed");

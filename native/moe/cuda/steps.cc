@@ -1,50 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// steps.cc: the C API of gpu.h: checks of the arguments, and launches.
+#include "moe/cuda/steps.h"
+
 #include <algorithm>
 #include <cstring>
-#include <exception>
-#include <new>
 
-#include "cuda/image.h"
-#include "engine/boot.h"
-#include "eptransport/gpu.h"
 #include "moe/check.h"
-#include "moe/cuda/home.h"
-#include "moe/cuda/lanes.h"
 #include "moe/cuda/shared.h"
-#include "moe/cuda/trial.h"
 #include "moe/fail.h"
 #include "moe/moe.h"
 
-using namespace ept::moe;
-using namespace ept::moe::cuda;
+namespace ept::moe::cuda {
+
+uint32_t lane_of(const GpuObject &moe, uint32_t lane) {
+  if (lane >= moe.object.config.lanes)
+    fail(EPT_E_INVALID, -1, "lane %u; this AllToAll has %u", lane, moe.object.config.lanes);
+  return lane;
+}
+
+uint32_t lane_awake(const GpuObject &moe, uint32_t lane) {
+  moe.lanes->refuse_suspended();
+  return lane_of(moe, lane);
+}
 
 namespace {
-
-template <class Body>
-int32_t guarded(const char *operation, ept_error *error, Body &&body) {
-  Failure failure{Error()};
-  try {
-    body();
-    return EPT_OK;
-  } catch (const Failure &thrown) {
-    failure = thrown;
-  } catch (const std::bad_alloc &) {
-    failure.error.code = EPT_E_NOMEM;
-    snprintf(failure.error.text, sizeof failure.error.text, "the machine has no memory left for this call");
-  } catch (const std::exception &thrown) {
-    failure.error.code = EPT_E_INTERNAL;
-    snprintf(failure.error.text, sizeof failure.error.text, "a bug of eptransport's: %s", thrown.what());
-  }
-  if (error) {
-    const uint32_t size = error->size;
-    *error = failure.error;
-    error->size = size;
-    snprintf(error->operation, sizeof error->operation, "%s", operation);
-  }
-  return failure.error.code;
-}
 
 // As check.h's, for a tensor of this GPU.
 void want_here(const GpuObject &moe, const char *name, ept_tensor tensor, std::initializer_list<int32_t> dtypes,
@@ -60,18 +38,6 @@ Strided strided(const ept_tensor &tensor, int dims) {
   if (!tensor.data) return {};
   const Rows rows = rows_of(tensor, dims);
   return {rows.data, rows.outer, rows.inner, rows.column, divisor(uint32_t(rows.leading))};
-}
-
-uint32_t lane_of(const GpuObject &moe, uint32_t lane) {
-  if (lane >= moe.object.config.lanes)
-    fail(EPT_E_INVALID, -1, "lane %u; this AllToAll has %u", lane, moe.object.config.lanes);
-  return lane;
-}
-
-// For a call that launches, or asks what launches did.
-uint32_t lane_awake(const GpuObject &moe, uint32_t lane) {
-  moe.lanes->refuse_suspended();
-  return lane_of(moe, lane);
 }
 
 bool per_expert(int32_t layout) { return layout == EPT_LAYOUT_CONTIGUOUS || layout == EPT_LAYOUT_MASKED; }
@@ -148,6 +114,8 @@ void streamed_late(GpuObject &moe, uint32_t lane, const LateSend &out, const Lat
     launch(moe, kKernelStreamedLate, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
   }
 }
+
+}  // namespace
 
 // ---- steps ----
 
@@ -226,7 +194,7 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
   streamed_dispatch(moe, args.lane, true, nullptr, stream);
 }
 
-uint64_t shared_of_receive(const GpuObject &moe) {
+static uint64_t shared_of_receive(const GpuObject &moe) {
   return shared_bytes([&](Carve &carve) {
     recv_shared(carve, moe.lanes->threads(), moe.object.config.world, moe.object.local(), moe.object.config.top_k);
   });
@@ -404,269 +372,23 @@ void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, const ept_
   launch(moe, kKernelCombineRecv, moe.lanes->blocks(), threads, shared, stream, &a);
 }
 
-}  // namespace
-
-int32_t ept_gpu_lanes_fit(const ept_gpu_lanes *lanes, const ept_moe_config *moe, ept_error *error) {
-  return guarded("gpu_lanes_fit", error, [&] { lanes->lanes->fit(Object(*moe)); });
+void drain(GpuObject &moe, uint32_t lane, uint32_t phase, void *stream) {
+  Drain a{moe.lanes->table(lane_awake(moe, lane)), phase};
+  if (!moe.streams()) return launch(moe, kKernelDrain, 1, moe.lanes->threads(), 0, stream, &a);
+  if (phase == EPT_PHASE_DISPATCH)
+    streamed_dispatch(moe, lane, false, nullptr, stream);
+  else
+    streamed_combine(moe, lane, false, nullptr, stream);
 }
 
-int32_t ept_gpu_lanes_reset(ept_gpu_lanes *lanes, uint64_t timeout_ns, ept_error *error) {
-  int32_t code = EPT_OK;
-  const int32_t failed = guarded("moe_reset", error, [&] { code = lanes->lanes->reset(timeout_ns); });
-  return failed ? failed : code;
+// ---- what a routing takes ----
+
+uint64_t routing_bytes(const GpuObject &moe, uint64_t tokens) {
+  return shared_bytes([&](Carve &carve) { routing_arrays(carve, moe.object.shape, tokens); });
 }
 
-namespace {
-
-// What this rank brings to Arena::create.
-class GpuSide final : public Side {
- public:
-  GpuSide(std::shared_ptr<Arena> arena, const ept_gpu_config &config, const ept_moe_config &moe,
-          std::shared_ptr<Lanes> known, Open open)
-      : lanes(std::move(known)), arena_(std::move(arena)), config_(config), moe_(moe), open_(std::move(open)) {}
-
-  Place place() override {
-    opened_ = lanes ? lanes->opened() : open_(config_.device);
-    const std::string identity = opened_.gpu->identity();
-    Lanes::refuse(Object(moe_));
-    Place place;
-    place.on_gpu = 1;
-    place.process = config_.process;
-    identity.copy(place.gpu, sizeof place.gpu);
-    // Who can't be told from another machine is reached through the engine.
-    if (config_.mapped) ept::boot_id().copy(place.machine, sizeof place.machine - 1);
-    memcpy(place.node, config_.node, sizeof place.node);
-    place.initiates = opened_.heap && puts();
-    if (measures()) place.weighs |= Place::kMeasures;
-    if (lanes && lanes->over_engine() && !lanes->initiates()) place.weighs |= Place::kKeepsProxy;
-    return place;
-  }
-  std::unique_ptr<Trial> trial(Arena &tried, const std::vector<Place> &places, const uint64_t (&lengths)[kLengths],
-                               const Deadline &deadline) override {
-    return std::make_unique<GpuTrial>(opened_, config_, tried, places, lengths, deadline);
-  }
-  void chose(const std::string &how) override { how_ = how; }
-  std::unique_ptr<LaneMemory> lane_memory(Arena &arena, uint64_t bytes) override {
-    return device_home(opened_.gpu, arena.engine, Home(config_.memory), bytes, &home_);
-  }
-  std::string offer(Arena &, const std::vector<Place> &places) override {
-    places_ = places;
-    if (lanes && lanes->over_engine() == all_direct(places)) lanes = nullptr;
-    if (lanes) return {};
-    lanes = std::make_shared<Lanes>(opened_, config_, moe_, arena_, places);
-    if (lanes->over_engine()) lanes->home = home_;  // else it is of lanes that were tried
-    fresh_ = true;
-    return lanes->exported();
-  }
-  void accept(const std::vector<std::string> &offers) override {
-    if (!fresh_) return;
-    for (uint32_t r = 0; r < offers.size(); r++)
-      if (places_[r].known == 1 && (r == arena_->rank || direct(places_[r], places_[arena_->rank])))
-        lanes->connect(r, offers[r]);  // others are met in the reset that takes this rank in
-    lanes->start();
-  }
-  const std::string &how() const { return how_; }
-
-  std::shared_ptr<Lanes> lanes;
-
- private:
-  // Alike on every rank, as config and settings are.
-  bool measures() const { return config_.path == EPT_GPU_PATH_AUTO && !config_.crossover_bytes; }
-  bool puts() const {
-    if (config_.path != EPT_GPU_PATH_AUTO) return config_.path == EPT_GPU_PATH_GPU;
-    return measures() || Object(moe_).message(EPT_PHASE_DISPATCH) <= config_.crossover_bytes;
-  }
-  const std::shared_ptr<Arena> arena_;
-  const ept_gpu_config config_;
-  const ept_moe_config moe_;
-  const Open open_;
-  Opened opened_;
-  std::vector<Place> places_;
-  std::string home_, how_;
-  bool fresh_ = false;
-};
-
-}  // namespace
-
-std::shared_ptr<Lanes> ept::moe::cuda::join(std::shared_ptr<Arena> arena, const ept_gpu_config &config,
-                                            const ept_moe_config &moe, std::shared_ptr<Lanes> known, Open open,
-                                            uint32_t *number) {
-  GpuSide side(arena, config, moe, std::move(known), std::move(open));
-  std::vector<Lane *> its;
-  const std::shared_ptr<Object> object = arena->create(moe, its, &side);
-  *number = object->number;
-  side.lanes->way = side.how();
-  return side.lanes;
+uint64_t routing_ids(const GpuObject &moe, uint64_t tokens) {
+  return uint64_t(reinterpret_cast<uintptr_t>(arrays(moe, nullptr, tokens).ids));
 }
 
-int32_t ept_gpu_lanes_join(ept_arena *arena, const ept_gpu_config *config, const ept_moe_config *moe,
-                           const ept_gpu_lanes *known, ept_gpu_lanes **lanes, uint32_t *number, ept_error *error) {
-  return guarded("moe_create", error, [&] {
-    if (!config || config->size != sizeof *config || !moe) fail(EPT_E_INVALID, -1, "ept_gpu_config is of another size");
-    if (config->memory > 2 || config->share > 2)
-      fail(EPT_E_INVALID, -1, "ept_gpu_config has memory %u and share %u; each is 0, 1 or 2", config->memory,
-           config->share);
-    const std::shared_ptr<Lanes> joined = join(
-        arena->arena, *config, *moe, known ? known->lanes : nullptr,
-        [&](int32_t ordinal) { return driver_gpu(ordinal, arena->arena->engine); }, number);
-    *lanes = known && joined == known->lanes ? const_cast<ept_gpu_lanes *>(known) : new ept_gpu_lanes{joined};
-  });
-}
-
-int32_t ept_gpu_lanes_share_process(const ept_gpu_lanes *lanes) { return lanes->lanes->shares_process(); }
-
-int32_t ept_gpu_lanes_maps(const ept_gpu_lanes *lanes, uint32_t rank) {
-  return rank < lanes->lanes->world() && lanes->lanes->maps(rank);
-}
-
-uint64_t ept_gpu_message_bytes(const ept_moe_config *moe) {
-  uint64_t bytes = 0;
-  (void)guarded("moe_create", nullptr, [&] { bytes = Object(*moe).message(EPT_PHASE_DISPATCH); });
-  return bytes;
-}
-
-int32_t ept_gpu_lanes_initiates(const ept_gpu_lanes *lanes, uint32_t rank) {
-  return rank < lanes->lanes->world() && lanes->lanes->initiates(rank);
-}
-
-int32_t ept_gpu_lanes_puts(const ept_gpu_lanes *lanes, uint64_t *puts, ept_error *error) {
-  return guarded("gpu_lanes_puts", error, [&] { *puts = lanes->lanes->puts(); });
-}
-
-int32_t ept_gpu_lanes_over_engine(const ept_gpu_lanes *lanes) { return lanes->lanes->over_engine(); }
-
-void ept_gpu_lanes_watch(ept_gpu_lanes *lanes) {
-  (void)guarded("watch", nullptr, [&] { lanes->lanes->watch(); });
-}
-
-void ept_gpu_lanes_home(const ept_gpu_lanes *lanes, char *text, size_t capacity) {
-  snprintf(text, capacity, "%s", lanes->lanes->home.c_str());
-}
-
-void ept_gpu_lanes_way(const ept_gpu_lanes *lanes, char *text, size_t capacity) {
-  snprintf(text, capacity, "%s", lanes->lanes->way.c_str());
-}
-
-uint32_t ept_gpu_lanes_blocks(const ept_gpu_lanes *lanes) { return lanes->lanes->blocks(); }
-
-uint64_t ept_gpu_lanes_times(ept_gpu_lanes *lanes, uint64_t *times) {
-  lanes->lanes->write_times(times);
-  return lanes->lanes->lanes() * times_of(lanes->lanes->blocks(), lanes->lanes->world());
-}
-
-void ept_gpu_lanes_close(ept_gpu_lanes *lanes) { delete lanes; }
-
-int32_t ept_gpu_image_add(uint32_t arch, const void *image, uint64_t bytes, ept_error *error) {
-  return guarded("image_add", error, [&] { ept::cuda::add_image("moe", int(arch), image, bytes); });
-}
-
-int32_t ept_gpu_has_code(uint32_t capability) {
-  const ept::cuda::Image *const image = ept::cuda::image_for("moe", int(capability), nullptr);
-  return image && !image->ptx;
-}
-
-int32_t ept_gpu_moe_create(ept_gpu_lanes *lanes, const ept_moe_config *config, uint32_t number, const void *image,
-                           uint64_t image_bytes, ept_gpu_moe **moe, ept_error *error) {
-  return guarded("moe_create", error, [&] {
-    const std::string held(static_cast<const char *>(image), image ? image_bytes : 0);
-    *moe = new ept_gpu_moe{std::make_unique<GpuObject>(lanes->lanes, *config, number, held)};
-  });
-}
-
-void ept_gpu_moe_close(ept_gpu_moe *moe) { delete moe; }
-
-void ept_gpu_moe_local_experts(const ept_gpu_moe *moe, int32_t *ids) {
-  const Object &object = moe->object->object;
-  const auto &held = object.placement.held[object.config.rank];
-  std::copy(held.begin(), held.end(), ids);
-}
-
-uint64_t ept_gpu_routing_bytes(const ept_gpu_moe *moe, uint64_t tokens) {
-  return shared_bytes([&](Carve &carve) { routing_arrays(carve, moe->object->object.shape, tokens); });
-}
-
-uint64_t ept_gpu_routing_ids(const ept_gpu_moe *moe, uint64_t tokens) {
-  return uint64_t(reinterpret_cast<uintptr_t>(arrays(*moe->object, nullptr, tokens).ids));
-}
-
-int32_t ept_gpu_moe_members(ept_gpu_moe *moe, uint32_t lane, int32_t captures, uint32_t *membership, void *stream,
-                            ept_error *error) {
-  return guarded("dispatch_send", error, [&] {
-    Lanes &lanes = *moe->object->lanes;
-    lanes.take_members(lane_awake(*moe->object, lane), captures != 0, stream);
-    if (membership) *membership = lanes.members()->epoch;
-  });
-}
-
-int32_t ept_gpu_moe_refuse_old(ept_gpu_moe *moe, uint32_t lane, uint32_t membership, void *stream, ept_error *error) {
-  return guarded("combine_send", error,
-                 [&] { moe->object->lanes->refuse_old(lane_awake(*moe->object, lane), membership, stream); });
-}
-
-int32_t ept_gpu_moe_dispatch_send(ept_gpu_moe *moe, const ept_dispatch_args *args, void *routing, void *stream,
-                                  ept_error *error) {
-  return guarded("dispatch_send", error, [&] { dispatch_send(*moe->object, *args, routing, stream); });
-}
-
-int32_t ept_gpu_moe_dispatch_wait(ept_gpu_moe *moe, uint32_t lane, uint64_t *arrival, void *stream, ept_error *error) {
-  return guarded("dispatch_wait", error, [&] { dispatch_wait(*moe->object, lane, arrival, stream); });
-}
-
-int32_t ept_gpu_moe_dispatch_recv(ept_gpu_moe *moe, uint32_t lane, const ept_dispatch_outputs *outputs, void *routing,
-                                  uint64_t tokens, int32_t *num_rows, uint64_t ticket, void *stream, ept_error *error) {
-  return guarded("dispatch_recv", error,
-                 [&] { dispatch_recv(*moe->object, lane, *outputs, routing, tokens, num_rows, ticket, stream); });
-}
-
-int32_t ept_gpu_moe_counts(ept_gpu_moe *moe, uint32_t lane, ept_gpu_counts *counts, int32_t *per_expert,
-                           ept_error *error) {
-  bool there = false;
-  const int32_t failed = guarded("counts", error, [&] {
-    if (counts->size != sizeof *counts) fail(EPT_E_INVALID, -1, "ept_gpu_counts is of another size");
-    there = moe->object->counts(lane_of(*moe->object, lane), counts, per_expert);
-  });
-  return failed ? failed : there ? EPT_OK : EPT_LATER;
-}
-
-uint64_t ept_gpu_late_bytes(const ept_gpu_moe *moe) {
-  const ept_moe_config &config = moe->object->object.config;
-  return 4ull * config.world * config.max_tokens * config.top_k;
-}
-
-int32_t ept_gpu_moe_late_weights(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *weights, void *routing, float *late,
-                                 void *stream, ept_error *error) {
-  return guarded("combine_send", error, [&] { late_weights(*moe->object, lane, *weights, routing, late, stream); });
-}
-
-int32_t ept_gpu_moe_combine_send(ept_gpu_moe *moe, const ept_combine_args *args, void *routing, uint64_t tokens,
-                                 float *late, void *stream, ept_error *error) {
-  return guarded("combine_send", error, [&] { combine_send(*moe->object, *args, routing, tokens, late, stream); });
-}
-
-int32_t ept_gpu_moe_combine_recv(ept_gpu_moe *moe, uint32_t lane, const ept_tensor *y, const ept_tensor *row_weights,
-                                 void *routing, void *stream, ept_error *error) {
-  return guarded("combine_recv", error, [&] { combine_recv(*moe->object, lane, *y, row_weights, routing, stream); });
-}
-
-int32_t ept_gpu_moe_drain(ept_gpu_moe *moe, uint32_t lane, uint32_t phase, void *stream, ept_error *error) {
-  return guarded("drain", error, [&] {
-    lane_awake(*moe->object, lane);
-    if (moe->object->streams()) {
-      if (phase == EPT_PHASE_DISPATCH)
-        streamed_dispatch(*moe->object, lane, false, nullptr, stream);
-      else
-        streamed_combine(*moe->object, lane, false, nullptr, stream);
-      return;
-    }
-    Drain a{moe->object->lanes->table(lane_of(*moe->object, lane)), phase};
-    launch(*moe->object, kKernelDrain, 1, moe->object->lanes->threads(), 0, stream, &a);
-  });
-}
-
-int32_t ept_gpu_moe_stats_get(ept_gpu_moe *moe, ept_moe_stats *stats, ept_error *error) {
-  return guarded("stats", error, [&] { moe->object->stats(stats); });
-}
-
-int32_t ept_gpu_moe_check(ept_gpu_moe *moe, uint32_t lane, ept_error *error) {
-  return guarded("moe_check", error, [&] { moe->object->lanes->check(lane_awake(*moe->object, lane)); });
-}
+}  // namespace ept::moe::cuda
