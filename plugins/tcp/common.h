@@ -21,7 +21,7 @@ std::string errno_text(int number);
 
 // What a descriptor in the instance's epoll set belongs to.
 struct Source {
-  enum class Kind : uint8_t { kListener, kTimer, kAccepted, kDial, kStream, kLingering };
+  enum class Kind : uint8_t { kListener, kTimer, kAccepted, kDial, kStream, kLingering, kMovers };
   explicit Source(Kind which) : kind(which) {}
   virtual ~Source() = default;
   const Kind kind;

@@ -9,8 +9,10 @@
 //   worker.cc    post, poll, arm, quiesce
 //   tcp.cc       settings, limits, memory, and the table that wires all of it
 //
-// There is no thread and no lock here: the engine makes all calls of an instance one at a time, and streams are moved
-// only inside post, poll and arm.
+//   mover.h      threads that move long payloads, where there are cores for them
+//
+// There is no lock here: the engine makes all calls of an instance one at a time, and streams are moved only inside
+// post, poll and arm. Movers know of bytes alone, not of anything that stands here.
 //
 // READINESS. epoll is edge-triggered: it says once that a socket has something, and the stream remembers until a recv
 // finds it empty. `ready` holds the streams which have something to do that needs no further word from epoll; arm may
@@ -31,6 +33,7 @@
 #include "address.h"
 #include "handshake.h"
 #include "memory.h"
+#include "mover.h"
 #include "stream.h"
 
 namespace tcp {
@@ -46,7 +49,10 @@ struct Settings {
   uint64_t handshake_ns = 0;
   uint32_t half_open = 0;
   uint32_t max_regions = 0;
+  int threads = 0;  // kAutoThreads: as the cores allow
 };
+constexpr int kAutoThreads = -1;
+constexpr int kMaxThreads = 64;
 
 struct Peer;
 
@@ -177,6 +183,10 @@ struct ept_instance {
   tcp::Exports exports;
   uint64_t memories = 0;
   std::unique_ptr<uint8_t[]> sink;
+  std::unique_ptr<tcp::Movers> movers;  // outlives every stream
+  tcp::Source movers_source{tcp::Source::Kind::kMovers};
+  bool movers_decided = false;
+  cpu_set_t cores{};  // of the thread that opened this
 
   std::unordered_map<uint32_t, std::unique_ptr<tcp::Peer>> peers;
   std::vector<std::unique_ptr<tcp::Peer>> leaving;  // not in `peers` any more, with events still to give
@@ -253,6 +263,7 @@ struct ept_instance {
   int32_t peer_close(uint32_t rank);
   int32_t peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie);
   void exports_removed();
+  void start_movers();
   void stream_up(tcp::Peer *peer, uint32_t stream, tcp::Fd fd, const tcp::Limits &limits,
                  const tcp::ResumePoint &theirs);
   void end_peer(tcp::Peer *peer, int32_t code, int number, std::string text, bool announce);
@@ -294,6 +305,7 @@ struct ept_instance {
   bool heat(tcp::Stream *stream);
   void flush_touched();
   void note_bulk(tcp::Stream *stream);
+  void take_moved();
   void pay_owing(bool now);
   void give_quiesced();
   void note_consumed(const tcp::Peer &peer);

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <system_error>
 
 #include "../checks.h"
 #include "instance.h"
@@ -112,6 +113,8 @@ void ept_instance::stream_up(Peer *peer, uint32_t number, Fd fd, const Limits &a
   std::unique_ptr<Stream> &stream = peer->streams[number];
   const bool first = stream == nullptr;
   if (first) {
+    start_movers();
+    peer->movers = movers.get();
     peer->limits = agreed;
     stream = std::make_unique<Stream>(peer, number, std::move(fd));
     ++peer->streams_up;
@@ -248,8 +251,32 @@ int32_t ept_instance::peer_fence(uint32_t rank, uint32_t epoch, uint64_t cookie)
 // Payload that is half received into what was exported until now changes nothing any more.
 void ept_instance::exports_removed() {
   for (auto &entry : peers)
-    for (auto &stream : entry.second->streams)
-      if (stream != nullptr) stream->revalidate();
+    for (auto &stream : entry.second->streams) {
+      if (stream == nullptr) continue;
+      stream->revalidate();
+      // What a mover was reading is its own thread's again.
+      if (entry.second->state == Peer::State::kUp && stream->has_work()) make_ready(stream.get());
+    }
+}
+
+// Once, when the first peer comes up: by then the others of this host are open too, which says how many ranks share its
+// cores. A rank that others join later keeps what it has.
+void ept_instance::start_movers() {
+  if (movers_decided) return;
+  movers_decided = true;
+  uint32_t here = 1;
+  for (const auto &entry : peers) here += !entry.second->self && entry.second->address.host == own.host;
+  const uint32_t count = settings.threads == kAutoThreads ? threads_for(static_cast<uint32_t>(CPU_COUNT(&cores)), here)
+                                                          : static_cast<uint32_t>(settings.threads);
+  if (count == 0) return;
+  try {
+    movers = std::make_unique<Movers>(count, cores);
+  } catch (const std::system_error &error) {
+    log(EPT_LOG_WARNING,
+        format("tcp: no threads to move bytes could be had, so the engine's own moves all of them: %s", error.what()));
+    return;
+  }
+  watch(movers->descriptor(), &movers_source, EPOLLIN | EPOLLET, false);
 }
 
 void ept_instance::note_consumed(const Peer &peer) {

@@ -9,6 +9,8 @@
 //       LOCAL_DONE   consumed    handed to    accepted
 //       was given    over there  the kernel   by post
 //
+// While a mover sends, `acked` may be past `sent`; LOCAL_DONE then waits for both (mover.h).
+//
 // Payload is sent from where it lies, several frames a call. Short frames that aren't operations (REFUSED, ACK, FINISH)
 // wait in `control_` and go at the next boundary between frames, before any operation whose header is not begun: only
 // then are headers stamped with `consumed`, which keeps the promise of frame.h about REFUSED.
@@ -19,6 +21,7 @@
 // caller's event array is full: then TCP itself holds the peer back, and nothing is ever queued here.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <string>
@@ -28,6 +31,7 @@
 #include "frame.h"
 #include "handshake.h"
 #include "memory.h"
+#include "mover.h"
 #include "resume.h"
 
 namespace tcp {
@@ -37,6 +41,7 @@ struct Link {
   const Exports *exports = nullptr;
   const uint64_t *poll_number = nullptr;  // which poll is running
   uint8_t *sink = nullptr;                // kSinkBytes, written and never read
+  Movers *movers = nullptr;               // nullptr: the engine's thread moves all bytes
   ept_rail_counters *counters = nullptr;  // [rails]
   uint32_t rank = 0, epoch = 0;           // of the peer
   std::string where;                      // its address, for sentences
@@ -78,19 +83,22 @@ class Stream : public Source {
   void complete(plugin::Events *events);  // LOCAL_DONE and ERROR of what was acknowledged
   void abandon(plugin::Events *events, int32_t code, int number, const char *text);  // ERROR for the rest
   bool drained() const { return completed_ == queued_; }
-  bool completing() const { return completed_ < acked_; }
+  bool completing() const { return completed_ < std::min(acked_, sent_); }
   uint64_t queued() const { return queued_; }
   uint64_t completed() const { return completed_; }
   bool unsent() const { return !finishing_ && sent_ != queued_; }
   bool in_flight() const { return acked_ != queued_; }
   void drop_sources();  // nothing is sent any more, nor again
 
+  // ---- long payloads, moved by a thread of mover.h: stream_jobs.cc ----
+  void job_done(Job *job);  // of this stream, and back
+
   // ---- resuming: stream_resume.cc ----
   bool down() const { return down_; }  // without a connection
   void retire();                       // gives its connection up for good
   ResumePoint resume_point() const { return {consumed_, acked_}; }
   // Whether the other side can be where it says it is. What is wrong stands in `why`.
-  bool plausible(const ResumePoint &theirs, std::string *why) const;
+  bool plausible(const ResumePoint &theirs, std::string *why);
   void attach(Fd fd, const ResumePoint &theirs);  // goes on over a new connection
 
   // ---- state ----
@@ -98,12 +106,13 @@ class Stream : public Source {
   uint32_t rail() const { return rail_; }
   void on_epoll(uint32_t epoll_events);
   bool has_work() const {
-    return more_ || readable_ || completing() || (!blocked_ && !dead_ && (unsent() || control_waits()));
+    return more_ || (readable_ && !receives_away()) || completing() ||
+           (!blocked_ && !dead_ && !sends_away() && (unsent() || control_waits()));
   }
   void expect_input() { readable_ = !down_; }  // look at the socket though epoll has not said so
   bool in_bulk() const { return in_payload_ && left_ >= kBulk; }
   // Much is under way: who spins on this stream only slows it down.
-  bool bulk() const { return !down_ && (in_bulk() || (blocked_ && unsent())); }
+  bool bulk() const { return !down_ && (in_bulk() || ((blocked_ || sends_away()) && unsent())); }
   bool ended() const { return ended_; }  // nothing more will be read from this connection
   bool broke_protocol() const { return violated_; }
   bool orderly() const { return finished_; }
@@ -145,9 +154,19 @@ class Stream : public Source {
   Operation &operation(uint64_t number) { return ring_[number & (ring_.size() - 1)]; }
   bool control_waits() const { return control_begin_ != control_end_ || untold() || ack_due_ || finish_due_; }
   bool send_short();
+  void sending_failed(int number);
   void fill_control();
   void put_control(FrameType type, uint64_t number, int32_t code);
   void advance(size_t bytes, bool control_follows);
+  bool sends_away() const { return send_job_ != nullptr && send_job_->out; }
+  bool receives_away() const { return receive_job_ != nullptr && receive_job_->out; }
+  // Operations below it may be acknowledged: what a mover has sent is heard over there before it says so here.
+  uint64_t may_be_sent() const { return sends_away() ? send_job_end_ : sent_; }
+  void give(Job *job, const iovec *parts, size_t count, size_t least);
+  void take_back_sending();
+  void take_back_receiving();
+  void landed(uint64_t bytes);
+
   void drop_source(Operation &entry);
   void complete_one(Operation &done, ept_event *event);
 
@@ -195,6 +214,13 @@ class Stream : public Source {
   bool finished_ = false, ended_ = false, violated_ = false, down_ = false;
   int end_errno_ = 0;
   std::string end_text_;
+  int told_errno_ = 0;      // to a mover, which the system says once: for the next read to take up
+  bool read_here_ = false;  // the next read is no mover's
+
+  uint32_t mover_ = 0;
+  std::unique_ptr<Job> send_job_, receive_job_;  // where there are movers
+  uint64_t send_job_end_ = 0;                    // behind the last operation of send_job_
+
   uint64_t unanswered_since_ns_ = 0, moved_ns_ = 0;
   uint64_t position_[6] = {};  // of both directions when pulse() looked last
   uint64_t immediates_ = 0;

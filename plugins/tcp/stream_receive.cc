@@ -33,9 +33,17 @@ Stream::Stream(const Link *link, uint32_t rail, Fd fd)
       counters_(link->counters[rail]) {
   // HELLOs of the engine take no credit, so a few come on top.
   max_sends_ = std::max(4u, link->limits.send_credits + 4u);
+  if (link->movers == nullptr) return;
+  mover_ = link->movers->choose();
+  send_job_ = std::make_unique<Job>(this, true);
+  receive_job_ = std::make_unique<Job>(this, false);
 }
 
-Stream::~Stream() { drop_sources(); }
+Stream::~Stream() {
+  take_back_sending();
+  take_back_receiving();
+  drop_sources();
+}
 
 void Stream::on_epoll(uint32_t epoll_events) {
   if (down_) return;  // said of a connection that has been retired since
@@ -45,8 +53,8 @@ void Stream::on_epoll(uint32_t epoll_events) {
 }
 
 void Stream::receive(plugin::Events *events) {
-  parse(events);
-  for (int round = 0; round < kRounds && readable_ && !events->full() && !ended_; ++round) {
+  if (!receives_away()) parse(events);
+  for (int round = 0; round < kRounds && readable_ && !receives_away() && !events->full() && !ended_; ++round) {
     size_t asked = 0;
     ssize_t got = read_some(&asked);
     if (got == 0) break;
@@ -68,6 +76,12 @@ ssize_t Stream::read_some(size_t *asked) {
     if (!held) begin_ = end_ = 0;
     size_t want = std::min<uint64_t>(left_, destination_ == nullptr ? kSinkBytes : kReceiveBytes);
     parts[0] = iovec{destination_ == nullptr ? link_->sink : destination_, want};
+    if (receive_job_ != nullptr && destination_ != nullptr && left_ >= kLong && !read_here_) {
+      parts[0].iov_len = left_;
+      if (!held) parts[count++] = iovec{buffer_.get(), kBufferBytes};
+      give(receive_job_.get(), parts, static_cast<size_t>(count), left_);
+      return 0;
+    }
     if (want == left_ && !held) parts[count++] = iovec{buffer_.get(), kBufferBytes};
   } else {
     if (!make_room()) return 0;  // the caller looks at it until the next poll; readable_ stays
@@ -79,17 +93,17 @@ ssize_t Stream::read_some(size_t *asked) {
     got = count == 1 ? recv(fd_.get(), parts[0].iov_base, parts[0].iov_len, MSG_DONTWAIT)
                      : readv(fd_.get(), parts, count);
   } while (got < 0 && errno == EINTR);
+  read_here_ = false;
   if (got > 0) {
-    size_t bytes = static_cast<size_t>(got);
-    if (!direct) {
-      end_ += bytes;
-    } else {
-      size_t landed = std::min(bytes, parts[0].iov_len);
-      if (destination_ != nullptr) destination_ += landed;
-      left_ -= landed;
-      if (bytes > landed) end_ = bytes - landed;
-    }
+    if (direct)
+      landed(static_cast<uint64_t>(got));
+    else
+      end_ += static_cast<size_t>(got);
     return got;
+  }
+  if (told_errno_ != 0) {
+    got = -1;
+    errno = std::exchange(told_errno_, 0);
   }
   if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
     readable_ = false;
@@ -110,6 +124,14 @@ ssize_t Stream::read_some(size_t *asked) {
     end(0, "the connection ended without a goodbye (its process is gone)");
   }
   return 0;
+}
+
+// So many bytes of the payload under way, and then of what is behind it in buffer_, which was empty.
+void Stream::landed(uint64_t bytes) {
+  const uint64_t here = std::min(bytes, left_);
+  if (destination_ != nullptr) destination_ += here;
+  left_ -= here;
+  if (bytes > here) end_ = bytes - here;
 }
 
 // Room behind end_. False: there is none, and what is in front was shown to the caller.
@@ -209,8 +231,8 @@ bool Stream::plausible(const FrameHeader &header) {
     violation("sends after its FINISH a frame of type", static_cast<uint64_t>(header.type), 0);
     return false;
   }
-  if (header.consumed < acked_ || header.consumed > sent_) {
-    violation("claims to have consumed operations", header.consumed, sent_);
+  if (header.consumed < acked_ || header.consumed > may_be_sent()) {
+    violation("claims to have consumed operations", header.consumed, may_be_sent());
     return false;
   }
   uint64_t longest = 0;
@@ -289,6 +311,7 @@ void Stream::revalidate() {
   auto verdict = link_->exports->check(current_.slot, current_.key, link_->rank, link_->epoch, current_.offset,
                                        current_.length, &start);
   if (verdict == Exports::Verdict::kAllowed) return;
+  take_back_receiving();
   destination_ = nullptr;
   refusal_ = EPT_E_ACCESS;
 }
@@ -314,7 +337,10 @@ Pulse Stream::pulse(uint64_t now_ns) {
   if (down_ || getsockopt(fd_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return pulse;
   int queued_bytes = 0;
   ioctl(fd_.get(), SIOCOUTQ, &queued_bytes);
-  const uint64_t position[6] = {acked_, sent_, sent_offset_, consumed_, left_, static_cast<uint64_t>(queued_bytes)};
+  const uint64_t sent_away = sends_away() ? send_job_->moved.load(std::memory_order_relaxed) : 0;
+  const uint64_t received_away = receives_away() ? receive_job_->moved.load(std::memory_order_relaxed) : 0;
+  const uint64_t position[6] = {
+      acked_, sent_, sent_offset_ + sent_away, consumed_, left_ - received_away, static_cast<uint64_t>(queued_bytes)};
   if (!in_flight() || memcmp(position, position_, sizeof position) != 0) moved_ns_ = now_ns;
   memcpy(position_, position, sizeof position);
   pulse.stalled_ns = now_ns - moved_ns_;

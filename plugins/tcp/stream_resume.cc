@@ -8,6 +8,8 @@ namespace tcp {
 
 void Stream::retire() {
   if (down_) return;
+  take_back_sending();
+  take_back_receiving();
   // What the kernel still holds shall not go out, and the other side shall notice if it can be reached at all.
   struct linger at_once = {1, 0};
   setsockopt(fd_.get(), SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
@@ -26,9 +28,12 @@ void Stream::retire() {
   refusal_ = EPT_OK;
   begin_ = end_;
   more_ = readable_ = hangup_ = false;
+  told_errno_ = 0;
+  read_here_ = false;
 }
 
-bool Stream::plausible(const ResumePoint &theirs, std::string *why) const {
+bool Stream::plausible(const ResumePoint &theirs, std::string *why) {
+  take_back_sending();  // who dialled again has given the old connection up: what was sent on it must be known now
   if (theirs.consumed >= acked_ && theirs.consumed <= sent_ && theirs.acknowledged <= consumed_) return true;
   *why = format(
       "it wants stream %u from operation %llu on, of which %llu to %llu are possible, and has heard of %llu of "

@@ -16,6 +16,7 @@ constexpr size_t kShort = 1024;           // a frame up to this is put together 
 constexpr size_t kBatchFrames = 64;       // frames of one sendmsg
 constexpr size_t kBatchBytes = 2u << 20;  // bytes of one sendmsg, but for the last frame
 constexpr size_t kFlushBytes = 4u << 20;  // of one flush: bounded work
+static_assert(2 * kBatchFrames + 4 <= Job::kMostParts, "the parts of a batch");
 
 const char *refusal_text(int32_t code) {
   if (code == EPT_E_ACCESS) return "the key is unknown, revoked or of another epoch, or the range leaves the region";
@@ -67,11 +68,11 @@ void Stream::queue(const ept_op &op) {
 }
 
 void Stream::flush() {
-  if (blocked_ || dead_ || down_) return;
+  if (blocked_ || dead_ || down_ || sends_away()) return;
   if (send_short()) return;
   size_t budget = kFlushBytes;
   while (budget > 0 && (unsent() || control_waits())) {
-    iovec parts[2 * kBatchFrames + 4];
+    iovec parts[Job::kMostParts];
     size_t count = 0, bytes = 0;
     auto add = [&](const void *base, size_t length) {
       parts[count++] = iovec{const_cast<void *>(base), length};
@@ -103,25 +104,32 @@ void Stream::flush() {
       ack_due_ = false;
     }
 
+    if (send_job_ != nullptr && bytes >= kLong) {
+      send_job_end_ = next;
+      return give(send_job_.get(), parts, count, bytes);
+    }
     msghdr message{};
     message.msg_iov = parts;
     message.msg_iovlen = count;
     ssize_t sent = sendmsg(fd_.get(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent < 0) {
       if (errno == EINTR) continue;
-      if (errno == EAGAIN || errno == EWOULDBLOCK) {
+      if (errno == EAGAIN || errno == EWOULDBLOCK)
         blocked_ = true;
-      } else {
-        // The peer may have said goodbye before: what it sent is read first, and that decides how this ended.
-        dead_ = true;
-        dead_errno_ = errno;
-        readable_ = true;
-      }
+      else
+        sending_failed(errno);
       return;
     }
     advance(static_cast<size_t>(sent), true);
     budget -= std::min(budget, static_cast<size_t>(sent));
   }
+}
+
+// The peer may have said goodbye before: what it sent is read first, and that decides how this ended.
+void Stream::sending_failed(int number) {
+  dead_ = true;
+  dead_errno_ = number;
+  readable_ = true;
 }
 
 // The common case of a small operation on an idle stream. False: not that case, or not done.
@@ -204,6 +212,8 @@ void Stream::acknowledge() {
 }
 
 void Stream::finish() {
+  take_back_sending();
+  take_back_receiving();
   drop_sources();
   // Inside a frame nothing else can be said: the peer then sees the connection end there.
   if (sent_offset_ == 0 && !dead_) {
@@ -224,7 +234,7 @@ void Stream::drop_source(Operation &entry) {
 }
 
 void Stream::complete(plugin::Events *events) {
-  while (completed_ < acked_ && !events->full()) {
+  while (completing() && !events->full()) {
     Operation &done = operation(completed_);
     if (done.refused == EPT_OK) {
       complete_one(done, events->add(EPT_EVENT_LOCAL_DONE, link_->rank, link_->epoch));

@@ -2,7 +2,9 @@
 // The TCP backend: any machines that can open a connection to each other. docs/tcp.md has the picture of it; instance.h
 // says which file does what. This one holds the settings, the limits, memory and, at the end, the table.
 #include <algorithm>
+#include <charconv>
 #include <cstring>
+#include <system_error>
 
 #include "../checks.h"
 #include "../table.h"
@@ -37,8 +39,22 @@ const ept_setting kSettings[] = {
      "Connections that may be waiting to show the secret; past it the oldest is dropped."},
     {sizeof(ept_setting), EPT_SETTING_INT, "max_regions", "1048576", 1, INT32_MAX,
      "Exports that may be valid at a time."},
+    {sizeof(ept_setting), EPT_SETTING_STRING, "threads", "0", 0, 0,
+     "Threads beside the engine's that move long payloads, 0 to 64; auto: 4 with 4 cores a rank or more, else 0."},
 };
 constexpr size_t kSettingCount = sizeof kSettings / sizeof *kSettings;
+
+int32_t parse_threads(const std::string &text, int *threads) {
+  if (text == "auto") {
+    *threads = kAutoThreads;
+    return EPT_OK;
+  }
+  const char *end = text.data() + text.size();
+  const auto read = std::from_chars(text.data(), end, *threads);
+  if (read.ec == std::errc() && read.ptr == end && *threads >= 0 && *threads <= kMaxThreads) return EPT_OK;
+  return fail(EPT_E_CONFIG, "open", -1, 0, "tcp: threads is '%s'; it must be auto or a number from 0 to %d",
+              text.c_str(), kMaxThreads);
+}
 
 int32_t read_settings(const ept_value *values, size_t count, Settings *settings) {
   plugin::Values given("tcp", kSettings, values, count);
@@ -53,6 +69,7 @@ int32_t read_settings(const ept_value *values, size_t count, Settings *settings)
   settings->half_open = given.small("half_open");
   settings->max_regions = given.small("max_regions");
   if (given.code() != EPT_OK) return given.code();
+  if (int32_t code = parse_threads(given.text("threads"), &settings->threads); code != EPT_OK) return code;
   if ((settings->depth & (settings->depth - 1)) != 0)
     return fail(EPT_E_CONFIG, "open", -1, 0, "tcp: depth is %u; it must be a power of two", settings->depth);
   return parse_port_range(given.text("port_range"), &settings->ports);
@@ -123,6 +140,7 @@ int32_t tcp_open(const ept_host *host, const ept_open_params *params, ept_instan
     instance->limits =
         Limits{settings.streams, kMaxMessage, kMaxSend, settings.depth, params->credits, params->send_credits};
     instance->sink.reset(new uint8_t[kSinkBytes]);
+    sched_getaffinity(0, sizeof instance->cores, &instance->cores);
     instance->counters.assign(settings.streams, ept_rail_counters{});
     instance->exports.limit(settings.max_regions);
     instance->worker.instance = instance.get();

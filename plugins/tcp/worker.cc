@@ -179,6 +179,7 @@ int32_t ept_instance::poll(ept_event *shown, size_t capacity) {
   events.begin(shown, capacity);
 
   if (!ended.empty()) give_ended();
+  if (movers != nullptr) take_moved();
   if (!ready.empty()) serve_ready();
   const bool spun = events.count() == 0 && spin();
   if ((events.count() == 0 && !spun) || ++since_epoll >= kEpollEvery) {
@@ -201,6 +202,13 @@ int32_t ept_instance::poll(ept_event *shown, size_t capacity) {
   if (!ended.empty()) give_ended();
   if (!quiesces.empty()) give_quiesced();
   return events.end();
+}
+
+void ept_instance::take_moved() {
+  while (Job *job = movers->take_done()) {
+    job->stream->job_done(job);
+    make_ready(job->stream);  // of a peer that is up: who ends one takes the jobs back
+  }
 }
 
 void ept_instance::serve_ready() {
@@ -300,6 +308,9 @@ int32_t ept_instance::ask_epoll() {
         break;
       case Source::Kind::kLingering:
         on_lingering(static_cast<Lingering *>(source));
+        break;
+      case Source::Kind::kMovers:
+        take_moved();
         break;
       case Source::Kind::kTimer:
         timer_set_ns = 0;

@@ -21,7 +21,7 @@ from eptransport.conformance.run import LIMIT_S, Worker
 SEEDS = [int(seed) for seed in os.environ.get("EPT_CONTRACT_SEEDS", "1 7").split()]
 VARIANTS: dict[str, list[dict[str, str]]] = {
     "loopback": [{}, *({"adversary": str(seed)} for seed in SEEDS)],
-    "tcp": [{}, {"streams": "1"}, {"streams": "4"}],
+    "tcp": [{}, {"streams": "1"}, {"streams": "4", "threads": "2"}],
     # The one mode that waives nothing, over connections; the default over shared memory, by a copy of the kernel's.
     "ucx": [{"transports": "tcp", "interface": "lo", "write": "message"}, {"transports": "posix,sysv,cma"}],
 }

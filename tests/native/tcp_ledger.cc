@@ -137,6 +137,8 @@ void Pair::take(int rank) {
       if (event.kind == EPT_EVENT_ERROR && event.code != EPT_E_ACCESS) check::failed(__FILE__, __LINE__, event.words);
       CHECK_EQ(event.kind == EPT_EVENT_ERROR, entry.kind == Kind::kRefused);
       CHECK(entry.kind == Kind::kRefused || entry.arrived == 1);  // LOCAL_DONE comes with the acknowledgement
+      if (entry.kind != Kind::kSend)
+        std::fill_n(mine.window->source.begin() + static_cast<long>(entry.offset), entry.length, kWiped);
     }
   }
   node[rank]->events.clear();

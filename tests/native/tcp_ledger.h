@@ -3,7 +3,7 @@
 // tcp_ledger.h: two ranks with a relay between them, and a ledger of every operation either way. Each event is checked
 // as it comes: an IMM once, after its bytes, never of a refused operation; a message once and whole; one LOCAL_DONE or
 // ERROR for each that was posted. What an IMM told of is wiped at once, so that bytes which land later, from a
-// connection that was given up, show at the end.
+// connection that was given up, show at the end; and so is a source at its LOCAL_DONE, which nobody may read again.
 #pragma once
 
 #include <array>

@@ -273,7 +273,7 @@ int32_t post(ept_worker *worker, const ept_op *ops, size_t count, size_t *posted
     size_t taken = 1;
     int32_t code = EPT_OK;
     if (tamper(own, &op)) code = under->post(worker, &op, 1, &taken);
-    if (code == EPT_LATER && is("blocks_when_full")) pause_ms(3000);
+    if (code == EPT_LATER && is("blocks_when_full")) pause_ms(1200);
     if (code != EPT_OK) {  // the engine posts it again, or never
       own.held.resize(held);
       own.extras.resize(extras);
