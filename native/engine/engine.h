@@ -443,7 +443,7 @@ struct ept_engine {
                       uint64_t offset, uint64_t length, const char *operation, ept_error *error);
   ept::Transfer *new_transfer(uint32_t peer, ept_transfer_id *watched);
   void take(const ept_write &write, const ept::Uses &uses);
-  void take(ept::Work work, ept::Peer &peer);
+  void take(ept::Work &work, ept::Peer &peer);
   void mark_dirty(ept::Peer &peer);
   void pump(ept::Peer &peer);
   void pump_dirty();

@@ -118,11 +118,11 @@ void ept_engine::take(const ept_write &write, const Uses &uses) {
     if (work.piece_bytes > caps.max_message) work.piece_bytes = caps.max_message;
     if (work.piece_bytes < write.length) work.pieces = (write.length + work.piece_bytes - 1) / work.piece_bytes;
   }
-  take(std::move(work), peers[write.peer]);
+  take(work, peers[write.peer]);
 }
 
 /* A work's number is given here, in the order of the peer's queue; what needs no waiting never enters the queue. */
-void ept_engine::take(Work work, Peer &peer) {
+void ept_engine::take(Work &work, Peer &peer) {
   RemoteSignal *signal = work.uses.signal;
   work.chan = signal ? signal->chan : peer.plain_chan;
   work.seq = static_cast<uint32_t>((signal ? signal->next++ : peer.plain_next++) % EPT_IMM_WINDOW);
@@ -416,7 +416,15 @@ void ept_engine::fail_peer_work(Peer &peer, const char *why, bool at_once) {
 extern "C" {
 
 int32_t ept_engine_write(ept_engine *engine, const ept_write *write, ept_transfer_id *transfer, ept_error *error) {
-  return ept_engine_scatter(engine, write, 1, transfer, error);
+  return guarded(error, "write", [&]() -> int32_t {
+    Hold hold(engine->lock);
+    Uses uses;
+    if (int32_t code = engine->admit(*write, "write", uses, error)) return code;
+    uses.transfer = engine->new_transfer(write->peer, transfer);
+    engine->take(*write, uses);
+    engine->pump_dirty();
+    return EPT_OK;
+  });
 }
 
 int32_t ept_engine_scatter(ept_engine *engine, const ept_write *writes, size_t count, ept_transfer_id *transfer,
@@ -426,7 +434,7 @@ int32_t ept_engine_scatter(ept_engine *engine, const ept_write *writes, size_t c
     if (!count) return fail(error, EPT_E_INVALID, "scatter", -1, "no writes");
     engine->admitted.assign(count, Uses{});
     for (size_t i = 0; i < count; i++) {
-      if (int32_t code = engine->admit(writes[i], count == 1 ? "write" : "scatter", engine->admitted[i], error)) {
+      if (int32_t code = engine->admit(writes[i], "scatter", engine->admitted[i], error)) {
         return code;
       }
     }
@@ -493,7 +501,7 @@ int32_t ept_engine_write_paged(ept_engine *engine, const ept_paged_write *write,
       work.uses = uses;
       work.source = static_cast<const uint8_t *>(uses.memory->desc.address);
       work.pieces = work.ranges.size();
-      engine->take(std::move(work), engine->peers[write->peer]);
+      engine->take(work, engine->peers[write->peer]);
     }
     engine->pump_dirty();
     return EPT_OK;

@@ -14,8 +14,8 @@ constexpr uint32_t kPsnMask = (1u << 24) - 1;
 
 }  // namespace
 
-Channel::Channel(Nic *on, Peer *of, uint32_t index, bool carries_messages, uint16_t in_slot)
-    : nic(on), peer(of), number(index), messages(carries_messages), slot(in_slot) {
+Channel::Channel(Nic *on, Peer *of, uint32_t index, uint32_t on_rail, bool carries_messages, uint16_t in_slot)
+    : nic(on), peer(of), number(index), rail(on_rail), messages(carries_messages), slot(in_slot) {
   depth = messages ? nic->plan.message_depth : nic->plan.depth;
   ring.resize(std::bit_ceil(depth));
 }

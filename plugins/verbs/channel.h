@@ -92,13 +92,14 @@ struct RequestId {
 struct Channel {
   enum class State : uint8_t { kNone, kFresh, kConnected, kUp, kRetiring };
 
-  Channel(Nic *nic, Peer *peer, uint32_t number, bool messages, uint16_t slot);
+  Channel(Nic *nic, Peer *peer, uint32_t number, uint32_t rail, bool messages, uint16_t slot);
   Channel(const Channel &) = delete;
   Channel &operator=(const Channel &) = delete;
 
   Nic *nic;
   Peer *peer;
   const uint32_t number;  // of the peer's channels
+  const uint32_t rail;    // whose counters count it; of messages the first of the NIC
   const bool messages;    // carries SENDs, else WRITEs
   const uint16_t slot;
   uint16_t serial = 0;

@@ -42,6 +42,7 @@ struct Peer {
   std::vector<Ah> ways;        // to the datagrams of each of its NICs
   // Data channels (NIC by NIC), then one for messages on each NIC.
   std::vector<std::unique_ptr<Channel>> channels;
+  std::vector<uint32_t> preferred;        // by rail: the data channel that it takes while that is up
   std::deque<Operation> replay;           // of channels that broke: for any that is up
   uint64_t opening = 0, its_opening = 0;  // its: 0 until it was heard
   uint64_t hello_due_ns = 0, hello_pause_ns = 0;
@@ -75,7 +76,7 @@ struct Fence {
 
 // Between two Hellos, at first; doubled each time.
 constexpr uint64_t kFirstHelloPause = 5'000'000;
-// Between two looks at the clock.
+// Between two looks at what is due, and at the events of NICs.
 constexpr uint64_t kTick = 5'000'000;
 
 // Requests of a call of post that are not given to NICs yet.
@@ -133,7 +134,6 @@ struct ept_instance {
 
   uint64_t now() const { return host->clock_ns(host->context); }
   void log(int32_t level, const std::string &text) const { host->log(host->context, level, text.c_str()); }
-  uint32_t rail_of(const verbs::Channel &channel) const;
 
   // peers.cc
   int32_t peer_open(uint32_t rank, uint32_t epoch, const void *address, size_t length);
@@ -180,7 +180,8 @@ struct ept_instance {
   int32_t poll(ept_event *into, size_t capacity);
   int32_t arm(int32_t *descriptor);
   int32_t quiesce(uint32_t rank, int32_t scope, uint64_t cookie);
-  void stage(verbs::Channel *channel, const verbs::Operation &operation);
+  verbs::Operation &fresh(verbs::Channel *channel);
+  void stage(verbs::Channel *channel);
   void flush();
   void release(verbs::Operation *operation);
   void acknowledge(verbs::Channel *channel, uint64_t up_to);

@@ -93,7 +93,7 @@ bool ept_instance::resolve(Channel *channel, uint64_t consumed) {
     return false;
   }
   acknowledge(channel, consumed);
-  ept_rail_counters &counted = counters[rail_of(*channel)];
+  ept_rail_counters &counted = counters[channel->rail];
   for (; channel->base < channel->next; ++channel->base) {
     Operation &operation = channel->at(channel->base);
     if (operation.kind == Operation::Kind::kProbe) continue;
@@ -107,7 +107,7 @@ bool ept_instance::resolve(Channel *channel, uint64_t consumed) {
                                                              "the target"
                                                            : "the request was refused";
       fail_operation(
-          peer, rail_of(*channel), &operation, operation.refused, static_cast<int>(operation.number),
+          peer, channel->rail, &operation, operation.refused, static_cast<int>(operation.number),
           format("an operation of %llu bytes to rank %u failed on %s: %s (%s)",
                  static_cast<unsigned long long>(operation.length), peer->rank, channel->nic->port.device.c_str(), what,
                  library->wc_status_str(static_cast<ibv_wc_status>(operation.number))));
@@ -126,10 +126,10 @@ bool ept_instance::resolve(Channel *channel, uint64_t consumed) {
 void ept_instance::probe(Channel *channel) {
   if (channel->probing) return;
   channel->probing = true;
-  Operation operation;
+  Operation &operation = fresh(channel);
   operation.kind = Operation::Kind::kProbe;
   operation.serial = next_serial++;
-  stage(channel, operation);
+  stage(channel);
   flush();
 }
 
@@ -138,7 +138,7 @@ void ept_instance::went_up(Channel *channel) {
   channel->state = Channel::State::kUp;
   channel->up_ns = now();
   if (channel->generation > 1) {
-    ++counters[rail_of(*channel)].reconnects;
+    ++counters[channel->rail].reconnects;
     log(EPT_LOG_INFO, format("verbs: rank %u: channel %u to rank %u is up again (generation %u)", params.rank,
                              channel->number, peer->rank, channel->generation));
   }
@@ -242,7 +242,8 @@ void ept_instance::replay() {
         if (channel->up() && channel->room() && channel->messages == (operation.kind == Operation::Kind::kMessage))
           found = channel.get();
       if (found == nullptr) return;
-      stage(found, operation);
+      fresh(found) = operation;
+      stage(found);
       peer->replay.pop_front();
       --replaying;
     }
@@ -271,5 +272,5 @@ void ept_instance::bury(Channel *channel) {
   Peer *peer = channel->peer;
   channel->destroy();
   for (; channel->base < channel->next; ++channel->base)
-    fail_operation(peer, rail_of(*channel), &channel->at(channel->base), peer->code, peer->number, peer->text);
+    fail_operation(peer, channel->rail, &channel->at(channel->base), peer->code, peer->number, peer->text);
 }

@@ -33,16 +33,12 @@ bool Peer::gone() const {
   return std::none_of(channels.begin(), channels.end(), [](const auto &channel) { return bool{channel->qp}; });
 }
 
-uint32_t ept_instance::rail_of(const Channel &channel) const {
-  const Peer *peer = channel.peer;
-  if (channel.messages) return channel.nic->number * settings.qps;
-  return channel.number / peer->qps * settings.qps + channel.number % peer->qps;
-}
-
 // ---- opening --------------------------------------------------------------------------------------------------------
 
 int32_t ept_instance::make_channels(Peer *peer) {
   const uint32_t data = peer->data_channels();
+  for (uint32_t rail = 0; rail < counters.size(); ++rail)
+    peer->preferred.push_back((rail / settings.qps * peer->qps + rail % settings.qps) % data);
   for (uint32_t i = 0; i < data + peer->nics; ++i) {
     const bool messages = i >= data;
     const size_t slot = static_cast<size_t>(std::find(slots.begin(), slots.end(), nullptr) - slots.begin());
@@ -53,7 +49,8 @@ int32_t ept_instance::make_channels(Peer *peer) {
       slots.push_back(nullptr);
     }
     Nic *nic = nics[messages ? i - data : i / peer->qps].get();
-    peer->channels.push_back(std::make_unique<Channel>(nic, peer, i, messages, static_cast<uint16_t>(slot)));
+    const uint32_t rail = nic->number * settings.qps + (messages ? 0 : i % peer->qps);
+    peer->channels.push_back(std::make_unique<Channel>(nic, peer, i, rail, messages, static_cast<uint16_t>(slot)));
     // Completions of who had the slot before must not be taken for its.
     host->random(host->context, &peer->channels.back()->serial, sizeof(uint16_t));
     slots[slot] = peer->channels.back().get();
@@ -345,8 +342,7 @@ void ept_instance::give_fenced() {
       event->cookie = fence.cookie;
       if (peer == nullptr || peer->epoch > fence.epoch) continue;
       for (const auto &channel : peer->channels)
-        if (!channel->messages && rail_of(*channel) == rail)
-          event->immediate = static_cast<uint32_t>(channel->consumed);
+        if (!channel->messages && channel->rail == rail) event->immediate = static_cast<uint32_t>(channel->consumed);
     }
     return true;
   });

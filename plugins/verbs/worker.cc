@@ -27,7 +27,7 @@ using namespace verbs;
 namespace {
 
 constexpr size_t kReadAtOnce = 32;    // entries of a completion queue
-constexpr uint32_t kClockEvery = 64;  // polls between two looks at clock and events
+constexpr uint32_t kClockEvery = 64;  // polls between two looks at the clock
 
 }  // namespace
 
@@ -76,10 +76,11 @@ int32_t ept_instance::check(const ept_op &op, Peer **result) {
 Channel *ept_instance::choose(Peer *peer, bool messages, uint32_t rail) {
   const uint32_t data = peer->data_channels();
   const uint32_t first = messages ? data : 0, count = messages ? peer->nics : data;
-  const uint32_t start = messages ? 0 : (rail / settings.qps * peer->qps + rail % settings.qps) % count;
+  uint32_t at = messages ? 0 : peer->preferred[rail];
   for (uint32_t i = 0; i < count; ++i) {
-    Channel *channel = peer->channels[first + (start + i) % count].get();
+    Channel *channel = peer->channels[first + at].get();
     if (channel->up()) return channel->room() ? channel : nullptr;
+    if (++at == count) at = 0;
   }
   return nullptr;
 }
@@ -91,7 +92,7 @@ int32_t ept_instance::post_write(Peer *peer, const ept_op &op) {
     return EPT_LATER;
   }
   const bool payload = op.kind == EPT_OP_WRITE && op.length > 0;
-  Operation operation;
+  Operation &operation = fresh(channel);
   operation.immediate = op.immediate;
   operation.cookie = op.cookie;
   operation.serial = next_serial++;
@@ -105,10 +106,10 @@ int32_t ept_instance::post_write(Peer *peer, const ept_op &op) {
     operation.mem = op.source_mem;
     ++op.source_mem->in_flight;
   }
-  ept_rail_counters &counted = counters[rail_of(*channel)];
+  ept_rail_counters &counted = counters[channel->rail];
   ++counted.tx_operations;
   counted.tx_bytes += operation.length;
-  stage(channel, operation);
+  stage(channel);
   return EPT_OK;
 }
 
@@ -118,7 +119,7 @@ int32_t ept_instance::post_message(Peer *peer, const ept_op &op) {
     ++counters[op.rail].later;
     return EPT_LATER;
   }
-  Operation operation;
+  Operation &operation = fresh(channel);
   operation.kind = Operation::Kind::kMessage;
   operation.cookie = op.cookie;
   operation.length = op.length;
@@ -127,16 +128,21 @@ int32_t ept_instance::post_message(Peer *peer, const ept_op &op) {
   free_sends.pop_back();
   if (op.length > 0)
     memcpy(send_buffers.get() + static_cast<size_t>(operation.buffer) * kMaxSend, op.source, op.length);
-  ++counters[rail_of(*channel)].tx_sends;
-  stage(channel, operation);
+  ++counters[channel->rail].tx_sends;
+  stage(channel);
   return EPT_OK;
 }
 
-// Takes it into the channel's ring, and its request into the chain that flush() gives to the NIC.
-void ept_instance::stage(Channel *channel, const Operation &operation) {
+// The next place in the channel's ring, for the caller to fill; then stage() it.
+Operation &ept_instance::fresh(Channel *channel) {
   if (batch.count == kBatch) flush();
+  return channel->at(channel->next) = Operation{};
+}
+
+// Takes what stands in that place, and its request into the chain that flush() gives to the NIC.
+void ept_instance::stage(Channel *channel) {
   const uint64_t ordinal = channel->next++;
-  channel->at(ordinal) = operation;
+  const Operation &operation = channel->at(ordinal);
   const uint32_t nic = channel->nic->number;
   ibv_send_wr &request = batch.requests[batch.count];
   ibv_sge &range = batch.ranges[batch.count++];
@@ -213,6 +219,7 @@ int32_t ept_instance::poll(ept_event *into, size_t capacity) {
       nic->armed = !nic->take_notices();
       armed = armed || nic->armed;
     }
+    for (auto &nic : nics) read_events(nic.get());
   }
   if (++since_clock >= kClockEvery || time_due_ns == 0) {
     since_clock = 0;
@@ -220,8 +227,8 @@ int32_t ept_instance::poll(ept_event *into, size_t capacity) {
     if (time >= time_due_ns) {
       time_due_ns = time + kTick;
       on_time(time);
+      for (auto &nic : nics) read_events(nic.get());  // a system call each
     }
-    for (auto &nic : nics) read_events(nic.get());
   }
   // The first to be read changes, so that a busy NIC does not starve the others where the caller has little room.
   const auto count = static_cast<uint32_t>(nics.size());
@@ -289,7 +296,7 @@ void ept_instance::received(Channel *channel, const ibv_wc &completion, uint32_t
   const bool probe = completion.opcode == IBV_WC_RECV && (completion.wc_flags & IBV_WC_WITH_IMM) != 0;
   // It came by a queue pair that the other side has connected, so the way is whole.
   if (channel->state == Channel::State::kConnected) went_up(channel);
-  const uint32_t rail = rail_of(*channel);
+  const uint32_t rail = channel->rail;
   if (peer->state != Peer::State::kEnded && !probe) {
     if (!channel->messages) {
       ++counters[rail].rx_operations;
@@ -316,7 +323,7 @@ void ept_instance::received(Channel *channel, const ibv_wc &completion, uint32_t
 // Operations below `up_to` are done.
 void ept_instance::acknowledge(Channel *channel, uint64_t up_to) {
   Peer *peer = channel->peer;
-  const uint32_t rail = rail_of(*channel);
+  const uint32_t rail = channel->rail;
   for (; channel->base < up_to; ++channel->base) {
     Operation &operation = channel->at(channel->base);
     if (operation.kind == Operation::Kind::kProbe) {
