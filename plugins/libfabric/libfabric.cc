@@ -80,7 +80,7 @@ int32_t choose(const ept_host *host, const ept_value *values, size_t count, uint
   }
   const bool gpu = wants_gpu(*host, *settings);
   prepare_environment(gpu, settings->provider, world);
-  Refusal refusal;
+  plugin::Refusal refusal;
   *library = open_library(settings->library, &refusal);
   if (*library == nullptr) {
     choice->mend = refusal.mend;

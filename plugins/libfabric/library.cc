@@ -2,12 +2,8 @@
 #include "library.h"
 
 #include <dlfcn.h>
-#include <link.h>
 
 #include <cstring>
-#include <fstream>
-#include <set>
-#include <vector>
 
 namespace libfabric {
 namespace {
@@ -30,8 +26,7 @@ class Opened final : public Library {
                take("fi_dupinfo", &dupinfo_, true) && take("fi_fabric", &fabric_, false) &&
                take("fi_strerror", &strerror_, false) && take("fi_version", &version_, false);
     if (!all) return missing_;
-    link_map *map = nullptr;
-    if (dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0 && map != nullptr) path_ = map->l_name;
+    path_ = plugin::file_of(handle);
     if (!kOldHeaders && FI_VERSION(FI_MAJOR(version()), FI_MINOR(version())) != kApi)
       return "is release " + release_of(version()) + ", and this plugin was built with the headers of " +
              release_of(kApi) + ", which fit that release only (headers up to 1.17 fit all)";
@@ -73,50 +68,19 @@ class Opened final : public Library {
   uint32_t (*version_)() = nullptr;
 };
 
-std::set<std::string> mapped_files() {
-  std::set<std::string> files;
-  std::ifstream maps("/proc/self/maps");
-  for (std::string line; std::getline(maps, line);) {
-    size_t slash = line.find('/');
-    if (slash == std::string::npos) continue;
-    std::string file = line.substr(slash);
-    size_t name = file.rfind('/') + 1;
-    if (file.compare(name, 15, "libfabric.so.1.") == 0 || file.compare(name, std::string::npos, "libfabric.so.1") == 0)
-      files.insert(file);
-  }
-  return files;
-}
+constexpr const char *kFile = "libfabric.so.1";
 
 }  // namespace
 
-std::shared_ptr<Library> open_library(const std::string &wanted, Refusal *refusal) {
-  std::vector<std::string> places;
-  if (!wanted.empty()) {
-    places = {wanted};
-  } else {
-    for (const std::string &file : mapped_files()) places.push_back(file);
-    for (const char *file :
-         {"/opt/amazon/efa/lib64/libfabric.so.1", "/opt/amazon/efa/lib/libfabric.so.1", "libfabric.so.1"})
-      places.push_back(file);
+std::shared_ptr<Library> open_library(const std::string &wanted, plugin::Refusal *refusal) {
+  std::vector<std::string> places = {wanted};
+  if (wanted.empty()) {
+    places = plugin::mapped_files(kFile);
+    for (const char *folder : {"/opt/amazon/efa/lib64/", "/opt/amazon/efa/lib/", ""})
+      places.push_back(std::string(folder) + kFile);
   }
-  std::string reasons;
-  for (const std::string &place : places) {
-    // RTLD_NODELETE: providers start threads and leave handlers behind that must not outlive their code.
-    void *handle = dlopen(place.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-    std::string reason;
-    if (handle == nullptr) {
-      const char *text = dlerror();
-      reason = text != nullptr ? text : "can't be opened";
-    } else {
-      auto opened = std::make_shared<Opened>();
-      reason = opened->bind(handle);
-      if (reason.empty()) return opened;
-      dlclose(handle);
-      reason = place + " " + reason;
-    }
-    reasons += (reasons.empty() ? "" : "; ") + reason;
-  }
-  refusal->why = reasons;
+  auto opened = std::make_shared<Opened>();
+  if (plugin::open_first(places, &refusal->why, [&](void *handle) { return opened->bind(handle); })) return opened;
   refusal->mend =
       "install libfabric (apt-get install libfabric1, AWS's EFA installer, or pip install mpich), or give "
       "EPT_LIBFABRIC_LIBRARY=/path/to/libfabric.so.1";
@@ -125,7 +89,7 @@ std::shared_ptr<Library> open_library(const std::string &wanted, Refusal *refusa
 
 std::string mapped_libraries() {
   std::string list;
-  for (const std::string &file : mapped_files()) list += (list.empty() ? "" : ", ") + file;
+  for (const std::string &file : plugin::mapped_files(kFile)) list += (list.empty() ? "" : ", ") + file;
   return list;
 }
 

@@ -17,6 +17,8 @@
 #include <memory>
 #include <string>
 
+#include "../opening.h"
+
 namespace libfabric {
 
 class Library {
@@ -34,16 +36,10 @@ class Library {
   virtual const std::string &path() = 0;  // the file that the dynamic linker mapped
 };
 
-// What was asked for and what came of it, for the sentence that a user needs.
-struct Refusal {
-  std::string why;   // "libfabric.so.1 is not here: ..." with every place that was looked at
-  std::string mend;  // "apt-get install libfabric1, pip install mpich, or EPT_LIBFABRIC_LIBRARY=/path/libfabric.so.1"
-};
-
 // Opens `wanted` (a file), or where it is empty the first that loads of: one that this process has already mapped (two
 // copies in a process see no devices), /opt/amazon/efa/lib*, the dynamic linker's own search. nullptr: `refusal` says
-// why. Stays mapped for the life of the process once opened: its providers leave threads and handlers behind.
-std::shared_ptr<Library> open_library(const std::string &wanted, Refusal *refusal);
+// why.
+std::shared_ptr<Library> open_library(const std::string &wanted, plugin::Refusal *refusal);
 
 // Copies of libfabric.so that this process has mapped, by file; more than one is worth a warning.
 std::string mapped_libraries();

@@ -2,10 +2,8 @@
 #include "library.h"
 
 #include <dlfcn.h>
-#include <link.h>
 
 #include <cstring>
-#include <vector>
 
 namespace nvshmem {
 namespace {
@@ -35,46 +33,21 @@ std::string bind(void *handle, Library *library) {
            std::pair{"nvshmem_n_pes", take("nvshmem_n_pes", &library->n_pes)},
        })
     if (!there) return std::string("has no ") + name + " (NVSHMEM " + library->release() + ")";
-  link_map *map = nullptr;
-  if (dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0 && map != nullptr) library->path = map->l_name;
+  library->path = plugin::file_of(handle);
   return "";
-}
-
-// A wheel lies in the folder that holds this package: .../nvidia/nvshmem/lib beside .../eptransport/plugins.
-std::string beside_the_package() {
-  Dl_info own{};
-  if (dladdr(reinterpret_cast<void *>(&beside_the_package), &own) == 0 || own.dli_fname == nullptr) return "";
-  std::string folder = own.dli_fname;
-  for (int up = 0; up < 3; ++up) {
-    const size_t slash = folder.rfind('/');
-    if (slash == std::string::npos) return "";
-    folder.resize(slash);
-  }
-  return folder + "/nvidia/nvshmem/lib/" + kFile;
 }
 
 }  // namespace
 
-std::shared_ptr<const Library> open_library(const std::string &wanted, Refusal *refusal) {
+std::shared_ptr<const Library> open_library(const std::string &wanted, plugin::Refusal *refusal) {
   refusal->mend =
       "pip install nvidia-nvshmem-cu13 (or -cu12, by the CUDA release that the kernels are linked with) beside this "
       "package, or give EPT_NVSHMEM_LIBRARY=/path/to/libnvshmem_host.so.3";
-  const std::vector<std::string> places =
-      wanted.empty() ? std::vector<std::string>{kFile, beside_the_package()} : std::vector<std::string>{wanted};
-  void *handle = nullptr;
-  for (const std::string &place : places) {
-    // One that the program has loaded already (torch brings one) comes before a second copy.
-    if (wanted.empty() && place == kFile) handle = dlopen(kFile, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
-    if (handle == nullptr && !place.empty()) handle = dlopen(place.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-    if (handle != nullptr) break;
-    const char *text = dlerror();
-    refusal->why = text != nullptr ? text : place + " can't be opened";
-  }
-  if (handle == nullptr) return nullptr;
+  std::vector<std::string> places = {wanted};
+  if (wanted.empty()) places = {kFile, plugin::beside_the_package(std::string("nvidia/nvshmem/lib/") + kFile)};
   auto library = std::make_shared<Library>();
-  const std::string missing = bind(handle, library.get());
-  if (missing.empty()) return library;
-  refusal->why = (library->path.empty() ? places.back() : library->path) + " " + missing;
+  if (plugin::open_first(places, &refusal->why, [&](void *handle) { return bind(handle, library.get()); }))
+    return library;
   return nullptr;
 }
 

@@ -10,6 +10,8 @@
 #include <memory>
 #include <string>
 
+#include "../opening.h"
+
 namespace nvshmem {
 
 // nvshmemx_uniqueid_v1 and so on: version is 1 << 16 | size.
@@ -55,11 +57,8 @@ struct Library {
   }
 };
 
-struct Refusal {
-  std::string why, mend;
-};
-
-// `wanted`: a path; empty: the wheel beside this package, then the system's. NULL, and why.
-std::shared_ptr<const Library> open_library(const std::string &wanted, Refusal *refusal);
+// `wanted`: a path; empty: one that this process has already (torch brings one) or that the system has, then the wheel
+// beside this package. NULL, and why.
+std::shared_ptr<const Library> open_library(const std::string &wanted, plugin::Refusal *refusal);
 
 }  // namespace nvshmem

@@ -108,7 +108,7 @@ int32_t find_pieces(const ept_host *host, const Settings &settings, std::shared_
     *mend = "see docs/backends/nvshmem.md, Building";
     return fail(EPT_E_UNAVAILABLE, "open", -1, 0, "nvshmem: %s", no_images);
   }
-  Refusal refusal;
+  plugin::Refusal refusal;
   *library = open_library(settings.library, &refusal);
   *mend = refusal.mend;
   if (*library == nullptr) return fail(EPT_E_UNAVAILABLE, "open", -1, 0, "nvshmem: %s", refusal.why.c_str());

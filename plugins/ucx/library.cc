@@ -2,11 +2,8 @@
 #include "library.h"
 
 #include <dlfcn.h>
-#include <link.h>
 
 #include <cstring>
-#include <fstream>
-#include <vector>
 
 namespace ucx {
 namespace {
@@ -26,61 +23,23 @@ std::string bind(void *handle, Library *library) {
   if (library->major != kApiMajor || library->minor < kApiMinor)
     return "is release " + std::to_string(library->major) + "." + std::to_string(library->minor) +
            "; 1.13 or a later 1.x is needed";
-  link_map *map = nullptr;
-  if (dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0 && map != nullptr) library->path = map->l_name;
+  library->path = plugin::file_of(handle);
   return "";
-}
-
-std::string mapped_file() {
-  std::ifstream maps("/proc/self/maps");
-  for (std::string line; std::getline(maps, line);) {
-    const size_t slash = line.find('/');
-    if (slash == std::string::npos) continue;
-    const std::string file = line.substr(slash);
-    if (file.compare(file.rfind('/') + 1, 11, "libucp.so.0") == 0) return file;
-  }
-  return "";
-}
-
-// A wheel lies in the folder that holds this package: .../libucx/lib beside .../eptransport/plugins.
-std::string beside_the_package() {
-  Dl_info own{};
-  if (dladdr(reinterpret_cast<void *>(&mapped_file), &own) == 0 || own.dli_fname == nullptr) return "";
-  std::string folder = own.dli_fname;
-  for (int up = 0; up < 3; ++up) {
-    const size_t slash = folder.rfind('/');
-    if (slash == std::string::npos) return "";
-    folder.resize(slash);
-  }
-  return folder + "/libucx/lib/libucp.so.0";
 }
 
 }  // namespace
 
-std::shared_ptr<const Library> open_library(const std::string &wanted, Refusal *refusal) {
-  std::vector<std::string> places;
-  if (!wanted.empty())
-    places = {wanted};
-  else
-    for (const std::string &place : {mapped_file(), beside_the_package(), std::string("libucp.so.0")})
-      if (!place.empty()) places.push_back(place);
-  std::string reasons;
-  for (const std::string &place : places) {
-    void *handle = dlopen(place.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-    std::string reason;
-    if (handle == nullptr) {
-      const char *text = dlerror();
-      reason = text != nullptr ? text : place + " can't be opened";
-    } else {
-      auto library = std::make_shared<Library>();
-      reason = bind(handle, library.get());
-      if (reason.empty()) return library;
-      dlclose(handle);
-      reason = place + " " + reason;
-    }
-    reasons += (reasons.empty() ? "" : "; ") + reason;
+std::shared_ptr<const Library> open_library(const std::string &wanted, plugin::Refusal *refusal) {
+  constexpr const char *kFile = "libucp.so.0";
+  std::vector<std::string> places = {wanted};
+  if (wanted.empty()) {
+    places = plugin::mapped_files(kFile);
+    places.push_back(plugin::beside_the_package(std::string("libucx/lib/") + kFile));
+    places.push_back(kFile);
   }
-  refusal->why = reasons;
+  auto library = std::make_shared<Library>();
+  if (plugin::open_first(places, &refusal->why, [&](void *handle) { return bind(handle, library.get()); }))
+    return library;
   refusal->mend =
       "pip install 'eptransport[ucx]', or install libucx0 (>= 1.13), or give "
       "EPT_UCX_LIBRARY=/path/to/libucp.so.0";

@@ -11,6 +11,8 @@
 #include <memory>
 #include <string>
 
+#include "../opening.h"
+
 namespace ucx {
 
 // Every function of UCX that this backend calls, by its own name.
@@ -60,13 +62,8 @@ struct Library {
 
 constexpr unsigned kApiMajor = 1, kApiMinor = 13;
 
-struct Refusal {
-  std::string why, mend;
-};
-
 // Opens `wanted` (a file), or where it is empty the first that loads of: one that this process has mapped, the one of a
 // wheel libucx-cu12 or libucx-cu13 beside this package, the dynamic linker's own search. nullptr: `refusal` says why.
-// Stays mapped for the life of the process: UCX leaves a thread and handlers behind.
-std::shared_ptr<const Library> open_library(const std::string &wanted, Refusal *refusal);
+std::shared_ptr<const Library> open_library(const std::string &wanted, plugin::Refusal *refusal);
 
 }  // namespace ucx

@@ -174,7 +174,7 @@ int32_t ucx_probe(const ept_host *, const ept_value *values, size_t value_count,
   return guarded("probe", [&]() -> int32_t {
     report->summary[0] = report->mend[0] = 0;
     Settings settings;
-    Refusal refusal;
+    plugin::Refusal refusal;
     std::shared_ptr<const Library> library;
     int32_t code = read_settings(values, value_count, &settings);
     refusal.mend = "correct that setting";
@@ -247,7 +247,7 @@ int32_t ucx_open(const ept_host *host, const ept_open_params *params, ept_instan
     instance->params = *params;
     code = read_settings(params->values, params->value_count, &instance->settings);
     if (code != EPT_OK) return code;
-    Refusal refusal;
+    plugin::Refusal refusal;
     instance->library = open_library(instance->settings.library, &refusal);
     if (instance->library == nullptr)
       return fail(EPT_E_UNAVAILABLE, "open", params->rank, 0, "ucx: %s; %s", refusal.why.c_str(), refusal.mend.c_str());

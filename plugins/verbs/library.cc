@@ -2,7 +2,6 @@
 #include "library.h"
 
 #include <dlfcn.h>
-#include <link.h>
 
 #include <cerrno>
 #include <cstring>
@@ -49,8 +48,7 @@ class Opened final : public Library {
     take("ibv_reg_mr_iova2", &reg_mr_iova2_);
     take("ibv_reg_dmabuf_mr", &reg_dmabuf_mr_);
     if (!missing.empty()) return missing;
-    link_map *map = nullptr;
-    if (dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0 && map != nullptr) path_ = map->l_name;
+    path_ = plugin::file_of(handle);
     return "";
   }
 
@@ -147,22 +145,14 @@ class Opened final : public Library {
 
 }  // namespace
 
-std::shared_ptr<Library> open_library(const std::string &wanted, std::string *why, std::string *mend) {
-  const std::string file = wanted.empty() ? "libibverbs.so.1" : wanted;
-  *mend =
+std::shared_ptr<Library> open_library(const std::string &wanted, plugin::Refusal *refusal) {
+  auto opened = std::make_shared<Opened>();
+  if (plugin::open_first({wanted.empty() ? "libibverbs.so.1" : wanted}, &refusal->why,
+                         [&](void *handle) { return opened->bind(handle); }))
+    return opened;
+  refusal->mend =
       "install libibverbs and its providers (apt-get install libibverbs1 ibverbs-providers, dnf install libibverbs), "
       "or give EPT_VERBS_LIBRARY=/path/to/libibverbs.so.1";
-  void *handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-  if (handle == nullptr) {
-    const char *text = dlerror();
-    *why = text != nullptr ? text : file + " can't be opened";
-    return nullptr;
-  }
-  auto opened = std::make_shared<Opened>();
-  *why = opened->bind(handle);
-  if (why->empty()) return opened;
-  *why = file + " " + *why;
-  dlclose(handle);
   return nullptr;
 }
 

@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 
+#include "../opening.h"
 #include "common.h"
 
 namespace verbs {
@@ -52,8 +53,7 @@ class Library {
   virtual const std::string &sysfs() = 0;   // "/sys", or a test's: GID tables are read from its files
 };
 
-// nullptr: `why` says why, with the mend in `mend`. `wanted`: a file, or empty for the dynamic linker's own search.
-// Stays mapped for the life of the process: its providers may leave handlers behind.
-std::shared_ptr<Library> open_library(const std::string &wanted, std::string *why, std::string *mend);
+// nullptr: `refusal` says why. `wanted`: a file, or empty for the dynamic linker's own search.
+std::shared_ptr<Library> open_library(const std::string &wanted, plugin::Refusal *refusal);
 
 }  // namespace verbs

@@ -50,9 +50,10 @@ int32_t choose(const ept_host &host, const ept_value *values, size_t count, Sett
   *mend = "correct that setting";
   const int32_t code = read_settings(values, count, settings);
   if (code != EPT_OK) return code;
-  std::string why;
-  *library = open_library(settings->library, &why, mend);
-  if (*library == nullptr) return fail(EPT_E_UNAVAILABLE, "open", -1, 0, "verbs: %s", why.c_str());
+  plugin::Refusal refusal;
+  *library = open_library(settings->library, &refusal);
+  *mend = refusal.mend;
+  if (*library == nullptr) return fail(EPT_E_UNAVAILABLE, "open", -1, 0, "verbs: %s", refusal.why.c_str());
   return find_ports(**library, *settings, plugin::gpu_of(host), ports, mend);
 }
 

@@ -21,9 +21,8 @@ watch::Card *the_card = nullptr;
 }
 
 namespace libfabric {
-struct Refusal;
 // In place of library.cc.
-std::shared_ptr<Library> open_library(const std::string &, Refusal *) { return watch::make(the_card); }
+std::shared_ptr<Library> open_library(const std::string &, plugin::Refusal *) { return watch::make(the_card); }
 std::string mapped_libraries() { return ""; }
 }  // namespace libfabric
 

@@ -16,7 +16,7 @@ extern "C" const ept_backend ept_backend_v1;
 
 namespace libfabric {
 // In place of library.cc: whatever library is asked for.
-std::shared_ptr<Library> open_library(const std::string &, Refusal *) { return make_null(); }
+std::shared_ptr<Library> open_library(const std::string &, plugin::Refusal *) { return make_null(); }
 std::string mapped_libraries() { return ""; }
 }  // namespace libfabric
 

@@ -28,7 +28,7 @@ extern "C" const ept_backend ept_backend_v1;
 
 namespace libfabric {
 // In place of library.cc: whatever library is asked for, a card's network that gives out its own keys.
-std::shared_ptr<Library> open_library(const std::string &, Refusal *) {
+std::shared_ptr<Library> open_library(const std::string &, plugin::Refusal *) {
   return make_null({.writes_land = true, .mr_mode = FI_MR_VIRT_ADDR | FI_MR_PROV_KEY, .provider = "efa"});
 }
 std::string mapped_libraries() { return ""; }
