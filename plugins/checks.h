@@ -73,6 +73,19 @@ int32_t check_import(const char *network, const Blob &head, uint32_t magic, uint
   return EPT_OK;
 }
 
+// Operations may be posted to `peer`, nullptr where it is not open. `closed`: a rank's latest epoch that was closed.
+template <class Peer, class Epochs>
+int32_t check_peer(const char *network, const Peer *peer, uint32_t rank, const Epochs &closed) {
+  if (peer == nullptr)
+    return fail(closed.count(rank) != 0 ? EPT_E_CLOSED : EPT_E_INVALID, "post", rank, 0, "%s: rank %u is not open",
+                network, rank);
+  if (peer->state == Peer::State::kEnded)
+    return fail(peer->code, "post", rank, peer->number, "%s: %s", network, peer->text.c_str());
+  if (peer->state != Peer::State::kUp)
+    return fail(EPT_E_INVALID, "post", rank, 0, "%s: rank %u is not connected yet", network, rank);
+  return EPT_OK;
+}
+
 struct OperationLimits {
   size_t rails;
   uint32_t max_send;

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "plugin.h"
@@ -87,6 +88,14 @@ struct Calls {
   }
   static int32_t quiesce(Worker *worker, uint32_t rank, int32_t scope, uint64_t cookie) {
     return guarded("quiesce", [&] { return worker->instance->quiesce(rank, scope, cookie); });
+  }
+
+  // Of a plugin that counts in `strangers` who came without the job's secret, and has no other feature.
+  static int32_t query(Instance *instance, const char *feature, int64_t *value) {
+    if (strcmp(feature, "strangers") != 0)
+      return fail(EPT_E_UNSUPPORTED, "query", -1, 0, "%s: there is no feature '%s'", Instance::kNetwork, feature);
+    *value = static_cast<int64_t>(instance->strangers.load(std::memory_order_relaxed));
+    return EPT_OK;
   }
 
   static void last_error(ept_error *error) {

@@ -43,14 +43,8 @@ int32_t ept_instance::post(const ept_op *ops, size_t count, size_t *posted) {
 
 int32_t ept_instance::check(const ept_op &op, Peer **result) {
   Peer *peer = op.peer < peers.size() ? peers[op.peer].get() : nullptr;
-  if (peer == nullptr || peer->state != Peer::State::kUp) {
-    if (peer == nullptr)
-      return fail(closed_epochs.count(op.peer) != 0 ? EPT_E_CLOSED : EPT_E_INVALID, "post", op.peer, 0,
-                  "libfabric: rank %u is not open", op.peer);
-    if (peer->state == Peer::State::kEnded)
-      return fail(peer->code, "post", op.peer, peer->number, "libfabric: %s", peer->text.c_str());
-    return fail(EPT_E_INVALID, "post", op.peer, 0, "libfabric: rank %u is not connected yet", op.peer);
-  }
+  const int32_t code = plugin::check_peer("libfabric", peer, op.peer, closed_epochs);
+  if (code != EPT_OK) return code;
   *result = peer;
   return plugin::check_operation<ept_mem, ept_region>(this, op, peer->epoch, {rails.size(), kMaxSend, max_message});
 }

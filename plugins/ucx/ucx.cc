@@ -336,13 +336,6 @@ using Calls = plugin::Calls<ept_instance, ept_mem, ept_worker>;
 
 void ucx_region_drop(ept_region *region) { region->owner->region_drop(region); }
 
-int32_t ucx_query(ept_instance *instance, const char *feature, int64_t *value) {
-  if (strcmp(feature, "strangers") != 0)
-    return fail(EPT_E_UNSUPPORTED, "query", -1, 0, "ucx: there is no feature '%s'", feature);
-  *value = static_cast<int64_t>(instance->strangers.load(std::memory_order_relaxed));
-  return EPT_OK;
-}
-
 int32_t ucx_counters(ept_worker *worker, uint32_t rail, ept_rail_counters *counters) {
   if (rail != 0) return fail(EPT_E_INVALID, "counters", -1, 0, "ucx: rail %u, there is one", rail);
   return plugin::give_counters(worker->instance->counters, counters);
@@ -393,7 +386,7 @@ extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_
     .device_signal = nullptr,
     .device_image = nullptr,
     .device_module = nullptr,
-    .query = ucx_query,
+    .query = Calls::query,
     .counters = ucx_counters,
     .last_error = Calls::last_error,
 };

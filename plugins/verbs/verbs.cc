@@ -237,14 +237,6 @@ using Calls = plugin::Calls<ept_instance, ept_mem, ept_worker>;
 
 void verbs_region_drop(ept_region *region) { ept_instance::let_go(region); }
 
-int32_t verbs_query(ept_instance *instance, const char *feature, int64_t *value) {
-  if (strcmp(feature, "strangers") == 0)
-    *value = static_cast<int64_t>(instance->strangers.load(std::memory_order_relaxed));
-  else
-    return fail(EPT_E_UNSUPPORTED, "query", -1, 0, "verbs: there is no feature '%s'", feature);
-  return EPT_OK;
-}
-
 int32_t verbs_counters(ept_worker *worker, uint32_t rail, ept_rail_counters *counters) {
   const auto &own = worker->instance->counters;
   if (rail >= own.size())
@@ -297,7 +289,7 @@ extern "C" __attribute__((visibility("default"))) const ept_backend ept_backend_
     .device_signal = nullptr,
     .device_image = nullptr,
     .device_module = nullptr,
-    .query = verbs_query,
+    .query = Calls::query,
     .counters = verbs_counters,
     .last_error = Calls::last_error,
 };
