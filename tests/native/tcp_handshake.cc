@@ -2,11 +2,7 @@
 //
 // Who gets in and who does not: secrets, jobs, versions, epochs, addresses, ports; strangers with garbage, silence and
 // floods; and what a member may not say after it is in. A raw client speaks the handshake and the frames by hand.
-#include <arpa/inet.h>
 #include <fcntl.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -14,8 +10,7 @@
 #include <iostream>
 #include <random>
 
-#include "../../plugins/tcp/frame.h"
-#include "../../plugins/tcp/handshake.h"
+#include "tcp_by_hand.h"
 #include "tcp_ranks.h"
 
 namespace {
@@ -24,6 +19,12 @@ using plugin::Identity;
 using plugin::Options;
 using plugin::Rank;
 using plugin::Window;
+using tcp_by_hand::address_of;
+using tcp_by_hand::Caller;
+using tcp_by_hand::hello_of;
+using tcp_by_hand::Membership;
+using tcp_by_hand::played;
+using tcp_by_hand::Socket;
 using tcp_ranks::all_up;
 using tcp_ranks::backend;
 using tcp_ranks::meet;
@@ -32,13 +33,7 @@ using tcp_ranks::Pair;
 using tcp_ranks::poll_for;
 using tcp_ranks::until;
 
-tcp::Address address_of(Node &node) {
-  std::string blob = node.rank.address();
-  tcp::Address address;
-  CHECK_EQ(tcp::decode(blob.data(), blob.size(), &address), EPT_OK);
-  return address;
-}
-uint16_t port_of(Node &node) { return address_of(node).endpoints.front().port; }
+uint16_t port_of(Node &node) { return address_of(node.rank).endpoints.front().port; }
 
 int64_t query(Node &node, const char *feature) {
   int64_t value = 0;
@@ -46,106 +41,16 @@ int64_t query(Node &node, const char *feature) {
   return value;
 }
 
-// A connection made by hand to a rank's port.
-struct Client {
-  explicit Client(Node &node) {
-    sockaddr_in to{};
-    to.sin_family = AF_INET;
-    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    to.sin_port = htons(port_of(node));
-    fd = socket(AF_INET, SOCK_STREAM, 0);
-    CHECK_EQ(::connect(fd, reinterpret_cast<sockaddr *>(&to), sizeof to), 0);
-    int on = 1;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    fcntl(fd, F_SETFL, O_NONBLOCK);
-  }
-  ~Client() { close(fd); }
-  Client(const Client &) = delete;
-  template <typename Message>
-  void say(const Message &message) {
-    CHECK_EQ(send(fd, &message, sizeof message, MSG_NOSIGNAL), sizeof message);
-  }
-  // Waits for the bytes while `node` moves. False: the connection ended first.
-  bool hear(Node &node, void *bytes, size_t length) {
-    size_t have = 0;
-    bool ended = false;
-    CHECK(until({&node}, [&] {
-      ssize_t n = recv(fd, static_cast<char *>(bytes) + have, length - have, 0);
-      if (n > 0) have += static_cast<size_t>(n);
-      ended = n == 0 || (n < 0 && errno != EAGAIN);
-      return have == length || ended;
-    }));
-    return have == length;
-  }
-  bool is_closed(Node &node) {
+// A connection made by hand to a rank, which moves while something is awaited from it.
+struct Client : Socket {
+  explicit Client(Node &node) : Socket(Socket::dial(port_of(node))), turn([&node] { node.poll(); }) {}
+  // Without another word.
+  bool is_closed() {
     char byte;
-    return !hear(node, &byte, 1);
+    return !hear(&byte, 1, turn) && ends(turn, 1);
   }
-  int fd;
+  tcp_by_hand::Turn turn;
 };
-
-// A dialer that follows the protocol, but for what a test changes.
-struct Impostor {
-  ept_host host = plugin::host();
-  std::string secret = "secret", job = "test";
-  tcp::Hello hello{};
-  tcp::ResumePoint resume;
-  tcp::Credentials credentials;
-  std::unique_ptr<tcp::Dialer> dialer;
-
-  explicit Impostor(uint32_t rank, Node &to) {
-    hello.version_low = tcp::kVersionLow;
-    hello.version_high = tcp::kVersionHigh;
-    hello.world = to.rank.id.world;
-    hello.rank = rank;
-    hello.peer_rank = to.rank.id.rank;
-    hello.peer_epoch = to.rank.id.epoch;
-    hello.streams = 1;
-    hello.generation = 1;
-    hello.limits = tcp::Limits{1, 1 << 20, 16384, 64, 1024, 64};
-  }
-  void begin(Node &to) {
-    ept_open_params params{};
-    params.job = job.c_str();
-    params.secret = reinterpret_cast<const uint8_t *>(secret.data());
-    params.secret_length = secret.size();
-    credentials = tcp::make_credentials(&host, params);
-    dialer = std::make_unique<tcp::Dialer>(credentials, address_of(to).nonce, hello);
-  }
-  tcp::Proof prove(Client &client, Node &to) {
-    client.say(dialer->hello());
-    tcp::Challenge challenge;
-    CHECK(client.hear(to, &challenge, sizeof challenge));
-    tcp::Proof proof;
-    CHECK(dialer->challenge(challenge, resume, &proof));
-    return proof;
-  }
-  // The whole of it; the code that the acceptor answered with.
-  int32_t enter(Client &client, Node &to) {
-    begin(to);
-    client.say(prove(client, to));
-    tcp::Answer answer;
-    CHECK(client.hear(to, &answer, sizeof answer));
-    trust = dialer->answer(answer);
-    return answer.code;
-  }
-  tcp::Trust trust = tcp::Trust::kStranger;
-};
-
-// An address blob for a rank that a test plays by hand.
-std::string played(uint32_t rank, uint32_t epoch = 0, uint16_t streams = 1) {
-  tcp::Address address;
-  address.rank = rank;
-  address.epoch = epoch;
-  address.streams = streams;
-  address.endpoints.resize(1);
-  address.endpoints[0].family = 4;
-  address.endpoints[0].prefix = 8;
-  address.endpoints[0].port = 9;
-  address.endpoints[0].bytes = {127, 0, 0, 1};
-  std::vector<uint8_t> blob = tcp::encode(address);
-  return {reinterpret_cast<char *>(blob.data()), blob.size()};
-}
 
 void writes_arrive(Node &a, Node &b) {
   Window window(a.rank, b.rank, 4096);
@@ -161,7 +66,7 @@ void writes_arrive(Node &a, Node &b) {
 void over(const char *interface) {
   const Options options = {{"interface", interface}};
   Pair pair(options);
-  for (const tcp::Endpoint &endpoint : address_of(*pair.a).endpoints) CHECK(endpoint.loopback());
+  for (const tcp::Endpoint &endpoint : address_of(pair.a->rank).endpoints) CHECK(endpoint.loopback());
   writes_arrive(*pair.a, *pair.b);
   writes_arrive(*pair.b, *pair.a);
 }
@@ -229,11 +134,14 @@ void secrets_jobs_versions() {
   // A later release dials: it is told which versions there are, and so is the caller here.
   Node b(Identity{1, 2}, {{"streams", "1"}});
   CHECK_OK(backend(), b.rank.open_peer(0, 0, played(0)));
-  Impostor newer(0, b);
-  newer.hello.version_low = newer.hello.version_high = 77;
+  tcp::Hello hello = hello_of(0, b.rank.id);
+  hello.version_low = hello.version_high = 77;
+  const Membership membership;
+  Caller newer(membership, address_of(b.rank), hello);
   Client client(b);
-  CHECK_EQ(newer.enter(client, b), EPT_E_VERSION);
-  CHECK_EQ(static_cast<int>(newer.trust), static_cast<int>(tcp::Trust::kProven));
+  tcp::Answer answer;
+  CHECK(newer.enter(client, client.turn, &answer));
+  CHECK_EQ(answer.code, EPT_E_VERSION);
   CHECK(until({&b}, [&] { return b.find(EPT_EVENT_PEER) != nullptr; }));
   CHECK_EQ(b.find(EPT_EVENT_PEER)->code, EPT_E_VERSION);
   CHECK_HAS(b.find(EPT_EVENT_PEER)->words, "77-77");
@@ -265,43 +173,41 @@ void strangers_change_nothing() {
       tcp::MessageHead head{tcp::kHandshakeMagic, tcp::kLayout, sizeof(tcp::Hello)};
       memcpy(bytes.data(), &head, sizeof head);
     }
-    CHECK_EQ(send(client.fd, bytes.data(), bytes.size(), MSG_NOSIGNAL), bytes.size());
+    CHECK_EQ(client.say(bytes), bytes.size());
     b.poll();
   }
-  {  // The secret, but not the address blob: a process of this job's former life.
-    Impostor stale(0, b);
-    stale.begin(a);  // the nonce of another address
+  const Membership right, guess("guess");
+  const tcp::Hello hello = hello_of(0, b.rank.id);
+  const tcp::Address there = address_of(b.rank), another = address_of(a.rank);
+  auto proof_of = [](Caller &caller, Client &client) {
+    tcp::Proof proof;
+    CHECK(caller.prove(client, client.turn, &proof));
+    return proof;
+  };
+  // The secret, but not the address blob: a process of this job's former life. Then neither.
+  for (const Membership *membership : {&right, &guess}) {
+    Caller stale(*membership, another, hello);
     Client client(b);
-    client.say(stale.prove(client, b));
-    CHECK(client.is_closed(b));
-  }
-  {  // Neither.
-    Impostor guess(0, b);
-    guess.secret = "guess";
-    guess.begin(a);
-    Client client(b);
-    client.say(guess.prove(client, b));
-    CHECK(client.is_closed(b));
+    CHECK(client.say_message(proof_of(stale, client)));
+    CHECK(client.is_closed());
   }
   {  // The proof of one connection is nothing in another, nor is a handshake said again word for word.
-    Impostor member(0, b);
-    member.begin(b);
+    Caller member(right, there, hello);
     Client once(b), again(b);
-    tcp::Proof proof = member.prove(once, b);
-    again.say(member.dialer->hello());
+    const tcp::Proof proof = proof_of(member, once);
+    CHECK(again.say_message(member.dialer.hello()));
     tcp::Challenge challenge;
-    CHECK(again.hear(b, &challenge, sizeof challenge));
-    again.say(proof);
-    CHECK(again.is_closed(b));
+    CHECK(again.hear_message(&challenge, again.turn));
+    CHECK(again.say_message(proof));
+    CHECK(again.is_closed());
   }
   {  // A proof with one bit changed.
-    Impostor member(0, b);
-    member.begin(b);
+    Caller member(right, there, hello);
     Client client(b);
-    tcp::Proof proof = member.prove(client, b);
+    tcp::Proof proof = proof_of(member, client);
     proof.witness[31] ^= 1;
-    client.say(proof);
-    CHECK(client.is_closed(b));
+    CHECK(client.say_message(proof));
+    CHECK(client.is_closed());
   }
   CHECK(query(b, "strangers") >= 5);
   CHECK_EQ(b.count(EPT_EVENT_PEER), 0);
@@ -315,32 +221,49 @@ void strangers_change_nothing() {
 void members_out_of_place() {
   Node b(Identity{1, 3, 5}, {{"streams", "1"}});
   CHECK_OK(backend(), b.rank.open_peer(0, 4, played(0, 4)));
-  auto asked = [&](auto change) {
-    Impostor member(0, b);
-    member.hello.epoch = 4;
-    change(member);
-    Client client(b);
-    return member.enter(client, b);
+  const Membership right;
+  const tcp::Address there = address_of(b.rank);
+  tcp::Hello first = hello_of(0, b.rank.id);
+  first.epoch = 4;
+  auto enter = [&](const tcp::Hello &hello, const tcp::ResumePoint &resume, Client &client) {
+    Caller member(right, there, hello);
+    member.resume = resume;
+    tcp::Answer answer;
+    CHECK(member.enter(client, client.turn, &answer));
+    return answer.code;
   };
-  CHECK_EQ(asked([](Impostor &member) { member.hello.rank = 2; }), EPT_E_MISMATCH);  // the higher one does not dial
-  CHECK_EQ(asked([](Impostor &member) { member.hello.rank = 1; }), EPT_E_MISMATCH);  // itself
-  CHECK_EQ(asked([](Impostor &member) { member.hello.world = 4; }), EPT_E_MISMATCH);
+  auto asked = [&](auto change) {
+    tcp::Hello hello = first;
+    tcp::ResumePoint resume{};
+    change(hello, resume);
+    Client client(b);
+    return enter(hello, resume, client);
+  };
+  CHECK_EQ(asked([](auto &hello, auto &) { hello.rank = 2; }), EPT_E_MISMATCH);  // the higher one does not dial
+  CHECK_EQ(asked([](auto &hello, auto &) { hello.rank = 1; }), EPT_E_MISMATCH);  // itself
+  CHECK_EQ(asked([](auto &hello, auto &) { hello.world = 4; }), EPT_E_MISMATCH);
   b.events.clear();  // the world differs: that one ended the peer
   CHECK_OK(backend(), b.rank.backend.peer_close(b.rank.instance, 0));
-  CHECK_EQ(asked([](Impostor &) {}), EPT_E_CLOSED);
+  CHECK_EQ(asked([](auto &, auto &) {}), EPT_E_CLOSED);
   CHECK_OK(backend(), b.rank.open_peer(0, 4, played(0, 4)));
-  CHECK_EQ(asked([](Impostor &member) { member.hello.peer_epoch = 4; }), EPT_E_PEER_LOST);
-  CHECK_EQ(asked([](Impostor &member) { member.hello.epoch = 3; }), EPT_E_PEER_LOST);  // its former life
-  CHECK_EQ(asked([](Impostor &member) { member.hello.streams = 2; }), EPT_E_MISMATCH);
-  CHECK_EQ(asked([](Impostor &member) { member.hello.stream = 1; }), EPT_E_MISMATCH);
-  CHECK_EQ(asked([](Impostor &member) { member.resume.consumed = 9; }), EPT_E_MISMATCH);  // nothing to resume from
-  CHECK_EQ(asked([](Impostor &member) { member.hello.epoch = 6; }), EPT_LATER);  // its next one: not opened yet
-  Impostor first(0, b), second(0, b);
-  first.hello.epoch = second.hello.epoch = 4;
+  CHECK_EQ(asked([](auto &hello, auto &) { hello.peer_epoch = 4; }), EPT_E_PEER_LOST);
+  CHECK_EQ(asked([](auto &hello, auto &) { hello.epoch = 3; }), EPT_E_PEER_LOST);  // its former life
+  CHECK_EQ(asked([](auto &hello, auto &) { hello.streams = 2; }), EPT_E_MISMATCH);
+  CHECK_EQ(asked([](auto &hello, auto &) { hello.stream = 1; }), EPT_E_MISMATCH);
+  CHECK_EQ(asked([](auto &, auto &resume) { resume.consumed = 9; }), EPT_E_MISMATCH);  // nothing to resume from
+  CHECK_EQ(asked([](auto &hello, auto &) { hello.epoch = 6; }), EPT_LATER);            // its next one: not opened yet
   Client one(b), two(b);
-  CHECK_EQ(first.enter(one, b), EPT_OK);
-  CHECK_EQ(second.enter(two, b), EPT_E_INVALID);  // that stream is up
+  CHECK_EQ(enter(first, {}, one), EPT_OK);
+  CHECK_EQ(enter(first, {}, two), EPT_E_INVALID);  // that stream is up
   CHECK_EQ(backend().peer_state(b.rank.instance, 0), EPT_OK);
+}
+
+void become_member(Client &client, Node &of) {
+  const Membership right;
+  Caller caller(right, address_of(of.rank), hello_of(0, of.rank.id));
+  tcp::Answer answer;
+  CHECK(caller.enter(client, client.turn, &answer));
+  CHECK_EQ(answer.code, EPT_OK);
 }
 
 // What breaks the protocol after the door ends that peer with a sentence, and nothing else.
@@ -373,37 +296,30 @@ void hostile_members() {
   for (const Case &entry : cases) {
     Node b(Identity{1, 2}, {{"streams", "1"}});
     CHECK_OK(backend(), b.rank.open_peer(0, 0, played(0)));
-    Impostor member(0, b);
     Client client(b);
-    CHECK_EQ(member.enter(client, b), EPT_OK);
+    become_member(client, b);
     CHECK(until({&b}, [&] { return b.find(EPT_EVENT_PEER) != nullptr; }));
     b.events.clear();
-    tcp::FrameHeader frame{};
-    frame.magic = tcp::kFrameMagic;
-    frame.type = tcp::FrameType::kWrite;
-    frame.length = 8;
+    tcp::FrameHeader frame = tcp_by_hand::frame(tcp::FrameType::kWrite, 0, 8);
     entry.change(frame);
-    client.say(frame);
+    CHECK(client.say_message(frame));
     CHECK(until({&b}, [&] { return b.find(EPT_EVENT_PEER) != nullptr; }));
     CHECK_EQ(b.find(EPT_EVENT_PEER)->code, EPT_E_PEER_LOST);
     CHECK_HAS(b.find(EPT_EVENT_PEER)->words, entry.word);
-    CHECK(client.is_closed(b));
+    CHECK(client.is_closed());
   }
   // More in flight than it said: refused operations are remembered until they are told, so their number is bounded.
   Node b(Identity{1, 2}, {{"streams", "1"}, {"sndbuf", "4096"}});
   CHECK_OK(backend(), b.rank.open_peer(0, 0, played(0)));
-  Impostor member(0, b);
   Client client(b);
   int small = 4096;
-  setsockopt(client.fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
-  CHECK_EQ(member.enter(client, b), EPT_OK);
-  tcp::FrameHeader frame{};
-  frame.magic = tcp::kFrameMagic;
-  frame.type = tcp::FrameType::kSignal;
+  setsockopt(client.fd(), SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
+  become_member(client, b);
+  tcp::FrameHeader frame = tcp_by_hand::frame(tcp::FrameType::kSignal);
   bool ended = false;
   for (uint64_t i = 0; i < 1'000'000 && !ended; ++i) {  // never reads what it is told
     frame.number = i;
-    while (!ended && send(client.fd, &frame, sizeof frame, MSG_NOSIGNAL) < 0) {
+    while (!ended && client.say(&frame, sizeof frame) == 0) {
       b.poll();
       const plugin::Event *event = b.find(EPT_EVENT_PEER);
       ended = event != nullptr && b.events.back().code == EPT_E_PEER_LOST;
@@ -449,7 +365,7 @@ void flood() {
       {&b},
       [&] {
         char in;
-        closed = send(slow.fd, &byte, 1, MSG_NOSIGNAL) < 0 || recv(slow.fd, &in, 1, 0) == 0;
+        closed = slow.say(&byte, 1) == 0 || recv(slow.fd(), &in, 1, 0) == 0;
         timespec nap{0, 5'000'000};
         nanosleep(&nap, nullptr);
         return closed;
