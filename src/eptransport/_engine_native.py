@@ -49,23 +49,13 @@ class NativeEngine:
 
     def call(self, function: Callable[..., int], *args: Any, allow: int = 0) -> int:
         """`function(engine, *args, error)`, as `_call.call`."""
-        self.guard.enter()
-        try:
-            return call(function, self.pointer, *args, allow=allow)
-        except Timeout as error:
-            self.tell_why(error)
-            raise
-        except Exception:
-            self.drain_log()
-            raise
-        finally:
-            self.guard.leave()
+        return self.call_arena(function, self.pointer, *args, allow=allow)
 
-    def call_arena(self, function: Callable[..., int], arena: Any, *args: Any) -> int:
+    def call_arena(self, function: Callable[..., int], arena: Any, *args: Any, allow: int = 0) -> int:
         """`function(arena, *args, error)`, for what belongs to the engine."""
         self.guard.enter()
         try:
-            return call(function, arena, *args)
+            return call(function, arena, *args, allow=allow)
         except Timeout as error:
             self.tell_why(error)
             raise

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from eptransport._files import entries, text
 from eptransport.efa import Finding
 
 __all__ = ["devices", "inspect", "refused"]
@@ -28,8 +29,8 @@ def devices(root: Path = Path("/")) -> tuple[str, ...]:
     """ConnectX devices that have a driver, by name."""
     return tuple(
         folder.name
-        for folder in _folders(root / "sys/class/infiniband")
-        if folder.name.startswith("mlx5") or _text(folder / "device/vendor") == MELLANOX
+        for folder in entries(root / "sys/class/infiniband")
+        if folder.name.startswith("mlx5") or text(folder / "device/vendor") == MELLANOX
     )
 
 
@@ -50,10 +51,10 @@ def _cards(root: Path, found: tuple[str, ...]) -> Iterable[Finding]:
     listed = []
     for name in found:
         folder = root / "sys/class/infiniband" / name
-        layer, firmware = _text(folder / "ports/1/link_layer"), _text(folder / "fw_ver")
+        layer, firmware = text(folder / "ports/1/link_layer"), text(folder / "fw_ver")
         listed.append(f"{name} ({', '.join(each for each in (layer, firmware) if each) or 'nothing known'})")
     yield Finding("card", "ok", f"{len(found)}: {', '.join(listed)}")
-    down = [name for name in found if "ACTIVE" not in _text(root / "sys/class/infiniband" / name / "ports/1/state")]
+    down = [name for name in found if "ACTIVE" not in text(root / "sys/class/infiniband" / name / "ports/1/state")]
     if len(down) == len(found):
         yield Finding("port", "missing", f"none is active: {', '.join(down)}", "see ibstat, dmesg and the cable")
     elif down:
@@ -64,7 +65,7 @@ def _cards(root: Path, found: tuple[str, ...]) -> Iterable[Finding]:
 
 def _memory(root: Path) -> Finding:
     """How the card reads and writes GPU memory."""
-    driver, kernel = _text(root / "proc/driver/nvidia/version"), _text(root / "proc/sys/kernel/osrelease")
+    driver, kernel = text(root / "proc/driver/nvidia/version"), text(root / "proc/sys/kernel/osrelease")
     if not driver:
         return Finding("GPU memory", "missing", "no NVIDIA driver is loaded", "install the NVIDIA driver")
     numbers = tuple(int(part) for part in re.findall(r"\d+", kernel)[:2])
@@ -79,7 +80,7 @@ def _memory(root: Path) -> Finding:
 
 def _doorbells(root: Path) -> Iterable[Finding]:
     """A kernel rings the card's doorbell, which the driver maps for it if told so; else a CPU thread rings it."""
-    params = _text(root / "proc/driver/nvidia/params")
+    params = text(root / "proc/driver/nvidia/params")
     if not params:
         yield Finding(
             "doorbells", "note", "/proc/driver/nvidia/params can't be read: not known whether they are mapped"
@@ -108,7 +109,7 @@ def _doorbells(root: Path) -> Iterable[Finding]:
 def _library(root: Path) -> Finding:
     versions = []
     for folder in FOLDERS:
-        for file in _files(root / folder):
+        for file in entries(root / folder, "libmlx5.so.1.*"):
             found = re.fullmatch(r"libmlx5\.so\.1\.(\d+)\.(\S+)", file.name)
             if found:
                 versions.append((int(found[1]), f"{file.name} in /{folder}"))
@@ -124,24 +125,3 @@ def _library(root: Path) -> Finding:
 
 def _gdrcopy(root: Path) -> bool:
     return (root / "sys/module/gdrdrv").is_dir() or (root / "dev/gdrdrv").exists()
-
-
-def _folders(parent: Path) -> list[Path]:
-    try:
-        return sorted(each for each in parent.iterdir() if each.is_dir())
-    except OSError:
-        return []
-
-
-def _files(parent: Path) -> list[Path]:
-    try:
-        return sorted(parent.glob("libmlx5.so.1.*"))
-    except OSError:
-        return []
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(errors="replace").strip()
-    except OSError:
-        return ""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from eptransport._files import entries, text
 from eptransport._libfabric import Offer, mapped, offer
 
 __all__ = ["Device", "Finding", "devices", "inspect"]
@@ -70,19 +71,19 @@ def inspect(root: Path = Path("/"), library: str = "", asked: Offer | None = Non
 def devices(root: Path = Path("/")) -> tuple[Device, ...]:
     """EFA devices that have a driver, by name."""
     found = []
-    for folder in _folders(root / "sys/class/infiniband"):
-        if _text(folder / "device/vendor") == AMAZON and EFA_DEVICE.fullmatch(_text(folder / "device/device")):
-            numa = _text(folder / "device/numa_node")
-            port = _text(folder / "ports/1/state")
+    for folder in entries(root / "sys/class/infiniband"):
+        if text(folder / "device/vendor") == AMAZON and EFA_DEVICE.fullmatch(text(folder / "device/device")):
+            numa = text(folder / "device/numa_node")
+            port = text(folder / "ports/1/state")
             pci = (folder / "device").resolve().name
-            firmware = _text(folder / "fw_ver")
+            firmware = text(folder / "fw_ver")
             found.append(Device(folder.name, pci, int(numa) if numa.lstrip("-").isdecimal() else -1, firmware, port))
     return tuple(found)
 
 
 def _no_card(root: Path) -> Finding:
-    product = _text(root / "sys/devices/virtual/dmi/id/product_name")
-    if _text(root / "sys/devices/virtual/dmi/id/sys_vendor") != "Amazon EC2":
+    product = text(root / "sys/devices/virtual/dmi/id/product_name")
+    if text(root / "sys/devices/virtual/dmi/id/sys_vendor") != "Amazon EC2":
         return Finding("device", "missing", "no EFA device (PCI vendor 1d0f, device efa*); this is no EC2 instance")
     mend = "launch it with network interfaces of the type efa or efa-only, if its type has them"
     return Finding("device", "missing", f"this {product or 'EC2 instance'} has no EFA device", mend)
@@ -100,7 +101,7 @@ def _devices(root: Path, cards: list[str], found: tuple[Device, ...]) -> Iterabl
     down = [device.name for device in found if device.port and "ACTIVE" not in device.port]
     if down:
         yield Finding("port", "missing", f"not active: {_few(down)}", "see dmesg; attach the interface again")
-    nodes = [folder.name for folder in _folders(root / "dev/infiniband") if folder.name.startswith("uverbs")]
+    nodes = [folder.name for folder in entries(root / "dev/infiniband") if folder.name.startswith("uverbs")]
     if len(nodes) < len(found):
         seen = f"{len(nodes)} of {len(found)} device nodes /dev/infiniband/uverbs*"
         mend = (
@@ -113,7 +114,7 @@ def _driver(root: Path) -> Finding:
     module = root / "sys/module/efa"
     if not module.is_dir():
         return Finding("driver", "missing", "the kernel module efa is not loaded", f"modprobe efa, or {INSTALLER}")
-    version = _text(module / "version")
+    version = text(module / "version")
     return Finding("driver", "ok", f"efa {version}" if version else f"efa of Linux {_kernel(root)}")
 
 
@@ -162,7 +163,7 @@ def _dmabuf(root: Path) -> Iterable[Finding]:
     """Only where there are GPUs: how their memory is registered."""
     if not _cards(root, re.compile(".*"), NVIDIA, "0x0302"):
         return
-    driver = _text(root / "proc/driver/nvidia/version")
+    driver = text(root / "proc/driver/nvidia/version")
     if not driver:
         yield Finding("GPU memory", "missing", "a GPU without a loaded nvidia driver", "install the NVIDIA driver")
         return
@@ -178,7 +179,7 @@ def _dmabuf(root: Path) -> Iterable[Finding]:
 
 
 def _memlock(root: Path) -> Finding:
-    limit = re.search(r"^Max locked memory +(\S+)", _text(root / "proc/self/limits"), re.MULTILINE)
+    limit = re.search(r"^Max locked memory +(\S+)", text(root / "proc/self/limits"), re.MULTILINE)
     if limit is None or limit[1] == "unlimited":
         return Finding("memlock", "ok" if limit else "note", "unlimited" if limit else "the limit can't be read")
     mend = "ulimit -l unlimited; docker run --ulimit memlock=-1:-1; LimitMEMLOCK=infinity in a systemd unit"
@@ -187,7 +188,7 @@ def _memlock(root: Path) -> Finding:
 
 def _hugepages(root: Path) -> Finding:
     folder = root / "sys/kernel/mm/hugepages/hugepages-2048kB"
-    total, free = (_text(folder / name) for name in ("nr_hugepages", "free_hugepages"))
+    total, free = (text(folder / name) for name in ("nr_hugepages", "free_hugepages"))
     if total.isdecimal() and int(total) > 0:
         return Finding("huge pages", "ok", f"{free} of {total} of 2 MiB are free")
     mend = f"sysctl vm.nr_hugepages={HUGE_PAGES} (AWS's installer does it)"
@@ -201,29 +202,15 @@ def _cards(root: Path, device: re.Pattern[str], vendor: str, kind: str = "") -> 
     """PCI addresses of cards of that vendor, device and class, whether or not they have a driver."""
     return [
         folder.name
-        for folder in _folders(root / "sys/bus/pci/devices")
-        if _text(folder / "vendor") == vendor
-        and device.fullmatch(_text(folder / "device"))
-        and _text(folder / "class").startswith(kind)
+        for folder in entries(root / "sys/bus/pci/devices")
+        if text(folder / "vendor") == vendor
+        and device.fullmatch(text(folder / "device"))
+        and text(folder / "class").startswith(kind)
     ]
 
 
 def _kernel(root: Path) -> str:
-    return _text(root / "proc/sys/kernel/osrelease")
-
-
-def _folders(parent: Path) -> list[Path]:
-    try:
-        return sorted(parent.iterdir())
-    except OSError:
-        return []
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(errors="replace").strip()
-    except OSError:
-        return ""
+    return text(root / "proc/sys/kernel/osrelease")
 
 
 def _few(names: list[str], most: int = 4) -> str:
