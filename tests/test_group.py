@@ -253,17 +253,17 @@ def test_nobody_says_which_ranks_there_are() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"store": LocalStore()},
-        {"store": LocalStore(), "rank": 0},
-        {"store": LocalStore(), "rank": 2, "world_size": 2},
-        {"store": LocalStore(), "rank": -1, "world_size": 2},
-        {"store": LocalStore(), "rank": 0, "world_size": 0},
+        {},
+        {"rank": 0},
+        {"rank": 2, "world_size": 2},
+        {"rank": -1, "world_size": 2},
+        {"rank": 0, "world_size": 0},
     ],
     ids=str,
 )
 def test_half_a_place_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ept.InvalidArgument, match=r"rank|world_size"):
-        ept.Group(**arguments)
+        ept.Group(store=LocalStore(), **arguments)
 
 
 # ---- who disagrees is told, on every rank ----------------------------------------------------------------------------

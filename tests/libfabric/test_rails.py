@@ -165,6 +165,9 @@ FAULTS = {
     f"eq_error=@{SMALL + 1}": True,
 }
 """A fault of the first rail amid a transfer, and whether all of that may have landed."""
+TRIES = 20
+"""For a fault to be read amid the transfer: a queue of events is looked at once in many polls, and on a busy machine
+fewer than that end the transfer."""
 
 
 def faulty(
@@ -177,8 +180,16 @@ def faulty(
         before = route.block.copy()
         world.settle([small.write(at, 1) for at in range(SMALL)])
         error = outcome(world, route.write(0, route.size))
-        assert isinstance(error, PeerLost), error
-        assert (error.peer, bool(error.provider_errno)) == (1, True), error
+        if error is None and fault.startswith("eq_error"):
+            # It names no operation, and was read when none was under way here: then nobody is lost, but for what the
+            # engines still say to each other.
+            over = lambda: route.signal.value == 1 or route.peer.info.status == PeerStatus.LOST  # noqa: E731
+            world.until(over, "it lands, or the link ends")
+            if route.signal.value == 1:
+                return []
+        else:
+            assert isinstance(error, PeerLost), error
+            assert (error.peer, bool(error.provider_errno)) == (1, True), error
         raises(PeerLost, lambda: route.peer.write(None, None, 0, signal=route.remote), "a write behind the end")
         world.settle()
         assert route.signal.value <= int(landed)
@@ -200,8 +211,11 @@ def faulty(
 @pytest.mark.parametrize("case", cases("tcp"))
 def test_a_fault_on_one_rail_costs_one_link(case: tuple[Libfabric, str], spawn: Spawn, fault: str) -> None:
     release, provider = case
-    (lines,) = spawn(1, faulty, release.options(provider), 4, fault, FAULTS[fault])
-    assert not isinstance(lines, Exception), lines
+    for _ in range(TRIES):
+        (lines,) = spawn(1, faulty, release.options(provider), 4, fault, FAULTS[fault])
+        assert not isinstance(lines, Exception), lines
+        if lines:
+            break
     assert sum("is lost" in line for line in lines) == 1, lines
 
 
