@@ -23,13 +23,20 @@ __device__ void ept_library_put_block(void *to, const void *from, uint64_t bytes
     nvshmemx_putmem_nbi_block(to, from, bytes, int(number));
 }
 
-// Copied by all threads; the fence that quiet is there, by one of them after a barrier, covers what the others stored.
-// Quiet asks transports too, for some 9 us a part (decisions.md).
+// INVARIANT of both. When they return, the bytes are as if the team's threads had stored them at the peer. Where the
+// peer is mapped a put is such stores (nvshmem_ptr answers by the same table as the put), and nothing is waited for:
+// the caller releases them with what it does next. Where it is not, a put is ordered with nothing, a fence would order
+// it with later puts of this thread alone and not with those of who counts the last part, and so it must have arrived:
+// by quiet. Kernels ask for parts only of peers that are mapped (ept_path.memory).
 __device__ void ept_library_part_block(void *to, const void *from, uint64_t bytes, uint32_t number) {
   nvshmemx_putmem_nbi_block(to, from, bytes, int(number));
+  if (threadIdx.x == 0 && !nvshmem_ptr(to, int(number))) nvshmem_quiet();
   __syncthreads();
-  if (threadIdx.x == 0) nvshmem_quiet();
-  __syncthreads();
+}
+__device__ void ept_library_part_warp(void *to, const void *from, uint64_t bytes, uint32_t number) {
+  nvshmemx_putmem_nbi_warp(to, from, bytes, int(number));
+  if (threadIdx.x % 32 == 0 && !nvshmem_ptr(to, int(number))) nvshmem_quiet();
+  __syncwarp();
 }
 
 __device__ void ept_library_value(uint64_t *to, uint64_t value, uint64_t *signal, uint32_t number) {

@@ -4,11 +4,15 @@ process is one PE for good, so each of these is the first thing that its process
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import gpu_rank
 import moe_model as model
+import pytest
 import torch
 from gpu_harness import DEVICE, Scenario
 from harness import LAYOUTS, TORCH, make_batches
@@ -130,6 +134,42 @@ def masks(rank: int, n: int, folder: Path) -> int:
             pass
         store.set("over", b"1")
         return rows
+
+
+def loses_the_last(rank: int, n: int, folder: str, held: list[Any]) -> tuple[str, str, float]:
+    """The last rank's process is killed after two steps, amid the third of the others: what they raise, and after how
+    many seconds. Then they take steps without it."""
+    group = group_of(rank, n, Path(folder), intra="off", timeout_s=20.0, dead_s=5.0)
+    config = model.Config(n, 2 * n, 2, 256)
+    moe = all_to_all(group, config)
+    held += [group, moe]
+
+    def steps(lost: frozenset[int]) -> None:
+        for seed in range(2):
+            Scenario(config, make_batches(config, [8] * n, seed), [LAYOUTS[seed]] * n, masked=lost).run(rank, moe)
+            moe.check()
+
+    steps(frozenset())
+    torch.cuda.synchronize()
+    if rank == n - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    x = torch.ones(8, 256, dtype=torch.bfloat16, device=DEVICE)
+    ids = torch.arange(16, device=DEVICE).view(8, 2) % (2 * n)
+
+    def third() -> None:
+        got = moe.dispatch(x, ids, torch.full((8, 2), 0.5, device=DEVICE), layout="rows")
+        moe.combine(got.x, got)
+        torch.cuda.synchronize()
+        moe.check()
+
+    begun = time.monotonic()
+    with pytest.raises(ept.EptError) as raised:
+        third()
+    took = time.monotonic() - begun
+    group.mask(n - 1, why="it was killed")
+    moe.reset()
+    steps(frozenset({n - 1}))
+    return type(raised.value).__name__, raised.value.message, took
 
 
 def chooses(rank: int, n: int, folder: Path, path: str) -> tuple[str, tuple[str, ...], int, int]:

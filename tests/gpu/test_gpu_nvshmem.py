@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gpu_nvshmem
+import launch
 import pytest
 
 from eptransport.backends import registry
@@ -95,6 +97,15 @@ def test_a_rank_is_masked(spawn: Spawn) -> None:
     assert rows[2] == 0
     assert rows[0] > 0
     assert rows[1] > 0
+
+
+def test_a_process_is_killed(tmp_path: Path) -> None:
+    """Amid a step: the others get an error that says who is gone, by their deadline, and go on without it."""
+    answers = launch.run(3, gpu_nvshmem.loses_the_last, tmp_path, dies=frozenset({2}), limit_s=90.0)
+    for kind, message, took in answers[:2]:
+        assert kind == "LaneFault"
+        assert "waited for rank 2, which is gone (EPT_E_PEER_LOST)" in message
+        assert took < 20.0
 
 
 def test_refusals(spawn: Spawn) -> None:

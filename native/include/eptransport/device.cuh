@@ -34,9 +34,13 @@
  * `seen`.
  *  7 A transfer over a GPU path. The blocks' stores of rows into the symmetric heap -> 3 -> a fence of system scope by
  *    every thread of the block that puts, since a NIC reads beside all of them -> the library's put-with-signal, which
- *    adds one to the signal after the bytes => the reader's acquire, as in 1. Parts that other blocks have put before:
- *    they have arrived -> 3 -> that put's signal. What is put is bounded by the protocol
+ *    adds one to the signal after the bytes => the reader's acquire, as in 1. What is put is bounded by the protocol
  *    above, and a source is free when that shows that its bytes have arrived: so flush has nothing to wait for.
+ *  8 Parts of a message over a GPU path where the library has the peer mapped (`memory`). A put without a signal is
+ *    then stores by the team's threads, ordered as any stores of theirs: parts, by many teams -> 3 -> a fence of system
+ *    scope by who came last -> its put-with-signal of the header, which no part had => the reader's acquire, as in 1.
+ * So no part is waited for, and of the library no more is needed than that its copies are stores. On a network that
+ *    would not hold: a put without a signal is ordered with nothing there, and a message is one put.
  *
  * THE RING'S INVARIANTS (arithmetic modulo 2^64, differences as signed numbers; C is the capacity)
  *    seen <= consumed <= next (the consumer's own) <= head <= consumed + C
@@ -73,12 +77,16 @@
 #ifndef EPT_CLOCK_AHEAD /* ns; likewise */
 #define EPT_CLOCK_AHEAD() 0
 #endif
+#ifndef EPT_RELEASES /* before a release of device scope; likewise */
+#define EPT_RELEASES()
+#endif
 #endif
 
 #ifdef EPT_GPU_INITIATED
-/* A device library that kernels post through: native/cuda/nvshmem.cu is NVSHMEM's, and a second set of the same kernels
- * is linked with it; fibers bring their own. `bytes` from `from` to where the peer has what `to` is here, then one more
- * on the peer's `signal`; none where that is NULL. By one thread; by all threads of a block of one dimension. */
+/* A device library that kernels post through: plugins/nvshmem/nvshmem.cu is NVSHMEM's, and a second set of the same
+ * kernels is linked with it; fibers bring their own. `bytes` from `from` to where the peer has what `to` is here, then
+ * one more on the peer's `signal`; none where that is NULL. By one thread; by all threads of a block of one dimension.
+ */
 #ifdef __CUDACC__
 #define EPT_LIBRARY extern "C" __device__
 #else
@@ -86,9 +94,10 @@
 #endif
 EPT_LIBRARY void ept_library_put(void *to, const void *from, uint64_t bytes, uint64_t *signal, uint32_t number);
 EPT_LIBRARY void ept_library_put_block(void *to, const void *from, uint64_t bytes, uint64_t *signal, uint32_t number);
-/* `bytes` without a signal, by all threads of a block, none of which goes on before they have arrived; where the
- * library copies them itself (ept_path.memory). */
+/* `bytes` without a signal, by all threads of a block, or of a warp: when these have met at its end it is as if they
+ * had stored them at the peer themselves (8). */
 EPT_LIBRARY void ept_library_part_block(void *to, const void *from, uint64_t bytes, uint32_t number);
+EPT_LIBRARY void ept_library_part_warp(void *to, const void *from, uint64_t bytes, uint32_t number);
 /* The 8 bytes of `value`, and then the signal. By one thread. */
 EPT_LIBRARY void ept_library_value(uint64_t *to, uint64_t value, uint64_t *signal, uint32_t number);
 /* Until all that this rank has put has arrived. By one thread, with no other kernel of the rank under way. */
@@ -162,6 +171,7 @@ struct Hardware {
   static void release_device(uint64_t *at, uint64_t value) { ref(at).store(value, std::memory_order_release); }
   static void add_release_system(uint64_t *at, uint64_t more) { ref(at).fetch_add(more, std::memory_order_release); }
   static uint32_t add_both_device(uint32_t *at, uint32_t more) {
+    EPT_RELEASES();
     return ref(at).fetch_add(more, std::memory_order_acq_rel);
   }
   static uint64_t exchange_device(uint64_t *at, uint64_t expected, uint64_t desired) {
@@ -514,16 +524,19 @@ EPT_DEVICE Put put(Team team, const ept_path &path, const void *source, uint64_t
 }
 
 #ifdef EPT_GPU_INITIATED
-/* A part of what another put's signal tells of, over a path of kind GPU with `memory`: it has arrived when the block
- * goes on, all of whose threads call. */
+/* A part of what another put's signal will tell of, over a path of kind GPU with `memory` (8). All threads of the team
+ * call, a warp or a block, and meet in it at its end. */
 template <class Team>
 EPT_DEVICE int32_t put_part(Team team, const ept_path &path, const void *source, uint64_t destination, uint64_t bytes) {
-  static_assert(Team::is_block);
   const int32_t code = refused(path, destination, bytes, EPT_NO_SIGNAL);
   if (code != EPT_OK || bytes == 0) return code;
   if (!inside(reinterpret_cast<uintptr_t>(source) - path.source, bytes, path.source_bytes)) return EPT_E_ACCESS;
   team.meet();
-  ept_library_part_block(address<char>(path.window + destination), source, bytes, path.number);
+  char *to = address<char>(path.window + destination);
+  if constexpr (Team::is_block)
+    ept_library_part_block(to, source, bytes, path.number);
+  else
+    ept_library_part_warp(to, source, bytes, path.number);
   return EPT_OK;
 }
 #endif

@@ -133,13 +133,16 @@ struct LaneState {
   uint32_t membership[kSets];     // 0: nobody was ever masked, and `out` is looked at by nobody
 };
 
+// Of a path of kind GPU: the library reaches the peer by a network, or has it mapped and copies (ept_path.memory).
+enum Initiates : uint32_t { kFar = 1, kNear = 2 };
+
 struct LaneTable {
   uint32_t world, rank, lane, epoch;
   LaneMap map;
   uint64_t timeout_ns;
   char *const *in;         // [world] where this lane's receive half for messages of that source begins
   uint32_t proxied;        // 1: some peer is behind a proxy, which sends from the lane's memory (a path's source)
-  uint32_t initiates;      // 1: some path is of kind GPU
+  uint32_t initiates;      // Initiates, of all paths of kind GPU
   const ept_path *paths;   // [world]
   uint64_t *const *words;  // [world] where the signals of that source stand: uint64_t[kSignals]
   uint32_t *done;          // [world] pieces of the message to that rank that are packed; 0 between launches

@@ -122,9 +122,12 @@ class CombineSender {
       const uint32_t number = cut.of(u);
       row(turn(i), number - before, u - number * parts);
     }
-    post_initiated(t, kCombineSend, EPT_PHASE_COMBINE, generation, [&](uint32_t r) -> Packed {
-      return {s.message[r], s.received[r], EPT_MOE_HEADER_BYTES + rows_of(r) * row_bytes, rows_of(r) * parts + 1};
-    });
+    post_initiated(
+        t, kCombineSend, EPT_PHASE_COMBINE, generation,
+        [&](uint32_t r) -> Packed {
+          return {s.message[r], s.received[r], EPT_MOE_HEADER_BYTES + rows_of(r) * row_bytes, rows_of(r) * parts + 1};
+        },
+        true);
   }
   EPT_DEVICE uint32_t turn(uint32_t i) const { return t.rank + i < world ? t.rank + i : t.rank + i - world; }
 
@@ -164,16 +167,33 @@ class CombineSender {
     __threadfence_block();
     const uint32_t before = atomicSub(&s.pending[rank], 1u);
     __threadfence_block();
-    if (before != 1 || !packed(t, rank, s.pieces[rank], rows_of(rank) * parts + 1)) return;
+    const bool went = goes_in_pieces(t, rank);
+    if (before != 1 || !packed(t, rank, s.pieces[rank], rows_of(rank) * parts + 1, went)) return;
     post(t, kCombineSend, EPT_PHASE_COMBINE, generation, rank, s.message[rank], s.received[rank],
-         EPT_MOE_HEADER_BYTES + rows_of(rank) * row_bytes);
+         EPT_MOE_HEADER_BYTES + (went ? 0 : rows_of(rank) * row_bytes));
   }
 
   EPT_DEVICE void row(uint32_t rank, uint32_t j, uint32_t part) {
     fill(s.message[rank] + EPT_MOE_HEADER_BYTES + j * row_bytes, rank, j, part);
     __syncwarp();
+    if (goes_in_pieces(t, rank)) put_filled(rank, j, part);
     if (lane_id() == 0) packed_one(rank);
     __syncwarp();
+  }
+  // What fill has written, and nothing else: other warps write the row's other parts, now or later.
+  EPT_DEVICE void put_filled(uint32_t rank, uint32_t j, uint32_t part) const {
+    const bool copies = (a.layout == kRows || a.layout == kByRank) && a.format == int32_t(object.returned_format);
+    const uint32_t each = copies ? 16 : kGroup * element_size(int32_t(object.returned_format));
+    const uint32_t count = copies ? uint32_t(object.returned / 16) : groups;
+    const Span16 span = span_of(count, part, cut);
+    const uint64_t row = EPT_MOE_HEADER_BYTES + j * row_bytes;
+    const auto put = [&](uint64_t from, uint64_t to) {
+      if (from < to)
+        put_piece(t, kCombineSend, generation, rank, s.message[rank] + row + from, s.received[rank] + row + from,
+                  to - from);
+    };
+    put(uint64_t(span.from) * each, parts == 1 ? row_bytes : uint64_t(span.to) * each);
+    if (parts > 1 && part == 0) put(uint64_t(count) * each, row_bytes);
   }
   EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part) const {
     const uint64_t number = uint64_t(s.begin[rank]) + j;

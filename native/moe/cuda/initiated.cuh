@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// initiated.cuh: the end of a send whose messages this kernel puts by itself, through a device library.
+// initiated.cuh: messages that this kernel puts by itself, through a device library (paths of kind GPU).
 //
 // INVARIANTS
+//  - A message is one put-with-signal, the last thing that is put of it, and `tickets` counts those.
 //  - The message to r is whole when `done[r]` has reached its pieces (protocol.cuh). Until all its parts are put the
 //    count only grows, so that none of the blocks that wait for it misses it; who puts the last one zeroes it.
-//  - To a NIC a message is one put-with-signal by one thread: one work request. Where the library copies (the peer is
-//    mapped for it, ept_path.memory), one block copies slower than a GPU could, and where blocks outnumber messages
-//    several take a part each. A part has arrived when its block counts it, with release; the block that counts the
-//    last one puts the header, which no part had, with the signal: it and so the reader has all of them. So a message
-//    is one put-with-signal either way, and `tickets` counts those.
+//  - To a NIC (kFar) it is one put and so one work request: what two puts carry arrives in any order, but a signal
+//  comes
+//    after the bytes of its own put.
+//  - Where the library copies (kNear), its puts are stores by who puts (device.cuh, 8), and a message may go in parts,
+//    each counted, with release, by who has put it. Who counts the last one puts the header, which no part had, with
+//    the signal: it and so the reader has all of them. Of a dispatch, whose warps write each row for several ranks,
+//    blocks put parts of whole messages, where they outnumber those. Of a combine each warp puts the piece of a row
+//    that it has packed, before it counts it, and nobody waits for others: those exact bytes, which no other warp has.
 //  - All blocks of a launch are on the GPU together (Lanes::choose_blocks) and each has packed its own pieces before it
 //    comes here, so what is waited for comes. A fault of the lane, which may have ended a block before, ends the wait.
 #pragma once
@@ -32,6 +36,34 @@ struct Packed {
   uint32_t pieces;
 };
 
+struct WholeWarp {
+  static constexpr bool is_block = false;
+  EPT_DEVICE uint32_t rank() const { return lane_id(); }
+  EPT_DEVICE uint32_t size() const { return kWarp; }
+  EPT_DEVICE void meet() const { __syncwarp(); }
+};
+
+// Where a phase's messages go in pieces: whether this one does.
+EPT_DEVICE bool goes_in_pieces(const LaneTable &t, uint32_t peer) {
+#ifdef EPT_GPU_INITIATED
+  return t.initiates & kNear && t.paths[peer].kind == EPT_DEVICE_GPU && t.paths[peer].memory;
+#else
+  return (void)t, (void)peer, false;
+#endif
+}
+// A piece of such a message, which stands at `from` in this rank's staging and belongs at `to` in the peer's lane. All
+// threads of the warp that packed it, which have met since; they meet again at the end.
+EPT_SELDOM void put_piece(const LaneTable &t, uint32_t half, uint64_t generation, uint32_t peer, const char *from,
+                          uint64_t to, uint64_t bytes) {
+#ifdef EPT_GPU_INITIATED
+  const int32_t code = device::put_part(WholeWarp(), t.paths[peer], from, to, bytes);
+  if (code != EPT_OK && lane_id() == 0)
+    raise_fault(t, uint32_t(-code), half, int32_t(peer), kPost, generation, bytes, uint64_t(-code));
+#else
+  (void)t, (void)half, (void)generation, (void)peer, (void)from, (void)to, (void)bytes;
+#endif
+}
+
 #ifdef EPT_GPU_INITIATED
 
 // A part shorter than this takes longer to be counted than to be copied.
@@ -43,8 +75,9 @@ constexpr uint64_t kPartAlign = 128;
 
 class Initiated {
  public:
-  EPT_DEVICE Initiated(const LaneTable &table, uint32_t of_half, uint32_t phase, uint64_t of_generation)
+  EPT_DEVICE Initiated(const LaneTable &table, uint32_t of_half, uint32_t phase, uint64_t of_generation, bool pieces)
       : t(table),
+        far_alone(pieces),
         half(of_half),
         generation(of_generation),
         signal(signal_index(phase, uint32_t(of_generation & 1))),
@@ -80,7 +113,7 @@ class Initiated {
 
  private:
   EPT_DEVICE bool goes(const Taking &members, uint32_t r) const {
-    return r != t.rank && members.has(r) && t.paths[r].kind == EPT_DEVICE_GPU;
+    return r != t.rank && members.has(r) && t.paths[r].kind == EPT_DEVICE_GPU && !(far_alone && t.paths[r].memory);
   }
 
   // Waits for it. The same answer for the whole block.
@@ -133,6 +166,7 @@ class Initiated {
   }
 
   const LaneTable &t;
+  const bool far_alone;
   const uint32_t half;
   const uint64_t generation;
   const uint32_t signal;
@@ -141,13 +175,14 @@ class Initiated {
 
 #endif
 
-// The end of a send that is no fault, by all threads of all blocks. message(peer): Packed.
+// The end of a send that is no fault, by all threads of all blocks. message(peer): Packed. `pieces`: messages to peers
+// that are near have gone so.
 template <class Message>
-EPT_DEVICE void post_initiated(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation,
-                               Message message) {
-  if (!t.initiates) return;
+EPT_DEVICE void post_initiated(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation, Message message,
+                               bool pieces = false) {
+  if (!(t.initiates & (pieces ? kFar : kFar | kNear))) return;
 #ifdef EPT_GPU_INITIATED
-  Initiated(t, half, phase, generation).run(message);
+  Initiated(t, half, phase, generation, pieces).run(message);
 #else
   (void)half, (void)phase, (void)generation, (void)message;
 #endif

@@ -272,7 +272,8 @@ void Lanes::start() {
     t.epoch = arena_->epoch;
     if (net_) t.acks = net_->acks(l);
     t.proxied = net_ != nullptr;
-    for (const Peer &peer : peers_) t.initiates |= peer.initiated;
+    for (uint32_t r = 0; r < world_; r++)
+      if (initiates(r)) t.initiates |= heap_->mapped(r) ? kNear : kFar;
     t.in = in_[l];
     t.paths = paths_[l];
     t.words = words_[l];

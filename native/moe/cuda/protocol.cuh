@@ -19,9 +19,10 @@
 //  - A message is `done` in pieces: each block, by whichever of its threads finishes its last piece for a rank, adds
 //  them
 //    with acquire and release (device.cuh, 3); who completes the count zeroes it and raises the signal.
-//  - A message over a path of kind GPU leaves when the whole kernel has packed it, by blocks that wait for the others
-//    (initiated.cuh). No proxy tells when its staging may be used again: at send(g) each GPU rank has sent g - 1, so it
-//    has read all of g - 2, whose bytes so have left this rank's staging of slot g mod 2.
+//  - A message over a path of kind GPU leaves when the whole kernel has packed it, by blocks that wait for the others,
+//    or in the pieces that it is packed in (initiated.cuh). No proxy tells when its staging may be used again: at
+//    send(g) each GPU rank has sent g - 1, so it has read all of g - 2, whose bytes so have left this rank's staging of
+//    slot g mod 2.
 //  - Who takes part is known to every block of a launch alike: state->membership[kNext] and its set are written by
 //    take_members alone, which runs when no other kernel of the lane does. A rank that takes no part gets no row, no
 //    header and no signal, and nothing of it is awaited; a message is read under the set that it was sent under.
@@ -116,6 +117,8 @@ EPT_SELDOM void post(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t
                                       signal, device::deadline_in(t.timeout_ns));
   if (put.code != EPT_OK)
     raise_fault(t, uint32_t(-put.code), half, int32_t(peer), kPost, generation, bytes, uint64_t(-put.code));
+  else if (path.kind == EPT_DEVICE_GPU)
+    t.tickets[peer * kSignals + signal]++;
   else if (!direct)
     t.tickets[peer * kSignals + signal] = put.ticket + 1;
 }
@@ -129,9 +132,9 @@ EPT_DEVICE char *staged(const LaneTable &t, uint32_t peer, uint64_t at) {
 }
 
 // `pieces` of the message to `peer` are packed, of `all`; the caller, one thread, has seen them. True for the last, who
-// posts it, unless post_initiated does.
-EPT_DEVICE bool packed(const LaneTable &t, uint32_t peer, uint32_t pieces, uint32_t all) {
-  if (device::count_in(&t.done[peer], pieces) + pieces != all || is_initiated(t, peer)) return false;
+// posts it, or what is left of it if it went piece by piece, unless post_initiated does.
+EPT_DEVICE bool packed(const LaneTable &t, uint32_t peer, uint32_t pieces, uint32_t all, bool went = false) {
+  if (device::count_in(&t.done[peer], pieces) + pieces != all || (!went && is_initiated(t, peer))) return false;
   t.done[peer] = 0;
   return true;
 }

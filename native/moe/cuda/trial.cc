@@ -109,7 +109,8 @@ void GpuTrial::fill(Way way, const Tables &at) {
   t.world = arena_.world;
   t.rank = arena_.rank;
   t.map = arena_.map;
-  t.initiates = way == Way::puts;
+  for (uint32_t r : peers_)
+    if (way == Way::puts) t.initiates |= opened_.heap->mapped(r) ? kNear : kFar;
   t.paths = at.paths;
   t.words = at.words;
   t.done = at.done;

@@ -12,7 +12,7 @@
 
 namespace simt {
 
-constexpr uint64_t kAlign = 256, kPiece = 48;
+constexpr uint64_t kAlign = 256, kPiece = 48, kLazy = 256;
 
 Library *library;
 
@@ -63,7 +63,7 @@ char *Library::there(const void *here, uint32_t number) const {
 
 void Library::put(const void *to, const void *from, uint64_t bytes, const uint64_t *signal, uint32_t number) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Put put{there(to, number), static_cast<const char *>(from), bytes, nullptr, {}};
+  Put put{there(to, number), static_cast<const char *>(from), bytes, nullptr, {}, {}};
   if (signal) put.signal = reinterpret_cast<uint64_t *>(there(signal, number));
   (void)there(from, 0);
   for (uint64_t at = 0; at < bytes; at += kPiece) put.pieces.push_back(at);
@@ -73,18 +73,38 @@ void Library::put(const void *to, const void *from, uint64_t bytes, const uint64
   puts_++;
 }
 
-void Library::part(const void *to, const void *from, uint64_t bytes, uint32_t number) {
-  char *const at = there(to, number);
+void Library::part(const void *to, const void *from, uint64_t bytes, uint32_t number, bool by_block) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   (void)there(from, 0);
-  parts_put_++;
-  for (uint64_t piece = 0; piece < bytes; piece += kPiece) {
-    memcpy(at + piece, static_cast<const char *>(from) + piece, std::min(kPiece, bytes - piece));
-    yield();
+  Put put{there(to, number), nullptr, bytes, nullptr, {}, {}};
+  put.stored.assign(static_cast<const char *>(from), static_cast<const char *>(from) + bytes);
+  put.from = put.stored.data();
+  put.block = here().state;
+  put.warp = here().thread.x / kWarp;
+  put.announced = by_block;
+  for (uint64_t at = 0; at < bytes; at += kPiece) put.pieces.push_back(at);
+  std::shuffle(put.pieces.begin(), put.pieces.end(), random_);
+  under_way_.push_back(std::move(put));
+  ahead += costs;
+  parts_put_[by_block]++;
+}
+
+void Library::announce() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (Put &put : under_way_)
+    put.announced = put.announced || (put.block == here().state && put.warp == here().thread.x / kWarp);
+}
+
+void Library::release() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t at = 0; at < under_way_.size();) {
+    const Put &put = under_way_[at];
+    const bool known = put.block == here().state && (put.announced || put.warp == here().thread.x / kWarp);
+    known ? move_one(at) : void(at++);  // the last one takes the place of one that has landed
   }
 }
 
-void Library::move_one() {
-  const size_t at = random_() % under_way_.size();
+void Library::move_one(size_t at) {
   Put &put = under_way_[at];
   for (uint64_t n = 1 + random_() % 16; n && !put.pieces.empty(); n--) {
     const uint64_t piece = put.pieces.back();
@@ -93,23 +113,33 @@ void Library::move_one() {
   }
   if (!put.pieces.empty()) return;
   if (put.signal) std::atomic_ref<uint64_t>(*put.signal).fetch_add(1, std::memory_order_release);
-  under_way_[at] = std::move(under_way_.back());
+  if (at + 1 < under_way_.size()) under_way_[at] = std::move(under_way_.back());
   under_way_.pop_back();
 }
 
 void Library::move() {
   if (held_ || under_way_.empty() || random_() % 8) return;
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!under_way_.empty()) move_one();
+  if (under_way_.empty()) return;
+  const size_t at = random_() % under_way_.size();
+  // Parts are the latest: who reads them before they are released finds other bytes.
+  if (!under_way_[at].block || random_() % kLazy == 0) move_one(at);
 }
 
 void Library::quiet() {
   const std::lock_guard<std::mutex> lock(mutex_);
   late_ += under_way_.size();
-  while (!under_way_.empty()) move_one();
+  while (!under_way_.empty()) move_one(random_() % under_way_.size());
 }
 
 }  // namespace simt
+
+void simt::announce() {
+  if (library) library->announce();
+}
+void simt::release() {
+  if (library) library->release();
+}
 
 // As device.cuh declares them.
 void ept_library_put(void *to, const void *from, uint64_t bytes, uint64_t *signal, uint32_t number) {
@@ -125,8 +155,15 @@ void ept_library_part_block(void *to, const void *from, uint64_t bytes, uint32_t
   const uint64_t *same = simt::meet_block("library_part", bytes);
   for (uint32_t i = 0; i < simt::here().threads.x; i++)
     if (same[i] != bytes) check::failed(__FILE__, __LINE__, "threads of a block put different parts together");
-  if (simt::here().thread.x == 0) simt::library->part(to, from, bytes, number);
+  if (simt::here().thread.x == 0) simt::library->part(to, from, bytes, number, true);
   (void)simt::meet_block("library_part_end", bytes);
+}
+void ept_library_part_warp(void *to, const void *from, uint64_t bytes, uint32_t number) {
+  const uint64_t *same = simt::meet_warp("library_part", bytes);
+  for (uint32_t i = 0; i < simt::kWarp; i++)
+    if (same[i] != bytes) check::failed(__FILE__, __LINE__, "threads of a warp put different parts together");
+  if (simt::here().thread.x % simt::kWarp == 0) simt::library->part(to, from, bytes, number, false);
+  (void)simt::meet_warp("library_part_end", bytes);
 }
 void ept_library_value(uint64_t *to, uint64_t value, uint64_t *signal, uint32_t number) {
   (void)to, (void)value, (void)signal, (void)number;

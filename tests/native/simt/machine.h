@@ -109,6 +109,9 @@ const uint64_t *meet_block(const char *operation, uint64_t value);
 void fetch(char *to, const char *from);
 void end_fetches();
 void await_fetches(uint64_t left);
+// What this thread's warp has put is told to its block; what this thread knows of, to the GPU (library.h).
+void announce();
+void release();
 [[noreturn]] void misaligned(const void *address);
 
 }  // namespace simt

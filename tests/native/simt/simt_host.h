@@ -108,7 +108,7 @@ inline int __syncthreads_or(int predicate) {
     if (values[i]) return 1;
   return 0;
 }
-inline void __threadfence_block() {}
+inline void __threadfence_block() { ::simt::announce(); }
 inline void __threadfence() {}
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
