@@ -195,6 +195,13 @@ int main() {
   steps("fp32, fewer experts than ranks, hidden of no 8", f32, 4, 4);
   steps("fp8 with fp32 scales", quantised(config_of(2, 6, 3, 272, 9), EPT_SCALES_FP32), 4, 5);
   steps("fp8 with UE8M0 scales", quantised(config_of(3, 6, 3, 144, 9), EPT_SCALES_UE8M0), 4, 6);
+  // Rows are moved by 64 vectors of 16 bytes a step, and cut between steps; a warp keeps the scales of 32 blocks.
+  steps("rows of several steps", config_of(2, 5, 3, 1176, 5), 3, 8);
+  ept_moe_config wide = config_of(3, 4, 2, 532, 4);
+  wide.dtype = wide.dispatch_dtype = wide.combine_dtype = EPT_DTYPE_F32;
+  steps("rows of several steps in fp32", wide, 2, 9);
+  steps("more scales than a warp has lanes", quantised(config_of(2, 4, 2, 4736, 24), EPT_SCALES_FP32), 2, 10);
+  steps("more bytes of scales than a warp has lanes", quantised(config_of(2, 4, 2, 4864, 24), EPT_SCALES_UE8M0), 2, 11);
   watched();
   abandoned();
   late();

@@ -44,11 +44,14 @@ EPT_HD constexpr Divisor divisor(uint32_t by) { return {by, by ? 0xffffffffu / b
 EPT_HD constexpr uint32_t rounds_of(uint32_t vectors) { return (vectors + kWarp - 1) / kWarp; }
 // Into how many parts rows are cut so that each of `warps` has about `each` pieces or more: `rows` of them a block. The
 // more pieces, the less warps wait for the one that has one more; but each begins with a wait for memory, so that no
-// part is shorter than kLeast rounds, unless there would be a warp without work.
-EPT_HD constexpr uint32_t parts_of(uint32_t rows, uint32_t warps, uint32_t vectors, uint32_t each) {
-  constexpr uint32_t kLeast = 7;  // of a row of 7168: halves in fp8, quarters in bf16
-  const uint32_t rounds = rounds_of(vectors), n = rows < 1 ? 1 : rows;
-  const uint32_t needed = warps / n, most = (rounds + kLeast - 1) / kLeast, wanted = (each * warps + n - 1) / n;
+// part is shorter than kLeast rounds, unless there would be a warp without work. `together`: rounds that are moved in
+// one step, and so are in one part.
+EPT_HD constexpr uint32_t parts_of(uint32_t rows, uint32_t warps, uint32_t vectors, uint32_t each,
+                                   uint32_t together = 1) {
+  // Of a row of 7168: halves in fp8, quarters in bf16.
+  const uint32_t least = (7 + together - 1) / together;
+  const uint32_t rounds = (rounds_of(vectors) + together - 1) / together, n = rows < 1 ? 1 : rows;
+  const uint32_t needed = warps / n, most = (rounds + least - 1) / least, wanted = (each * warps + n - 1) / n;
   uint32_t parts = wanted < most ? wanted : most;
   parts = parts < needed ? needed : parts;
   parts = parts < rounds ? parts : rounds;

@@ -8,52 +8,9 @@
 #include "moe/cuda/formats.cuh"
 #include "moe/cuda/initiated.cuh"
 #include "moe/cuda/shared.h"
-#include "moe/cuda/stream.cuh"
+#include "moe/cuda/sums.cuh"
 
 namespace ept::moe::cuda {
-
-// Eight elements are 16 bytes of the 2-byte formats; what is left of a row of fp32 is done one by one.
-constexpr uint32_t kGroup = 8;
-
-// The sum of `n` rows, in their order, group by group of columns: a warp's share of it. Lane i has row i and its
-// weight; take(group, sum) has a group's, in fp32. kWeighed: by fma.
-template <uint32_t kSize, bool kWeighed, class Take>
-EPT_DEVICE void sum_rows(Piece *ring, const char *row, float weight, uint32_t n, const Span16 &span, int32_t format,
-                         Take take) {
-  constexpr uint32_t kEach = kSize / 2;  // vectors of a group
-  float acc[kGroup] = {};
-  uint32_t ahead = span.from + lane_id(), ahead_row = 0, group = ahead, at = 0;
-  stream<kEach, false>(
-      ring, span.rounds() * n,
-      [&] {
-        const char *here = from_lane(row, ahead_row);
-        if (ahead < span.to)
-          here += ahead * (kGroup * kSize);
-        else
-          here = nullptr;
-        if (++ahead_row == n) ahead_row = 0, ahead += kWarp;
-        return here;
-      },
-      [&](const Vector(&held)[kEach]) {
-        const float w = kWeighed ? from_lane(weight, at) : 1.0f;
-        float x[kGroup];
-        if constexpr (kSize == 2) {
-          widen8(x, held[0], format);
-        } else {
-          EPT_UNROLL
-          for (uint32_t e = 0; e < kGroup; e++) x[e] = float_of(held[e / 4].word[e % 4]);
-        }
-        EPT_UNROLL
-        for (uint32_t e = 0; e < kGroup; e++) acc[e] = kWeighed ? fused(w, x[e], acc[e]) : acc[e] + x[e];
-        if (++at != n) return;
-        if (group < span.to) take(group, acc);
-        EPT_UNROLL
-        for (uint32_t e = 0; e < kGroup; e++) acc[e] = 0;
-        at = 0, group += kWarp;
-      });
-  if (n) return;
-  for (; group < span.to; group += kWarp) take(group, acc);
-}
 
 // Messages are packed one rank after another, this rank's own last, so that each leaves as early as it can.
 class CombineSender {
@@ -96,7 +53,7 @@ class CombineSender {
     note(t, kCombineSend, 1);
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
       expect(t, EPT_PHASE_COMBINE, generation, r, t.map.recv(EPT_PHASE_COMBINE, slot()) + a.routing.combine_at[r]);
-    cut = divisor(parts_of((s.begin[world] + gridDim.x - 1) / gridDim.x, warps(), groups, 6));
+    cut = divisor(parts_of((s.begin[world] + gridDim.x - 1) / gridDim.x, warps(), groups, 6, kPair));
     parts = cut.by;
     const Taking members = taking(t, kNext);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
@@ -105,6 +62,7 @@ class CombineSender {
           t.map.send(EPT_PHASE_COMBINE, slot()) + object.shape.combine_staging(r < t.rank ? r : r - 1).offset;
       s.message[r] = s.message[r] ? s.message[r] + s.received[r] : staged(t, r, at);
     }
+    foresee();
     __syncthreads();
     headers();
     if (blockIdx.x == 0 && warp_id() == warps() - 1)
@@ -128,6 +86,14 @@ class CombineSender {
           return {s.message[r], s.received[r], EPT_MOE_HEADER_BYTES + rows_of(r) * row_bytes, rows_of(r) * parts + 1};
         },
         true);
+  }
+  // Places and weights of the rows that this block sums come to its multiprocessor: each piece begins by reading them.
+  EPT_DEVICE void foresee() const {
+    const uint32_t all = s.begin[world], u = blockIdx.x + gridDim.x * threadIdx.x;
+    if (u >= all * parts || (a.layout != kContiguous && a.layout != kMasked)) return;
+    const uint32_t turned = cut.of(u) + s.begin[t.rank + 1], number = turned < all ? turned : turned - all;
+    prefetch(reinterpret_cast<const char *>(a.routing.place + uint64_t(number) * top_k));
+    prefetch(reinterpret_cast<const char *>(a.routing.row_weights + uint64_t(number) * top_k));
   }
   EPT_DEVICE uint32_t turn(uint32_t i) const { return t.rank + i < world ? t.rank + i : t.rank + i - world; }
 
@@ -201,10 +167,12 @@ class CombineSender {
       const uint64_t place = a.layout == kRows ? number : rank * a.leading + j;
       convert(to, a.out.at(place), part);
       if (a.row_weights.data && part == 0) put_beside(to, place);
-    } else if (element_size(a.format) == 2)
-      sum<2>(to, number, part);
+    } else if (a.format == kBF16 && object.returned_format == uint32_t(kBF16))
+      sum<kBF16>(to, number, part);
+    else if (element_size(a.format) == 2)
+      sum<kAny2>(to, number, part);
     else
-      sum<4>(to, number, part);
+      sum<kF32>(to, number, part);
   }
 
   // A row's weights, and what pads them. top_k is at most a warp's lanes.
@@ -220,22 +188,23 @@ class CombineSender {
     const auto format = int32_t(object.returned_format);
     const uint32_t in = element_size(a.format), out = element_size(format);
     if (a.format == format) {  // every bit as it is
-      const Span16 span = span_of(uint32_t(object.returned / 16), part, cut);
+      const Span16 span = span_of(uint32_t(object.returned / 16), part, cut, kPair);
       uint32_t asked = span.from + lane_id(), v = asked;
-      stream<1, false>(
-          s.ring, span.rounds(),
+      stream<kPair, false, kPairApart>(
+          s.ring, span.rounds(kPair),
           [&] {
-            const char *here = asked < span.to ? from + asked * 16 : nullptr;
-            asked += kWarp;
+            const Fetch here = pair_at(from, asked, span.to);
+            asked += kPair * kWarp;
             return here;
           },
-          [&](const Vector(&held)[1]) {
-            if (v < span.to) store16(to + v * 16, held[0]);
-            v += kWarp;
+          [&](const Vector(&held)[kPair]) {
+            EPT_UNROLL
+            for (uint32_t i = 0; i < kPair; i++, v += kWarp)
+              if (v < span.to) store16(to + v * 16, held[i]);
           });
       return;
     }
-    const Span16 span = span_of(groups, part, cut);
+    const Span16 span = span_of(groups, part, cut, kPair);
     for (uint32_t g = span.from + lane_id(); g < span.to; g += kWarp) {
       float x[kGroup];
       load8(x, from + g * kGroup * in, a.format);
@@ -245,9 +214,10 @@ class CombineSender {
     if (part == 0 && left < object.hidden) store1(to + left * out, load1(from + left * in, a.format), format);
   }
 
-  template <uint32_t kSize>
+  template <int32_t kFormat>
   EPT_DEVICE void sum(char *to, uint64_t number, uint32_t part) const {
-    const auto format = int32_t(object.returned_format);
+    constexpr uint32_t kSize = kFormat == kF32 ? 4 : 2;
+    const int32_t from_format = known<kFormat>(a.format), format = known<kFormat>(int32_t(object.returned_format));
     const uint32_t out = element_size(format);
     int32_t place = -1;
     float weight = 1.0f;
@@ -265,7 +235,7 @@ class CombineSender {
     weight = from_lane(weight, k);
     const char *row = lane_id() < n ? a.out.at(uint64_t(uint32_t(place))) : nullptr;
     sum_rows<kSize, true>(
-        s.ring, row, weight, n, span_of(groups, part, cut), a.format,
+        s.ring, row, weight, n, span_of(groups, part, cut, kPair), from_format,
         [&](uint32_t group, const float (&acc)[kGroup]) { store8<true>(to + group * kGroup * out, acc, format); });
     if (part != 0 || groups * kGroup == object.hidden) return;
     const uint32_t at = groups * kGroup + lane_id();
@@ -273,7 +243,7 @@ class CombineSender {
     for (uint32_t i = 0; i < n; i++) {
       const char *from = from_lane(row, i);
       const float w = from_lane(weight, i);
-      if (at < object.hidden) acc = fused(w, load1(from + at * kSize, a.format), acc);
+      if (at < object.hidden) acc = fused(w, load1(from + at * kSize, from_format), acc);
     }
     if (at < object.hidden) store1(to + at * out, acc, format);
   }
@@ -305,12 +275,16 @@ class CombineReceiver {
         fan(uint32_t(args.object.shape.fan())),
         row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, 0)),
         groups(fixed_or(EPT_FIXED_HIDDEN, args.object.hidden) / kGroup),
-        parts(divisor(whole_rows ? 1 : parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), groups, 4))) {}
+        parts(
+            divisor(whole_rows ? 1 : parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), groups, 4, kPair))) {}
 
   EPT_DEVICE void run() {
     note(t, kCombineRecv, 0);
     const uint32_t fault = fault_of(t);
     if (threadIdx.x == 0) *s.next = 0;
+    // Of the tokens that this block sums, where their parts are.
+    const uint32_t number = parts.of(blockIdx.x + gridDim.x * threadIdx.x);
+    if (number < a.tokens) prefetch(reinterpret_cast<const char *>(a.routing.parts + uint64_t(number) * fan * 2));
     look_up(t, EPT_PHASE_COMBINE, generation, s.sources);
     if (!is_faulted(fault)) receive();
     note(t, kCombineRecv, 3);
@@ -391,10 +365,7 @@ class CombineReceiver {
     __syncwarp();
     if (__ballot_sync(kAll, int(rank_is_late))) return false;
     const auto n = uint32_t(__popc(__ballot_sync(kAll, int(from != nullptr))));
-    if (element_size(int32_t(object.returned_format)) == 2)
-      sum<2>(number, part, from, n);
-    else
-      sum<4>(number, part, from, n);
+    sum(number, part, from, n);
     if (a.row_weights.data && part == 0) sum_beside(number, from, beside, n);
     return true;
   }
@@ -408,14 +379,25 @@ class CombineReceiver {
     if (lane_id() >= object.top_k) return;
     *reinterpret_cast<float *>(a.row_weights.at(number) + lane_id() * a.row_weights.column) = acc;
   }
-  template <uint32_t kSize>
   EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) const {
-    const auto format = int32_t(object.returned_format);
-    const uint32_t out = element_size(a.format);
+    if (a.format == kBF16 && object.returned_format == uint32_t(kBF16))
+      sum<kBF16>(number, part, from, n);
+    else if (element_size(int32_t(object.returned_format)) == 2)
+      sum<kAny2>(number, part, from, n);
+    else
+      sum<kF32>(number, part, from, n);
+  }
+  // kFormat: of what came.
+  template <int32_t kFormat>
+  EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) const {
+    constexpr uint32_t kSize = kFormat == kF32 ? 4 : 2;
+    const int32_t format = known<kFormat>(int32_t(object.returned_format));
+    const int32_t to_format = kFormat == kBF16 ? kBF16 : a.format;
+    const uint32_t out = element_size(to_format);
     char *to = a.y + int64_t(number) * a.y_stride;
     sum_rows<kSize, false>(
-        s.ring, from, 1.0f, n, span_of(groups, part, parts), format,
-        [&](uint32_t group, const float (&acc)[kGroup]) { store8<true>(to + group * kGroup * out, acc, a.format); });
+        s.ring, from, 1.0f, n, span_of(groups, part, parts, kPair), format,
+        [&](uint32_t group, const float (&acc)[kGroup]) { store8<true>(to + group * kGroup * out, acc, to_format); });
     if (part != 0 || groups * kGroup == object.hidden) return;
     const uint32_t left = groups * kGroup + lane_id();
     float acc = 0;
@@ -423,7 +405,7 @@ class CombineReceiver {
       const char *row = from_lane(from, p);
       if (left < object.hidden) acc = acc + load1(row + left * kSize, format);
     }
-    if (left < object.hidden) store1(to + left * out, acc, a.format);
+    if (left < object.hidden) store1(to + left * out, acc, to_format);
   }
 
   const CombineRecv &a;

@@ -15,6 +15,7 @@
 
 #include "moe/cuda/protocol.cuh"
 #include "moe/cuda/shared.h"
+#include "moe/cuda/stream.cuh"
 
 namespace ept::moe::cuda {
 
@@ -51,8 +52,9 @@ class DispatchPlaces {
     const uint32_t number = blockIdx.x >= turn ? blockIdx.x - turn : blockIdx.x + gridDim.x - turn;
     const uint32_t each = a.blocks.of(s.rows[source]), more = s.rows[source] - each * gridDim.x;
     const uint32_t first = number * each + (number < more ? number : more);
-    s.runs[source] = {first, first + each + (number < more ? 1 : 0),
-                      divisor(parts_of(a.blocks.of(s.rows[source] * world + gridDim.x - 1), warps(), vectors, 4))};
+    s.runs[source] = {
+        first, first + each + (number < more ? 1 : 0),
+        divisor(parts_of(a.blocks.of(s.rows[source] * world + gridDim.x - 1), warps(), vectors, 4, kPair))};
   }
   EPT_DEVICE BlockRun run_of(uint32_t source) const { return s.runs[source]; }
   EPT_DEVICE uint32_t units(uint32_t source) const {

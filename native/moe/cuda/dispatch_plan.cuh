@@ -5,7 +5,8 @@
 // tokens.
 //
 // A token's row number at rank r is the count of earlier tokens that go to r: by tiles of 32 tokens, a tile a warp, the
-// tokens of a tile that go to r are one ballot. So numbers are the same in every block and on every run.
+// tokens of a tile that go to r are one ballot. So numbers are the same in every block and on every run; and who packs
+// a row counts them itself, since one more phase of all warps costs more than counting twice.
 #pragma once
 
 #include "moe/cuda/protocol.cuh"
@@ -92,7 +93,6 @@ class DispatchPlan {
     if (set == kNext && blockIdx.x == 0 && threadIdx.x == 0) a.routing.membership[0] = t.state->membership[kNext];
     const uint32_t back = blockDim.x - 1 - threadIdx.x;
     for (uint32_t r = back; r < world; r += blockDim.x) {
-      s.pending[r] = s.pieces[r] = 0;
       s.rows_at[r] = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
     }
     for (uint32_t r = back < kWarp ? world + 1 : back - kWarp; r <= world; r += blockDim.x - kWarp)
@@ -100,8 +100,11 @@ class DispatchPlan {
     if (threadIdx.x < 2) s.bad[threadIdx.x] = 0;
   }
 
-  // Tokens of each tile that go to each rank, and rows of each expert.
-  EPT_DEVICE void count() {
+  // Which tokens of each tile go to each rank, and how many all in all; rows of each expert, where `all`. A barrier
+  // ends it, which sums_up comes before.
+  template <class SumUp>
+  EPT_DEVICE void count(bool all, SumUp sums_up) {
+    EPT_ROLLED
     for (uint32_t tile = warp_id(); tile < tiles(); tile += warps()) {
       const uint32_t token = tile * kWarp + lane_id();
       uint64_t mask = 0;
@@ -109,7 +112,7 @@ class DispatchPlan {
         if (valid(expert)) {
           const uint32_t where = s.where[expert], rank = where >> 16;
           if (where == kNowhere) return;
-          atomicAdd(&s.counts[s.first[rank] + (where & 0xffff)], 1u);
+          if (all) atomicAdd(&s.counts[s.first[rank] + (where & 0xffff)], 1u);
           if (rank < 64) mask |= 1ull << rank;
         } else if (expert != -1) {  // nobody can be told before the messages go: it counts as none, and faults the lane
           s.bad[1] = uint32_t(expert);
@@ -121,27 +124,70 @@ class DispatchPlan {
         EPT_ROLLED
         for (uint32_t r = from; r < world && r < from + 64; r++) {
           const uint32_t those = __ballot_sync(kAll, int(mask >> (r - from) & 1));
-          if (lane_id() == 0) s.tile_rows[tile * world + r] = uint32_t(__popc(those));
+          if (lane_id() == 0) s.tiles[tile * world + r] = those;
         }
       }
     }
     __syncthreads();
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
-      uint32_t before = 0;
-      for (uint32_t tile = 0; tile < tiles(); tile++) {
-        const uint32_t here = s.tile_rows[tile * world + r];
-        s.tile_rows[tile * world + r] = before;
-        before += here;
-      }
-      s.rows_to[r] = before;
+      s.rows_to[r] = rows_before(tiles(), r);
+      sums_up(r);
     }
     __syncthreads();
+  }
+  // To that rank, of tokens of the tiles before that one.
+  EPT_DEVICE uint32_t rows_before(uint32_t tile, uint32_t rank) const {
+    uint32_t rows = 0;
+    EPT_ROLLED
+    for (uint32_t i = 0; i < tile; i++) rows += uint32_t(__popc(s.tiles[i * world + rank]));
+    return rows;
+  }
+  // Of this block's tokens, those that go to that rank.
+  EPT_DEVICE uint32_t own_rows(uint32_t rank) const {
+    uint32_t rows = 0;
+    EPT_ROLLED
+    for (uint32_t token = first; token < end;) {
+      const uint32_t tile = token / kWarp, last = (tile + 1) * kWarp, until = end < last ? end : last;
+      const uint32_t bits = until - token == kWarp ? kAll : (1u << (until - token)) - 1;
+      rows += uint32_t(__popc(s.tiles[tile * world + rank] >> (token % kWarp) & bits));
+      token = until;
+    }
+    return rows;
+  }
+  // The ranks that a token goes to, by rank, in the first lanes, and its row there; returns how many there are, and
+  // leaves `rank` as it is in the other lanes.
+  EPT_DEVICE uint32_t ranks_of(uint32_t token, int32_t &rank, uint32_t &row) const {
+    const uint32_t tile = token / kWarp, at = token % kWarp;
+    uint32_t n = 0;
+    EPT_ROLLED
+    for (uint32_t base = 0; base < world; base += kWarp) {
+      const uint32_t r = base + lane_id(), those = r < world ? s.tiles[tile * world + r] : 0;
+      const uint32_t goes = those >> at & 1;
+      const uint32_t before = goes ? rows_before(tile, r) + uint32_t(__popc(those & ((1u << at) - 1))) : 0;
+      __syncwarp();
+      EPT_ROLLED
+      for (uint32_t left = __ballot_sync(kAll, int(goes)); left; left &= left - 1, n++) {
+        const uint32_t lane = uint32_t(__ffs(int(left)) - 1), its = from_lane(before, lane);
+        if (lane_id() == n) rank = int32_t(base + lane), row = its;
+      }
+    }
+    return n;
+  }
+
+  // What is kept of the first n lanes' ranks and rows of a token.
+  EPT_DEVICE void keep(uint32_t token, uint32_t n, int32_t rank, uint32_t row) const {
+    if (lane_id() >= fan) return;
+    int32_t *to = a.routing.parts + (uint64_t(token) * fan + lane_id()) * 2;
+    to[0] = lane_id() < n ? rank : -1;
+    to[1] = int32_t(row);
   }
 
   // The last blocks have a token less, or none: they do what one block does for all.
   EPT_DEVICE uint32_t from_last() const { return gridDim.x - 1 - blockIdx.x; }
 
-  // Where each message is packed, and where each rank's sums go: one warp, while the others number rows.
+  // Whether this rank packs messages in memory of its own, one behind another.
+  EPT_DEVICE bool stages() const { return t.proxied || t.initiates; }
+  // Where each message is packed that is not at the rank itself, and where each rank's sums go: the last warp.
   EPT_DEVICE void place() {
     if (warp_id() != warps() - 1) return;
     uint64_t begin = t.map.send(EPT_PHASE_DISPATCH, slot()), combine = 0;
@@ -155,8 +201,7 @@ class DispatchPlan {
       }
       const uint64_t messages = warp_prefix(message), all = warp_prefix(sums);
       if (r < world) {
-        char *window = s.rows_at[r];
-        s.rows_at[r] = (window ? window + received() : staged(t, r, begin + messages - message)) + header;
+        if (!s.rows_at[r]) s.rows_at[r] = staged(t, r, begin + messages - message) + header;
         s.combine_at[r] = combine + all - sums;
         if (from_last() == 0) {
           a.routing.combine_at[r] = s.combine_at[r];
@@ -166,50 +211,11 @@ class DispatchPlan {
       begin += from_lane(messages, kWarp - 1);
       combine += from_lane(all, kWarp - 1);
     }
+    __syncwarp();
     if (from_last() == 0)
       tally(
           t, a.object, EPT_PHASE_DISPATCH, [&](uint32_t r) { return s.rows_to[r]; },
           [&](uint32_t r) { return header_bytes(r) + uint64_t(s.rows_to[r]) * row_bytes; });
-  }
-
-  // The parts of this block's tokens.
-  EPT_DEVICE void number() {
-    const Taking members = taking(t, kNext);
-    for (uint32_t r = from_last() + gridDim.x * threadIdx.x; r < world; r += gridDim.x * blockDim.x)
-      if (members.has(r)) add_pieces(r, 1);
-    const uint32_t until = end > first ? (end + kWarp - 1) / kWarp : 0;
-    for (uint32_t tile = first / kWarp + warp_id(); tile < until; tile += warps()) {
-      const uint32_t token = tile * kWarp + lane_id();
-      const bool mine = token >= first && token < end;
-      uint32_t n = 0;
-      int32_t *to = a.routing.parts + uint64_t(token) * fan * 2;
-      int32_t *kept = mine && token - first < kKept ? s.parts + (token - first) * fan * 2 : nullptr;
-      for (uint32_t from = 0; from < world; from += 64) {
-        const uint64_t mask = ranks(token, from);
-        EPT_ROLLED
-        for (uint32_t r = from; r < world && r < from + 64; r++) {
-          const bool goes = mask >> (r - from) & 1;
-          const uint32_t those = __ballot_sync(kAll, int(goes));
-          if (!mine || !goes) continue;
-          const auto number = int32_t(s.tile_rows[tile * world + r] + uint32_t(__popc(those & below())));
-          to[2 * n] = int32_t(r);
-          to[2 * n + 1] = number;
-          if (kept) kept[2 * n] = int32_t(r), kept[2 * n + 1] = number;
-          add_pieces(r, units);
-          n++;
-        }
-      }
-      if (!mine) continue;
-      EPT_ROLLED
-      for (; n < fan; n++) {
-        to[2 * n] = -1;
-        if (kept) kept[2 * n] = -1;
-      }
-    }
-  }
-  EPT_DEVICE void add_pieces(uint32_t rank, uint32_t pieces) {
-    atomicAdd(&s.pending[rank], pieces);
-    atomicAdd(&s.pieces[rank], pieces);
   }
 
   const DispatchSend &a;

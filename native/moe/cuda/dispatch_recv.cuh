@@ -153,6 +153,9 @@ class DispatchReceiver : public DispatchPlaces {
     const uint32_t nth = run.parts.of(unit), part = unit - nth * run.parts.by, j = run.first + nth;
     const char *row = rows_of(source) + uint64_t(j) * row_bytes;
     const uint64_t number = uint64_t(s.begin[source]) + j;
+    // What rest() reads comes beside the payload.
+    const uint32_t beside = uint32_t(ept_row_scales(object.payload)) + lane_id() * 32;
+    if (part == 0 && beside < row_bytes) prefetch(row + beside);
     int32_t place = -1;
     if (per_expert) {
       const int32_t *places =
@@ -169,22 +172,24 @@ class DispatchReceiver : public DispatchPlaces {
   EPT_DEVICE void payload(const char *row, int32_t place, uint32_t places, uint32_t part, Divisor cut) const {
     if (!a.x.data) return;
     char *to = place >= 0 ? a.x.at(uint64_t(place)) : nullptr;
-    const Span16 span = span_of(vectors, part, cut);
+    const Span16 span = span_of(vectors, part, cut, kPair);
+    const uint32_t until = places ? span.to : 0;
     uint32_t asked = span.from + lane_id(), v = asked;
-    stream<1, false>(
-        s.ring, places ? span.rounds() : 0,
+    stream<kPair, false, kPairApart>(
+        s.ring, places ? span.rounds(kPair) : 0,
         [&] {
-          const char *here = asked < span.to ? row + asked * 16 : nullptr;
-          asked += kWarp;
+          const Fetch here = pair_at(row, asked, until);
+          asked += kPair * kWarp;
           return here;
         },
-        [&](const Vector(&held)[1]) {
+        [&](const Vector(&held)[kPair]) {
           EPT_ROLLED
           for (uint32_t left = places; left; left &= left - 1) {
-            char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1));
-            if (v < span.to) store16(there + v * 16, held[0]);
+            char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1)) + uint64_t(v) * 16;
+            if (v < span.to) store16(there, held[0]);
+            if (v + kWarp < span.to) store16(there + kPairApart, held[1]);
           }
-          v += kWarp;
+          v += kPair * kWarp;
         });
   }
 

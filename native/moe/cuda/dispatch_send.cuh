@@ -35,10 +35,15 @@ class DispatchSender : public DispatchPlan {
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
       expect(t, EPT_PHASE_DISPATCH, generation, r,
              t.map.recv(EPT_PHASE_DISPATCH, slot()) + a.object.shape.dispatch_region(r).offset);
-    count();
+    const Taking members = taking(t, kNext);
+    count(from_last() < world, [&](uint32_t r) {
+      const bool heads = r % gridDim.x == from_last() && members.has(r);
+      s.pieces[r] = s.pending[r] = own_rows(r) * units + (heads ? 1 : 0);
+      if (s.rows_at[r]) s.rows_at[r] += received() + header_bytes(r);
+    });
     place();
-    number();
-    __syncthreads();
+    // Else place() is for the last warp alone, which writes this block's header.
+    if (stages() || world > gridDim.x) __syncthreads();
     note(t, kDispatchSend, 2);
     headers();
     rows();
@@ -68,23 +73,23 @@ class DispatchSender : public DispatchPlan {
     const char *from = a.x + token * a.x_stride;
     uint32_t asked = span.from + lane_id();
     const auto next = [&] {
-      const char *here = asked < span.to ? from + asked * each : nullptr;
+      const Fetch here = {from + uint64_t(asked) * each, asked < span.to ? int32_t(each / 16) : 0};
       asked += kWarp;
       return here;
     };
     if (each == 16)
-      start_stream<1, false>(s.ring, span.rounds(), next);
+      start_stream<1, false>(s.ring, next);
     else if (each == 32)
-      start_stream<2, true>(s.ring, span.rounds(), next);
+      start_stream<2, true>(s.ring, next);
     else
-      start_stream<4, true>(s.ring, span.rounds(), next);
+      start_stream<4, true>(s.ring, next);
   }
 
   // Block r mod blocks, from the last, writes the header for rank r: one piece of that message.
   EPT_DEVICE void headers() {
     const Taking members = taking(t, kNext);
     EPT_ROLLED
-    for (uint32_t r = from_last() + gridDim.x * warp_id(); r < world; r += gridDim.x * warps()) {
+    for (uint32_t r = from_last() + gridDim.x * (warps() - 1 - warp_id()); r < world; r += gridDim.x * warps()) {
       if (!members.has(r)) continue;
       const uint32_t local = s.first[r + 1] - s.first[r];
       const uint64_t bytes = header_bytes(r);
@@ -134,48 +139,53 @@ class DispatchSender : public DispatchPlan {
   }
 
   EPT_DEVICE void row(uint32_t token, uint32_t part, bool started) {
-    int32_t rank = -1;
-    char *to = nullptr;
     if (!started) fetch(token, part);
-    const uint32_t n = plan(token, rank, to);
-    if (part == 0 && units == parts) rest(token, rank, to, n);
-    payload(token, part, to, n);
-    __syncwarp();
-    if (rank >= 0) packed_one(uint32_t(rank));
-    __syncwarp();
+    Parts its;
+    const uint32_t n = plan(token, its);
+    payload(token, part, its.to, n);
+    if (part == 0 && units == parts) about(token, its, n);
+    packed_part(its);
   }
-
   // What a row has beside its payload, by a warp that has none of that.
   EPT_DEVICE void about(uint32_t token) {
-    int32_t rank = -1;
-    char *to = nullptr;
-    const uint32_t n = plan(token, rank, to);
-    rest(token, rank, to, n);
-    __syncwarp();
-    if (rank >= 0) packed_one(uint32_t(rank));
-    __syncwarp();
+    Parts its;
+    const uint32_t n = plan(token, its);
+    about(token, its, n);
+    packed_part(its);
   }
-  // Of a lane the rank that has the token, and where; returns how many have one, the first lanes.
-  EPT_DEVICE uint32_t plan(uint32_t token, int32_t &rank, char *&to) const {
-    int32_t number = 0;
-    if (lane_id() < fan) {
-      const int32_t *from = token - first < kKept ? s.parts + ((token - first) * fan + lane_id()) * 2
-                                                  : a.routing.parts + (uint64_t(token) * fan + lane_id()) * 2;
-      rank = from[0];
-      number = from[1];
-    }
-    if (rank >= 0) to = s.rows_at[rank] + uint64_t(uint32_t(number)) * row_bytes;
-    return uint32_t(__popc(__ballot_sync(kAll, int(rank >= 0))));
+
+  // Of a lane the rank that has the token, as which of its rows, and where.
+  struct Parts {
+    int32_t rank = -1;
+    uint32_t row = 0;
+    char *to = nullptr;
+  };
+  // Returns how many ranks have one: so many of the first lanes.
+  EPT_DEVICE uint32_t plan(uint32_t token, Parts &its) const {
+    const uint32_t n = ranks_of(token, its.rank, its.row);
+    if (its.rank >= 0) its.to = s.rows_at[its.rank] + uint64_t(its.row) * row_bytes;
+    return n;
+  }
+  EPT_DEVICE void about(uint32_t token, const Parts &its, uint32_t n) const {
+    keep(token, n, its.rank, its.row);
+    rest(token, its.rank, its.to, n);
+  }
+  EPT_DEVICE void packed_part(const Parts &its) {
+    __syncwarp();
+    if (its.rank >= 0) packed_one(uint32_t(its.rank));
+    __syncwarp();
   }
 
   // A part of a row, which comes since fetch(), to the first n lanes' places.
   EPT_DEVICE void payload(uint32_t token, uint32_t part, char *to, uint32_t n) const {
     if (!a.quantise)
       copy(token, part, to, n);
+    else if (a.x_format == kBF16)
+      quantise<kBF16>(token, part, to, n);
     else if (element_size(a.x_format) == 2)
-      quantise<2>(token, part, to, n);
+      quantise<kAny2>(token, part, to, n);
     else
-      quantise<4>(token, part, to, n);
+      quantise<kF32>(token, part, to, n);
   }
 
   EPT_DEVICE void copy(uint32_t token, uint32_t part, char *to, uint32_t n) const {
@@ -185,7 +195,7 @@ class DispatchSender : public DispatchPlan {
     finish_stream<1, false>(
         s.ring, span.rounds(),
         [&] {
-          const char *here = asked < span.to ? from + asked * 16 : nullptr;
+          const Fetch here = {from + uint64_t(asked) * 16, asked < span.to ? 1 : 0};
           asked += kWarp;
           return here;
         },
@@ -199,59 +209,69 @@ class DispatchSender : public DispatchPlan {
         });
   }
 
-  // Sixteen elements a lane, so eight lanes a block of EPT_FP8_BLOCK.
-  template <uint32_t kSize>
+  // Sixteen elements a lane, so eight lanes a block of EPT_FP8_BLOCK, and four blocks a round. Scales are kept until a
+  // warp has one for each lane.
+  template <int32_t kFormat>
   EPT_DEVICE void quantise(uint32_t token, uint32_t part, char *to, uint32_t n) const {
+    constexpr uint32_t kSize = kFormat == kF32 ? 4 : 2, kBlocks = 4, kRounds = kWarp / kBlocks;
     const Span16 span = span_of(vectors, part, a.deal.parts);
     const char *from = a.x + token * a.x_stride;
-    const uint64_t scales_at = ept_row_scales(a.object.payload);
-    uint32_t v = span.from + lane_id(), asked = v + kFirst<kSize> * kWarp;
+    const uint32_t rounds = span.rounds();
+    uint32_t v = span.from + lane_id(), asked = v + kFirst<kSize> * kWarp, round = 0, kept = 0;
     finish_stream<kSize, true>(
-        s.ring, span.rounds(),
+        s.ring, rounds,
         [&] {
-          const char *here = asked < span.to ? from + asked * (16 * kSize) : nullptr;
+          const Fetch here = {from + uint64_t(asked) * (16 * kSize), asked < span.to ? int32_t(kSize) : 0};
           asked += kWarp;
           return here;
         },
         [&](const Vector(&held)[kSize]) {
           const bool here = v < span.to;
           Sixteen of{};
-          const float (&x)[16] = of.x;
-          if (here) widen16<kSize>(of.x, held, a.x_format);
+          if (here) widen16<kSize>(of.x, held, known<kFormat>(a.x_format));
           uint32_t most = 0;  // sizes compare as integers do
-          EPT_UNROLL
-          for (uint32_t i = 0; i < 16; i++) {
-            const uint32_t size = bits_of(x[i]) & 0x7fffffff;
-            most = size > most ? size : most;
-          }
+          if (kFormat == kBF16 && here) most = most_of_bf16(held[0], held[1]);
+          if (kFormat != kBF16) most = most_of(of);
           const bool has_nan = most > 0x7f800000;  // of which amax takes no notice
           if (has_nan) most = most_of_numbers(of);
+          EPT_UNROLL
           for (uint32_t step = 1; step < 8; step *= 2) {
             const uint32_t other = __shfl_xor_sync(kAll, most, int(step));
             most = other > most ? other : most;
           }
           const float amax = float_of(most);
           float scale = divided(amax > a.epsilon ? amax : a.epsilon, EPT_E4M3_MAX);
-          uint32_t byte = 0;
+          uint32_t said = bits_of(scale);
           if (a.ue8m0) {
-            byte = exponent_above(scale);
-            scale = float_of(byte == 0 ? 0x400000 : byte << 23);
+            said = exponent_above(scale);
+            scale = float_of(said == 0 ? 0x400000 : said << 23);
           }
           const Vector q = e4m3_of(of, scale, has_nan);
-          const uint32_t block = v / 8;
           EPT_ROLLED
           for (uint32_t p = 0; p < n; p++) {
-            char *there = from_lane(to, p);
-            if (!here) continue;
-            store16(there + v * 16, q);
-            if (lane_id() % 8) continue;
-            if (a.ue8m0)
-              there[scales_at + block] = char(byte);
-            else
-              *reinterpret_cast<float *>(there + scales_at + block * 4) = scale;
+            char *there = from_lane(to, p) + uint64_t(v) * 16;
+            if (here) store16(there, q);
           }
+          const uint32_t turn = round % kRounds;
+          said = from_lane(said, lane_id() % kBlocks * 8);
+          if (lane_id() / kBlocks == turn) kept = said;
+          if (turn == kRounds - 1 || round + 1 == rounds)
+            put_scales(kept, (span.from + (round - turn) * kWarp) / 8, (turn + 1) * kBlocks, to, n);
           v += kWarp;
+          round++;
         });
+  }
+  // Lane i has the scale of block first + i, of so many or as many as the row has.
+  EPT_DEVICE void put_scales(uint32_t scale, uint32_t first, uint32_t count, char *to, uint32_t n) const {
+    const uint32_t block = first + lane_id();
+    const bool here = lane_id() < count && block * 8 < vectors;
+    const uint64_t at = ept_row_scales(a.object.payload) + (a.ue8m0 ? block : block * 4);
+    EPT_ROLLED
+    for (uint32_t p = 0; p < n; p++) {
+      char *there = from_lane(to, p) + at;
+      if (here && a.ue8m0) *there = char(scale);
+      if (here && !a.ue8m0) *reinterpret_cast<uint32_t *>(there) = scale;
+    }
   }
 
   // What is kept of a token; the caller's scales, what pads them, and what says whose row it is.
@@ -306,7 +326,6 @@ EPT_KERNEL moe_dispatch_send(EPT_ARGUMENT(ept::moe::cuda::DispatchSend) args) {
   if (!args.lane.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const SendShared shared = send_shared(carve, blockDim.x, args.lane.world, args.object.experts, args.tokens,
-                                        uint32_t(args.object.shape.fan()));
+  const SendShared shared = send_shared(carve, blockDim.x, args.lane.world, args.object.experts, args.tokens);
   DispatchSender(args, shared).run();
 }

@@ -8,6 +8,13 @@
 namespace ept::moe::cuda {
 
 constexpr int32_t kF32 = 1, kF16 = 2, kBF16 = 3;  // ept_dtype
+// Beside them, where the compiler is told the usual formats: some format of 2 bytes.
+constexpr int32_t kAny2 = 0;
+// A format that the compiler knows, where kFormat is bf16; else `format`.
+template <int32_t kFormat>
+EPT_DEVICE int32_t known(int32_t format) {
+  return kFormat == kBF16 ? kBF16 : format;
+}
 
 EPT_SELDOM uint32_t f16_to_f32(uint32_t v) {
   const uint32_t sign = (v & 0x8000) << 16, size = v & 0x7fff;
@@ -104,6 +111,25 @@ EPT_DEVICE void widen16(float out[16], const Vector (&v)[kSize], int32_t format)
 struct Sixteen {
   float x[16];
 };
+// The largest size of sixteen elements: its bits, which compare as integers do; a NaN's are above infinity's.
+EPT_DEVICE uint32_t most_of(const Sixteen &of) {
+  uint32_t most = 0;
+  EPT_UNROLL
+  for (uint32_t i = 0; i < 16; i++) {
+    const uint32_t size = bits_of(of.x[i]) & 0x7fffffff;
+    most = size > most ? size : most;
+  }
+  return most;
+}
+// The same of sixteen of bf16, two at a time.
+EPT_DEVICE uint32_t most_of_bf16(const Vector &a, const Vector &b) {
+  uint32_t most = 0;
+  EPT_UNROLL
+  for (uint32_t i = 0; i < 4; i++)
+    most = most_halves(most, most_halves(a.word[i] & 0x7fff7fff, b.word[i] & 0x7fff7fff));
+  const uint32_t low = most << 16, high = most & 0xffff0000;
+  return low > high ? low : high;
+}
 EPT_SELDOM uint32_t most_of_numbers(Sixteen of) {
   uint32_t most = 0;
   EPT_ROLLED

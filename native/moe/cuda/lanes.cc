@@ -373,8 +373,7 @@ void Lanes::refuse(const Object &object) {
          object.config.num_experts, world);
   // Beside the rings (shared.h), which are as large for every object.
   const uint64_t tiles = (uint64_t(object.shape.max_tokens) + kWarp - 1) / kWarp;
-  const uint64_t shared =
-      4 * tiles * world + 8ull * object.config.num_experts + 48ull * world + 8ull * kKept * object.shape.fan() + 64;
+  const uint64_t shared = 4 * tiles * world + 8ull * object.config.num_experts + 48ull * world + 64;
   const uint64_t received = 8ull * world * object.local() + 92ull * world + 4ull * world * object.local() +
                             8ull * object.local() + 4ull * world * kept_rows(world) * object.config.top_k + 64;
   // Both halves of a streamed call are one launch; 32 warps know what each of them reads next of each rank.

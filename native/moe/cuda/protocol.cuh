@@ -351,14 +351,17 @@ EPT_DEVICE void note_source(const LaneTable &t, uint32_t phase, uint32_t source,
     *at = now;
 }
 
-// A warp's share of a row of `vectors` pieces of 16 bytes, in whole rounds of a warp.
+// A warp's share of a row of `vectors` pieces of 16 bytes, in whole rounds of a warp; `together` of them in one part.
 struct Span16 {
   uint32_t from, to;
-  EPT_DEVICE uint32_t rounds() const { return to > from ? (to - from + kWarp - 1) / kWarp : 0; }
+  EPT_DEVICE uint32_t rounds(uint32_t together = 1) const {
+    const uint32_t of = kWarp * together;
+    return to > from ? (to - from + of - 1) / of : 0;
+  }
 };
-EPT_DEVICE Span16 span_of(uint32_t vectors, uint32_t part, Divisor parts) {
-  const uint32_t rounds = rounds_of(vectors);
-  const uint32_t from = parts.of(rounds * part) * kWarp, to = parts.of(rounds * (part + 1)) * kWarp;
+EPT_DEVICE Span16 span_of(uint32_t vectors, uint32_t part, Divisor parts, uint32_t together = 1) {
+  const uint32_t rounds = (rounds_of(vectors) + together - 1) / together, of = kWarp * together;
+  const uint32_t from = parts.of(rounds * part) * of, to = parts.of(rounds * (part + 1)) * of;
   return {from, to < vectors ? to : vectors};
 }
 

@@ -30,10 +30,6 @@ EPT_HD inline Sources sources(Carve &carve, uint32_t world) {
   return s;
 }
 
-// Of a block's tokens, so many are kept in shared memory, where all that is written of them is read again: what has few
-// would wait for memory there.
-constexpr uint32_t kKept = 16;
-
 struct SendShared {
   Piece *ring;           // [kAhead, threads]
   uint64_t *combine_at;  // [world]
@@ -41,15 +37,14 @@ struct SendShared {
   uint32_t *where;       // [experts]
   uint32_t *counts;      // [experts], placed as `first` says
   uint32_t *first;       // [world + 1] ObjectTable's
-  uint32_t *tile_rows;   // [tiles, world] tokens of a tile that go to a rank; then those of the tiles before it
+  uint32_t *tiles;       // [tiles, world] bits: tokens of a tile that go to a rank
   uint32_t *rows_to;     // [world]
   uint32_t *pieces;      // [world] pieces of this block's part of the message to that rank
   uint32_t *pending;     // [world] of which not yet packed
-  int32_t *parts;        // [kKept, fan, 2] RoutingArrays', of the block's first tokens
   uint32_t *bad;         // [2] 1, and the id, where one was out of range
 };
-EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t experts, uint32_t tokens,
-                                     uint32_t fan) {
+EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t experts,
+                                     uint32_t tokens) {
   SendShared s{};
   s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
   s.combine_at = carve.take<uint64_t>(world);
@@ -57,11 +52,10 @@ EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t wo
   s.where = carve.take<uint32_t>(experts);
   s.counts = carve.take<uint32_t>(experts);
   s.first = carve.take<uint32_t>(world + 1);
-  s.tile_rows = carve.take<uint32_t>(uint64_t(tokens + kWarp - 1) / kWarp * world);
+  s.tiles = carve.take<uint32_t>(uint64_t(tokens + kWarp - 1) / kWarp * world);
   s.rows_to = carve.take<uint32_t>(world);
   s.pieces = carve.take<uint32_t>(world);
   s.pending = carve.take<uint32_t>(world);
-  s.parts = carve.take<int32_t>(uint64_t(kKept) * fan * 2);
   s.bad = carve.take<uint32_t>(2);
   return s;
 }
@@ -191,9 +185,9 @@ struct StreamedDispatchShared {
 };
 EPT_HD inline StreamedDispatchShared streamed_dispatch_shared(Carve &carve, uint32_t threads, uint32_t world,
                                                               uint32_t experts, uint32_t local, uint32_t tokens,
-                                                              uint32_t top_k, uint32_t fan) {
+                                                              uint32_t top_k) {
   StreamedDispatchShared s{};
-  s.send = send_shared(carve, threads, world, experts, tokens, fan);
+  s.send = send_shared(carve, threads, world, experts, tokens);
   s.recv = recv_shared(carve, 0, world, local, top_k);
   s.recv.ring = s.send.ring;
   s.recv.kept = 0;

@@ -64,6 +64,8 @@ EPT_DEVICE uint32_t e4m3_pair(float low, float high) {
   return pair;
 }
 #endif
+// The larger of each two halves, without signs.
+EPT_DEVICE uint32_t most_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 EPT_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 EPT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 EPT_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }

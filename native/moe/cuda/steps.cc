@@ -87,7 +87,7 @@ void streamed_dispatch(GpuObject &moe, uint32_t lane, bool first, const Dispatch
   const uint64_t shared = shared_bytes([&](Carve &carve) {
     const ept_moe_config &config = moe.object.config;
     streamed_dispatch_shared(carve, moe.lanes->threads(), config.world, config.num_experts, moe.object.local(),
-                             a.out.tokens, config.top_k, uint32_t(moe.object.shape.fan()));
+                             a.out.tokens, config.top_k);
   });
   launch(moe, kKernelStreamedDispatch, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
 }
@@ -182,9 +182,8 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
   if (moe.streams()) a.deal.parts = divisor(1), a.deal.units = 1;  // a warp has a token by itself
   if (!moe.streams()) {
     const auto shared = [&](uint32_t threads) {
-      return shared_bytes([&](Carve &carve) {
-        send_shared(carve, threads, config.world, config.num_experts, uint32_t(tokens), uint32_t(object.shape.fan()));
-      });
+      return shared_bytes(
+          [&](Carve &carve) { send_shared(carve, threads, config.world, config.num_experts, uint32_t(tokens)); });
     };
     const uint32_t threads = moe.lanes->send_threads(shared);
     launch(moe, kKernelDispatchSend, moe.lanes->blocks(), threads, shared(threads), stream, &a);

@@ -199,10 +199,7 @@ class StreamedCombineReceiver : public CombineReceiver {
     }
     __syncwarp();
     const auto parts_here = uint32_t(__popc(__ballot_sync(kAll, int(from != nullptr))));
-    if (element_size(int32_t(object.returned_format)) == 2)
-      sum<2>(number, 0, from, parts_here);
-    else
-      sum<4>(number, 0, from, parts_here);
+    sum(number, 0, from, parts_here);
     if (a.row_weights.data) sum_beside(number, from, beside, parts_here);
     in.read(rank, row);
     return true;

@@ -82,7 +82,7 @@ class StreamedSender : public DispatchSender {
   }
 
   EPT_DEVICE void send_first() {
-    count();
+    count(true, [](uint32_t) {});
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x) {
       expect(t, EPT_PHASE_DISPATCH, generation, r, dispatch_place(t, a.object.shape, slot(), r).offset);
       const Region sums = sums_of(r);
@@ -92,7 +92,12 @@ class StreamedSender : public DispatchSender {
     }
     for (uint32_t e = threadIdx.x; e < a.object.experts && blockIdx.x == 0; e += blockDim.x) w.experts[e] = s.counts[e];
     (void)out.plan();
-    DispatchSender::number();
+    for (uint32_t token = first + warp_id(); token < end; token += warps()) {
+      int32_t rank = -1;
+      uint32_t row = 0;
+      const uint32_t n = ranks_of(token, rank, row);
+      keep(token, n, rank, row);
+    }
     if (is_faulted(t)) return;  // a barrier, too
     if (blockIdx.x == 0 && warp_id() == warps() - 1) out.count();
     out.empty();
@@ -253,8 +258,7 @@ EPT_KERNEL moe_streamed_dispatch(EPT_ARGUMENT(ept::moe::cuda::StreamedDispatch) 
   Carve carve(memory);
   const ObjectTable &object = args.out.object;
   const StreamedDispatchShared shared =
-      streamed_dispatch_shared(carve, blockDim.x, t.world, object.experts, object.local, args.out.tokens, object.top_k,
-                               uint32_t(object.shape.fan()));
+      streamed_dispatch_shared(carve, blockDim.x, t.world, object.experts, object.local, args.out.tokens, object.top_k);
   run_streamed<StreamedSender, StreamedReceiver>(args, shared, kDispatchRecv, EPT_PHASE_DISPATCH, shared.recv.word,
                                                  [](StreamedSender &out, const Roles &) { out.rest_of_tokens(); });
 }

@@ -59,6 +59,10 @@ inline float float_of(uint32_t bits) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
+inline uint32_t most_halves(uint32_t a, uint32_t b) {
+  const uint32_t low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;
+  return low | (a >> 16 > b >> 16 ? a & 0xffff0000 : b & 0xffff0000);
+}
 inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 inline uint32_t bf16_pair(float low, float high) {
   const auto half = [](float value) {
