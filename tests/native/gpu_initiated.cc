@@ -272,6 +272,8 @@ int main() {
   steps("two nodes, and a CPU rank", quantised(config_of(4, 6, 3, 272, 9)), "AABc", 6, 4);
   steps("a rank of a GPU without the library", padded, "iigi", 4, 5);
   steps("fp8, 8 ranks", quantised(config_of(8, 16, 4, 272, 6)), "iiiiiiii", 2, 6);
+  // Each warp puts the part of a row that it sums, and no other.
+  steps("rows of several steps", config_of(2, 5, 3, 2600, 5), "ii", 6, 8);
   CHECK(parts[0] > 500 && parts[1] > 50);
   chosen();
   the_rule();

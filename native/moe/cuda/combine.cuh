@@ -151,7 +151,7 @@ class CombineSender {
     const bool copies = (a.layout == kRows || a.layout == kByRank) && a.format == int32_t(object.returned_format);
     const uint32_t each = copies ? 16 : kGroup * element_size(int32_t(object.returned_format));
     const uint32_t count = copies ? uint32_t(object.returned / 16) : groups;
-    const Span16 span = span_of(count, part, cut);
+    const Span16 span = share(count, part);
     const uint64_t row = EPT_MOE_HEADER_BYTES + j * row_bytes;
     const auto put = [&](uint64_t from, uint64_t to) {
       if (from < to)
@@ -161,6 +161,8 @@ class CombineSender {
     put(uint64_t(span.from) * each, parts == 1 ? row_bytes : uint64_t(span.to) * each);
     if (parts > 1 && part == 0) put(uint64_t(count) * each, row_bytes);
   }
+  // What a part of a row of `count` pieces is: of all that fill it, and of who puts it.
+  EPT_DEVICE Span16 share(uint32_t count, uint32_t part) const { return span_of(count, part, cut, kPair); }
   EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part) const {
     const uint64_t number = uint64_t(s.begin[rank]) + j;
     if (a.layout == kRows || a.layout == kByRank) {
@@ -188,7 +190,7 @@ class CombineSender {
     const auto format = int32_t(object.returned_format);
     const uint32_t in = element_size(a.format), out = element_size(format);
     if (a.format == format) {  // every bit as it is
-      const Span16 span = span_of(uint32_t(object.returned / 16), part, cut, kPair);
+      const Span16 span = share(uint32_t(object.returned / 16), part);
       uint32_t asked = span.from + lane_id(), v = asked;
       stream<kPair, false, kPairApart>(
           s.ring, span.rounds(kPair),
@@ -204,7 +206,7 @@ class CombineSender {
           });
       return;
     }
-    const Span16 span = span_of(groups, part, cut, kPair);
+    const Span16 span = share(groups, part);
     for (uint32_t g = span.from + lane_id(); g < span.to; g += kWarp) {
       float x[kGroup];
       load8(x, from + g * kGroup * in, a.format);
@@ -235,7 +237,7 @@ class CombineSender {
     weight = from_lane(weight, k);
     const char *row = lane_id() < n ? a.out.at(uint64_t(uint32_t(place))) : nullptr;
     sum_rows<kSize, true>(
-        s.ring, row, weight, n, span_of(groups, part, cut, kPair), from_format,
+        s.ring, row, weight, n, share(groups, part), from_format,
         [&](uint32_t group, const float (&acc)[kGroup]) { store8<true>(to + group * kGroup * out, acc, format); });
     if (part != 0 || groups * kGroup == object.hidden) return;
     const uint32_t at = groups * kGroup + lane_id();
