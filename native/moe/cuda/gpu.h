@@ -15,6 +15,10 @@ struct ept_engine;
 
 namespace ept::moe::cuda {
 
+// Of a block where no number is asked for; and blocks of a rank, of which more bring nothing: a GPU's memory is busy
+// with as many.
+constexpr uint32_t kBlockThreads = 512, kEnoughBlocks = 132;
+
 enum Kernel : uint32_t {
   kKernelDispatchSend,
   kKernelDispatchWait,

@@ -21,7 +21,6 @@ struct Blob {
 };
 constexpr uint32_t kMagic = 0x48545045;  // "EPTH"
 
-constexpr uint32_t kThreads = 512;
 // Where a combine's blocks have a multiprocessor each and two tokens or more: they wait for memory, and all threads
 // that a multiprocessor takes wait for more of it at a time. With a token a block, what all threads do before it costs
 // more.
@@ -60,7 +59,7 @@ Lanes::Lanes(Opened opened, const ept_gpu_config &config, const ept_moe_config &
       count_(lanes_of(*arena, moe, all_direct(places))),
       map_(all_direct(places) ? lane_map(Object(moe).shape) : arena->map),
       lane_bytes_(heap_ ? map_.bytes(page_bytes()) : align_up(map_.exported(), page_bytes())),
-      threads_(config.threads ? config.threads : kThreads),
+      threads_(config.threads ? config.threads : kBlockThreads),
       peers_(world_),
       kept_(count_),
       taken_(count_),
@@ -190,8 +189,7 @@ uint32_t Lanes::sharers() const {
 void Lanes::choose_blocks() {
   const uint32_t room = gpu_->room(threads_), sharers = this->sharers();
   blocks_ = config_.blocks ? config_.blocks : room / sharers;
-  constexpr uint32_t kEnough = 132;  // more bring nothing: a GPU's memory is busy with as many
-  if (!config_.blocks) blocks_ = std::min(blocks_, kEnough);
+  if (!config_.blocks) blocks_ = std::min(blocks_, kEnoughBlocks);
   wide_ = !config_.threads && uint64_t(blocks_) * sharers <= gpu_->room(kWide);
   if (blocks_ == 0 || uint64_t(blocks_) * sharers > room)
     fail(EPT_E_CONFIG, -1,

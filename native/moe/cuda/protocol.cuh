@@ -17,8 +17,7 @@
 //  - What a rank sends to itself is counted by nobody: the kernel that reads it begins when this one has ended. Its
 //    signal is raised with its header.
 //  - A message is `done` in pieces: each block, by whichever of its threads finishes its last piece for a rank, adds
-//  them
-//    with acquire and release (device.cuh, 3); who completes the count zeroes it and raises the signal.
+//    its own with acquire and release (device.cuh, 3); who completes the count zeroes it and raises the signal.
 //  - A message over a path of kind GPU leaves when the whole kernel has packed it, by blocks that wait for the others,
 //    or in the pieces that it is packed in (initiated.cuh). No proxy tells when its staging may be used again: at
 //    send(g) each GPU rank has sent g - 1, so it has read all of g - 2, whose bytes so have left this rank's staging of

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "moe/cuda/steps.h"
 
-#include <algorithm>
-#include <cstring>
-
 #include "moe/check.h"
 #include "moe/cuda/shared.h"
 #include "moe/fail.h"

@@ -15,8 +15,7 @@ namespace ept::moe::cuda {
 namespace {
 
 constexpr uint32_t kWarm = 2, kRounds = 6;
-constexpr uint32_t kThreads = 512, kEnough = 132;  // as lanes' (lanes.cc)
-constexpr uint64_t kMore = 5'000'000'000;          // after its deadline a kernel takes so long to end, at most
+constexpr uint64_t kMore = 5'000'000'000;  // after its deadline a kernel takes so long to end, at most
 
 }  // namespace
 
@@ -39,8 +38,8 @@ GpuTrial::GpuTrial(Opened opened, const ept_gpu_config &config, Arena &tried, co
     if (r != arena_.rank && places_[r].known && initiates(places_[r], places_[arena_.rank])) peers_.push_back(r);
   }
   if (peers_.empty()) return;
-  threads_ = config_.threads ? config_.threads : kThreads;
-  blocks_ = config_.blocks ? config_.blocks : std::clamp(opened_.gpu->room(threads_) / sharers, 1u, kEnough);
+  threads_ = config_.threads ? config_.threads : kBlockThreads;
+  blocks_ = config_.blocks ? config_.blocks : std::clamp(opened_.gpu->room(threads_) / sharers, 1u, kEnoughBlocks);
   try {
     stream_ = opened_.gpu->make_stream();
     const uint64_t lane = arena_.map.bytes(page_bytes()), signals = uint64_t(arena_.world) * kSignals * 8;
