@@ -34,6 +34,9 @@ QUIET_ROUNDS = 600
 most."""
 QUIET_S = 0.05
 """The same where ranks or the network move by themselves."""
+PAUSE_S = 0.0002
+"""Between two looks at a world that moves by itself, or where nothing has moved for QUIET_ROUNDS: what comes now comes
+from outside this thread, which leaves it the core."""
 
 Bytes = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -167,12 +170,12 @@ class World(Closing):
         """Moves the world on until the condition holds. Violation if it never does."""
         patience_s = patience_s or self.subject.patience_s
         deadline = time.monotonic() + patience_s
+        quiet = 0
         while not condition():
-            if self.inline:
-                moved = self.step()
-            else:
-                moved = 0
-                time.sleep(0.0002)
+            moved = self.step() if self.inline else 0
+            quiet = 0 if moved else quiet + 1
+            if not self.inline or quiet > QUIET_ROUNDS:
+                time.sleep(PAUSE_S)
             if not moved and time.monotonic() > deadline:
                 raise Violation(f"it never happened in {patience_s:g} s that {what}")
 
@@ -208,8 +211,8 @@ class World(Closing):
             if self.inline and self.step():
                 quiet, since = 0, time.monotonic()
             quiet += 1
-            if not self.inline:
-                time.sleep(0.0002)
+            if not self.inline or quiet > rounds:
+                time.sleep(PAUSE_S)
 
     def route(self, source: int, target: int, size: int, *, label: str = "", home: Any = None) -> Route:
         return Route(self, source, target, size, label=label, home=home)
