@@ -21,7 +21,7 @@ uint64_t now_ns() {
 }
 
 Fiber *running;
-ucontext_t scheduler;
+Context scheduler;
 std::vector<Fiber *> runnable;
 std::vector<std::unique_ptr<Fiber>> all_fibers, idle;
 
@@ -29,9 +29,10 @@ std::string where() {
   return "thread " + std::to_string(running->thread.x) + " of block " + std::to_string(running->block.x);
 }
 
-void leave() { swapcontext(&running->context, &scheduler); }
+void leave() { running->context.switch_to(scheduler); }
 
 void enter() {
+  Context::entered(scheduler);
   Launch &launch = *running->launch;
   launch.entry(launch.argument.data());
   launch.left--;
@@ -57,14 +58,6 @@ const uint64_t *meet(Meeting &meeting, uint32_t index, const char *operation, ui
   }
   leave();
   return values;
-}
-
-void prepare(Fiber &fiber) {
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, enter, 0);
 }
 
 void prepare(Meeting &meeting, uint32_t size) {
@@ -129,10 +122,7 @@ void Machine::begin(const void *stream) {
     state.shared.assign(launch.shared + 16, char(0xab));  // as on a GPU, nobody has zeroed it
     state.memory = state.shared.data() + (16 - reinterpret_cast<uintptr_t>(state.shared.data()) % 16) % 16;
     for (uint32_t t = 0; t < launch.threads; t++) {
-      if (idle.empty()) {
-        idle.push_back(std::make_unique<Fiber>());
-        idle.back()->stack = std::make_unique<char[]>(kStack);
-      }
+      if (idle.empty()) idle.push_back(std::make_unique<Fiber>());
       Fiber *fiber = idle.back().get();
       all_fibers.push_back(std::move(idle.back()));
       idle.pop_back();
@@ -144,7 +134,7 @@ void Machine::begin(const void *stream) {
       fiber->launch = &launch;
       fiber->fetches.clear();
       fiber->groups = 0;
-      prepare(*fiber);
+      fiber->context.prepare(enter, kStack);
       runnable.push_back(fiber);
       launch.left++;
     }
@@ -161,7 +151,7 @@ bool Machine::run(uint64_t deadline_ns) {
     running = runnable[at];
     runnable[at] = runnable.back();
     runnable.pop_back();
-    swapcontext(&scheduler, &running->context);
+    scheduler.switch_to(running->context);
     if (running->launch) continue;
     // It has ended; where it was the last of its launch, the next one of the stream begins.
     for (auto &[stream, queue] : streams_) {

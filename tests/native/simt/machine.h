@@ -8,7 +8,6 @@
 #pragma once
 
 #include <stdint.h>
-#include <ucontext.h>
 
 #include <atomic>
 #include <deque>
@@ -17,6 +16,8 @@
 #include <memory>
 #include <random>
 #include <vector>
+
+#include "context.h"
 
 namespace simt {
 
@@ -56,8 +57,7 @@ struct Fiber {
   Dim thread, block, threads, blocks;
   BlockState *state = nullptr;
   Launch *launch = nullptr;
-  ucontext_t context{};
-  std::unique_ptr<char[]> stack;
+  Context context;
   std::deque<Fetch> fetches;
   uint64_t groups = 0;  // that were ended
 };
