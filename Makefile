@@ -12,6 +12,9 @@ SOURCES := $(shell find native plugins src examples -type f -not -name '*.pyc' 2
 
 # What pytest is given: a path, or any of its options.
 TESTS ?= tests
+# Processes that pytest works in, 400 MB each; a file's tests stay in one. WORKERS=0: its own alone,
+# where a debugger finds them.
+WORKERS ?= $(shell nproc | awk '{ print $$1 < 4 ? $$1 : 4 }')
 
 .PHONY: demo test test-python test-native test-sanitizers build-sanitizers test-long test-lab lab lint format bench fuzz \
   clean libfabric
@@ -22,7 +25,7 @@ demo: $(VENV)/demo.installed
 test: test-native test-python
 
 test-python: $(VENV)/test.installed
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 # An hour of hypothesis and of what is marked long.
 test-long: $(VENV)/test.installed
