@@ -50,7 +50,7 @@ def _mapped(name: str) -> list[str]:
         return sorted({line.split()[-1] for line in file if name in line})
 
 
-def choosing(_rank: int, _n: int, _folder: Path, card: bool, asked: str) -> tuple[str, list[str]]:
+def choosing(_rank: int, _n: int, _folder: Path, card: bool, options: dict[str, str]) -> tuple[str, list[str]]:
     """What `auto` says of libfabric, and which libfabrics it has mapped."""
     from eptransport import backends, efa
     from eptransport.settings import Settings
@@ -58,7 +58,6 @@ def choosing(_rank: int, _n: int, _folder: Path, card: bool, asked: str) -> tupl
     if card:
         device = efa.Device("rdmap0s6", "0000:00:06.0", 0, "", "4: ACTIVE")
         efa.devices = lambda root=Path("/"): (device,)
-    options = {"libfabric.provider": asked} if asked else {}
     rows = backends.candidates(Settings(backend="auto", options=options), one_process=False)
     (row,) = (row for row in rows if row.name == "libfabric")
     return row.why_not or "", _mapped("/libfabric.so")
@@ -66,20 +65,18 @@ def choosing(_rank: int, _n: int, _folder: Path, card: bool, asked: str) -> tupl
 
 @pytest.mark.skipif(not built(), reason="built without libfabric headers")
 def test_auto_loads_no_libfabric_where_no_card_is(spawn: Spawn) -> None:
-    ((why_not, mapped),) = spawn(1, choosing, False, "")
+    ((why_not, mapped),) = spawn(1, choosing, False, {})
     assert "no EFA card" in why_not
     assert not mapped
 
 
 @pytest.mark.parametrize("case", cases("tcp")[:1])
-def test_auto_asks_libfabric_where_there_is_reason_to(
-    case: tuple[Libfabric, str], spawn: Spawn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_asks_libfabric_where_there_is_reason_to(case: tuple[Libfabric, str], spawn: Spawn) -> None:
     """A card, or a provider that somebody named. Over tcp it is refused for what it waives, and that is told."""
     release, provider = case
-    monkeypatch.setenv("EPT_LIBFABRIC_LIBRARY", release.library)
-    for card, asked in ((True, ""), (False, provider)):
-        ((why_not, mapped),) = spawn(1, choosing, card, asked)
+    library = {"libfabric.library": release.library}
+    for card, options in ((True, library), (False, {**library, "libfabric.provider": provider})):
+        ((why_not, mapped),) = spawn(1, choosing, card, options)
         assert "waives clause" in why_not
         assert mapped
 
