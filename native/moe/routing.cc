@@ -74,6 +74,7 @@ std::shared_ptr<SourceSide> scan(const Placement &placement, std::shared_ptr<con
 
   std::vector<uint32_t> rows(world, 0);
   source->counts.assign(placement.rank.size(), 0);
+  source->ordinals.assign(source->ids.size(), 0);
   source->part_begin.assign(source->tokens + 1, 0);
   source->parts.reserve(size_t(source->tokens) * std::min(world, source->top_k));
   for (uint32_t t = 0; t < source->tokens; t++) {
@@ -82,7 +83,8 @@ std::shared_ptr<SourceSide> scan(const Placement &placement, std::shared_ptr<con
       if (of_token[k] >= 0) {
         const size_t id = size_t(of_token[k]);
         if (!members->has(placement.rank[id])) continue;
-        source->counts[placement.first[placement.rank[id]] + placement.local[id]]++;
+        uint32_t &count = source->counts[placement.first[placement.rank[id]] + placement.local[id]];
+        source->ordinals[size_t(t) * source->top_k + k] = count++;
       }
     uint32_t ranks[EPT_MOE_MAX_TOP_K];
     const uint32_t n = ranks_of(placement, *members, of_token, source->top_k, ranks);

@@ -37,6 +37,7 @@ struct SourceSide {
   uint32_t tokens = 0, top_k = 0;
   std::shared_ptr<const Members> members;  // who took part when it was scanned: none else has a row
   std::vector<int32_t> ids;                // [tokens, top_k] as given, those of ranks that are masked too
+  std::vector<uint32_t> ordinals;          // [tokens, top_k] as rows say them (wire.h)
   std::vector<float> weights;              // [tokens, top_k], or empty
   std::vector<uint64_t> begin;             // [world + 1] into `sent`
   std::vector<uint32_t> sent;              // tokens that go to a rank, ascending

@@ -179,6 +179,63 @@ void refused() {
   }
 }
 
+// A row that says of itself what its message's header doesn't: it is written nowhere, the lane is faulted, and a reset
+// mends it.
+void lies() {
+  check::running("rows that are not what their header promised");
+  World world(moe_test::config_of(2, 4, 2, 32, 6), 14);
+  const ept::moe::Shape &shape = world.objects[1]->object->object.shape;
+  for (int32_t layout : {EPT_LAYOUT_CONTIGUOUS, EPT_LAYOUT_MASKED}) {
+    for (int lie = 0; lie < 3; lie++) {
+      Step step = world.draw();
+      step.row_weights = false;
+      for (RankStep &s : step.ranks) {
+        s.layout = layout;
+        s.tokens = 6;
+        s.x.make(6 * 32 * 2, 0);
+        s.ids.assign(12, 3);  // of rank 1, which has two experts
+        s.weights.assign(12, 1);
+        s.late.assign(12, 1);
+      }
+      const std::vector<Got> expected = world.on_cpu(step);
+      std::vector<Got> all(2);
+      std::vector<Bytes> routings(2);
+      for (uint32_t r = 0; r < 2; r++) world.send(step, r, routings[r]);
+      world.gpu->machine.run();
+
+      const ept::moe::cuda::LaneTable &lane = world.lanes[1].lanes->table(step.lane);
+      char *message = const_cast<char *>(lane.in[0]) + shape.dispatch_region(0).offset +
+                      lane.map.recv(EPT_PHASE_DISPATCH, lane.state->received[EPT_PHASE_DISPATCH] & 1);
+      ept_moe_header header;
+      memcpy(&header, message, sizeof header);
+      CHECK_EQ(header.magic, EPT_MOE_MAGIC);
+      CHECK_EQ(header.rows, 6);
+      char *row = message + ept_dispatch_header_bytes(2) + 4 * header.row_bytes;
+      auto *experts = reinterpret_cast<int32_t *>(row + ept_row_experts(header.payload_bytes, header.scale_bytes));
+      auto *ordinals =
+          reinterpret_cast<uint32_t *>(row + ept_row_ordinals(header.payload_bytes, header.scale_bytes, 2));
+      CHECK_EQ(experts[1], 1);
+      CHECK_EQ(ordinals[1], 9);
+      if (lie == 0) ordinals[1] = 12;  // of the 12 that the header counts
+      if (lie == 1) experts[1] = 2;
+      if (lie == 2) experts[1] = 0;  // of whom the header counts none
+
+      for (uint32_t r = 0; r < 2; r++) {
+        all[r].arrival = expected[r].arrival;
+        world.make(all[r], step.ranks[r], r, 0);
+        world.receive(step, r, routings[r], all[r]);
+      }
+      world.gpu->machine.run();
+      Error error;
+      CHECK_EQ(ept_gpu_moe_check(world.objects[1], step.lane, &error), EPT_E_FAULT);
+      CHECK_HAS(error.text, "a row of rank 0 is not what its header promised");
+      CHECK_HAS(error.text, lie == 0 ? "(12 of 12)" : lie == 1 ? "(2 of 2)" : "(9 of 0)");
+      for (uint64_t i = 0; i < all[1].x.size; i++) CHECK(all[1].x.data()[i] == 0);
+      world.reset();
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -206,5 +263,6 @@ int main() {
   abandoned();
   late();
   refused();
+  lies();
   return 0;
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // moe_chunks.cc: a chunk amid a streamed dispatch must say of its rows what the first one said, since what reads them
-// goes by the first. Two ranks over the network of the fuzz targets, which alters one header on its way.
+// goes by the first; and a row must say of itself what the rows before it leave. Two ranks over the network of the fuzz
+// targets, which alters one chunk on its way.
 #include <algorithm>
 #include <functional>
 
@@ -16,16 +17,29 @@ namespace {
 constexpr uint32_t kTokens = 40;
 
 struct Alteration {
-  const char *what, *words;
-  std::function<void(ept_moe_header &)> make;
+  uint32_t chunk;
+  const char *what;
+  std::vector<const char *> words;
+  std::function<void(ept_moe_header &, char *row)> make;  // `row`: the chunk's second
 };
 
 const Alteration kAlterations[] = {
-    {"flags", "flags 8); its message began with", [](ept_moe_header &h) { h.flags ^= EPT_MOE_NO_WEIGHTS; }},
-    {"bytes of rows", "(4 of scales",
-     [](ept_moe_header &h) {
+    {1,
+     "flags",
+     {"chunk 1 of rank 1 has rows of", "flags 8); its message began with"},
+     [](ept_moe_header &h, char *) { h.flags ^= EPT_MOE_NO_WEIGHTS; }},
+    {1,
+     "bytes of rows",
+     {"chunk 1 of rank 1 has rows of", "(4 of scales"},
+     [](ept_moe_header &h, char *) {
        h.scale_bytes = 4;
        h.row_bytes = uint32_t(ept_row_bytes(h.payload_bytes, h.scale_bytes, h.top_k));
+     }},
+    {0,
+     "an ordinal",
+     {"row 1 from rank 1 says that 0 rows for local expert 0 stand before it; 1 do"},
+     [](ept_moe_header &h, char *row) {
+       memset(row + ept_row_ordinals(h.payload_bytes, h.scale_bytes, h.top_k), 0, 4);
      }},
 };
 
@@ -78,8 +92,8 @@ void a_later_chunk_says_otherwise(const Alteration &alteration) {
     ept_moe_header header;
     if (from != 1 || length < sizeof header) return;
     memcpy(&header, bytes, sizeof header);
-    if (header.magic != EPT_MOE_MAGIC || header.phase != EPT_PHASE_DISPATCH || header.chunk != 1) return;
-    alteration.make(header);
+    if (header.magic != EPT_MOE_MAGIC || header.phase != EPT_PHASE_DISPATCH || header.chunk != alteration.chunk) return;
+    alteration.make(header, bytes + ept_dispatch_header_bytes(2) + header.row_bytes);
     memcpy(bytes, &header, sizeof header);
     altered++;
   });
@@ -96,8 +110,7 @@ void a_later_chunk_says_otherwise(const Alteration &alteration) {
   ept_routing *routing = nullptr;
   Error error;
   CHECK_EQ(ept_moe_dispatch_recv(objects[0], 0, &out, &routing, &error), EPT_E_MISMATCH);
-  CHECK_HAS(error.text, "chunk 1 of rank 1 has rows of");
-  CHECK_HAS(error.text, alteration.words);
+  for (const char *words : alteration.words) CHECK_HAS(error.text, words);
   CHECK_EQ(error.peer, 1);
 
   group.run([&](uint32_t rank) {

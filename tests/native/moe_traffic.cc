@@ -42,7 +42,7 @@ void predict(const Step &step, const ept_moe_config &config, Predicted &all) {
   const moe_model::Homes homes(config.world, config.num_experts, nullptr);
   const uint32_t me = config.rank, k = config.top_k;
   const uint64_t payload = config.hidden * moe_model::size_of(config.dispatch_dtype);
-  const uint64_t row = (payload + 8 + 8ull * k + 15) / 16 * 16;
+  const uint64_t row = (payload + 8 + 12ull * k + 15) / 16 * 16;  // wire.h
   for (uint32_t r = 0; r < config.world; r++) {
     if (r == me) continue;
     uint64_t out = 0, back = 0;

@@ -279,7 +279,7 @@ def align(n: int, to: int) -> int:
 
 
 def dispatch_row_bytes(payload: int, scales: int, top_k: int) -> int:
-    return align(align(payload, 16) + align(scales, 16) + 4 + 4 + 4 * top_k + 4 * top_k, 16)
+    return align(align(payload, 16) + align(scales, 16) + 4 + 4 + 12 * top_k, 16)
 
 
 def combine_row_bytes(payload: int, top_k: int, row_weights: bool = False) -> int:

@@ -19,7 +19,7 @@
 #define EPT_HD
 #endif
 
-#define EPT_WIRE_VERSION 1
+#define EPT_WIRE_VERSION 2
 
 /* ==== 1. The immediate ============================================================================================
  *
@@ -166,11 +166,11 @@ typedef struct ept_lane_ack {
  *   +--------------------------------------------+           | row 1 ...                         |
  *                                                            +-----------------------------------+
  *   dispatch row: a token that has at least one expert at r, in the order of tokens; once, however many
- *   +-----------------+--------------------+--------+--------+------------------+------------------+
- *   | payload, to 16 B| scales, to 16 B    | token  | flags  | expert[top_k]    | weight[top_k]    | to 16 B
- *   | opaque bytes    | opaque bytes       | uint32 | uint32 | int32, -1: not   | float32          |
- *   |                 |                    |        |        |  at r            |                  |
- *   +-----------------+--------------------+--------+--------+------------------+------------------+
+ *   +-----------------+-----------------+--------+--------+----------------+----------------+---------------+
+ *   | payload, to 16 B| scales, to 16 B | token  | flags  | expert[top_k]  | ordinal[top_k] | weight[top_k] | to 16 B
+ *   | opaque bytes    | opaque bytes    | uint32 | uint32 | int32, -1: not | uint32         | float32       |
+ *   |                 |                 |        |        |  at r          |                |               |
+ *   +-----------------+-----------------+--------+--------+----------------+----------------+---------------+
  *   combine row:
  *   +-----------------+--------------------------------------------+
  *   | payload, to 16 B| float32 row_weights[top_k], to 16 B        |  the second only if FLAG_ROW_WEIGHTS
@@ -179,7 +179,9 @@ typedef struct ept_lane_ack {
  * of dispatch row j, to 16 B.
  *
  * `expert` is the local number at r, and stands at the place k that it had in topk_ids; so a repeated id, a -1 and
- * row_weights all keep their place.
+ * row_weights all keep their place. `ordinal` says how many pairs (row, k) of this message stand before this one that
+ * are for the same expert, by row and then by k (0 where there is none). So a row's places in a group of its expert
+ * follow from the counts of the headers and from itself, whatever other rows say.
  *
  * GENERATIONS. A lane numbers its messages of each phase: generation g = 0, 1, ...; every rank makes the same calls, so
  * g is the same everywhere. Generation g uses slot g mod 2. A slot has two ring positions (0 and 1); a message that
@@ -247,8 +249,11 @@ EPT_HD static inline uint64_t ept_row_token(uint64_t payload, uint64_t scales) {
 EPT_HD static inline uint64_t ept_row_experts(uint64_t payload, uint64_t scales) {
   return ept_row_token(payload, scales) + 8;
 }
-EPT_HD static inline uint64_t ept_row_weights(uint64_t payload, uint64_t scales, uint32_t top_k) {
+EPT_HD static inline uint64_t ept_row_ordinals(uint64_t payload, uint64_t scales, uint32_t top_k) {
   return ept_row_experts(payload, scales) + 4ull * top_k;
+}
+EPT_HD static inline uint64_t ept_row_weights(uint64_t payload, uint64_t scales, uint32_t top_k) {
+  return ept_row_ordinals(payload, scales, top_k) + 4ull * top_k;
 }
 EPT_HD static inline uint64_t ept_row_bytes(uint64_t payload, uint64_t scales, uint32_t top_k) {
   return ept_align(ept_row_weights(payload, scales, top_k) + 4ull * top_k, 16);

@@ -46,12 +46,15 @@ void PackRows::row(uint32_t peer, uint32_t token, char *to) {
   memcpy(tail, head, sizeof head);
   const Placement &placement = object->placement;
   const int32_t *ids = source->ids.data() + size_t(token) * top_k;
+  const uint32_t *ordinals = source->ordinals.data() + size_t(token) * top_k;
   const float *weights = source->weights.empty() ? nullptr : source->weights.data() + size_t(token) * top_k;
   auto *experts_to = reinterpret_cast<int32_t *>(tail + sizeof head);
-  auto *weights_to = reinterpret_cast<float *>(experts_to + top_k);
+  auto *ordinals_to = reinterpret_cast<uint32_t *>(experts_to + top_k);
+  auto *weights_to = reinterpret_cast<float *>(ordinals_to + top_k);
   for (uint32_t k = 0; k < top_k; k++) {
     const bool here = ids[k] >= 0 && placement.rank[size_t(ids[k])] == peer;
     experts_to[k] = here ? int32_t(placement.local[size_t(ids[k])]) : -1;
+    ordinals_to[k] = here ? ordinals[k] : 0;
     weights_to[k] = here && weights ? weights[k] : 0.0f;
   }
   char *end = to + ept_row_bytes(payload, scale_bytes, top_k);

@@ -94,6 +94,7 @@ void UnpackRows::take(const std::vector<Segment> &segments) {
 void UnpackRows::index(const Segment &segment) {
   const uint32_t s = segment.source;
   const uint64_t experts_at = ept_row_experts(payload_, scale_bytes_), token_at = ept_row_token(payload_, scale_bytes_);
+  const uint64_t ordinals_at = ept_row_ordinals(payload_, scale_bytes_, top_k_);
   for (uint64_t j = 0; j < segment.count; j++) {
     const char *row = segment.rows + j * row_bytes_;
     const uint64_t at = routing_.begin[s] + segment.first + j;
@@ -116,10 +117,18 @@ void UnpackRows::index(const Segment &segment) {
              (unsigned long long)(segment.first + j), s, e, local_);
       if (per_expert_) routing_.place[at * top_k_ + k] = -1;
       if (e < 0) continue;
-      uint64_t &cursor = cursor_[size_t(s) * local_ + uint32_t(e)];
-      if (cursor >= limit_[size_t(s) * local_ + uint32_t(e)])
+      const size_t group = size_t(s) * local_ + uint32_t(e);
+      uint64_t &cursor = cursor_[group];
+      if (cursor >= limit_[group])
         fail(EPT_E_MISMATCH, int32_t(s), "rank %u sent more rows for local expert %d than the %u of its header", s, e,
-             counts_[size_t(s) * local_ + uint32_t(e)]);
+             counts_[group]);
+      uint32_t ordinal;
+      memcpy(&ordinal, row + ordinals_at + 4ull * k, sizeof ordinal);
+      const uint64_t before = cursor - (limit_[group] - counts_[group]);
+      if (ordinal != before)
+        fail(EPT_E_MISMATCH, int32_t(s),
+             "row %llu from rank %u says that %u rows for local expert %d stand before it; %llu do",
+             (unsigned long long)(segment.first + j), s, ordinal, e, (unsigned long long)before);
       if (per_expert_) routing_.place[at * top_k_ + k] = int64_t(cursor);
       cursor++;
     }

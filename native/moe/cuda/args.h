@@ -204,6 +204,7 @@ struct RoutingArrays {
   uint32_t *membership;                  // [1] of its dispatch
   int32_t *parts;                        // [T, fan, 2] rank and row of a token, by rank ascending; -1: no more
   int32_t *ids;                          // [T, top_k] as given
+  uint32_t *ordinals;                    // [T, top_k] as rows say them (wire.h)
   float *weights;                        // [T, top_k]
   int32_t *place;                        // [R, top_k] row in the output; -1: none. CONTIGUOUS and MASKED only
   float *row_weights;                    // [R, top_k], likewise
@@ -220,6 +221,7 @@ EPT_HD inline RoutingArrays routing_arrays(Carve &carve, const Shape &shape, uin
   r.membership = carve.take<uint32_t>(1);
   r.parts = carve.take<int32_t>(tokens * shape.fan() * 2);
   r.ids = carve.take<int32_t>(tokens * shape.top_k);
+  r.ordinals = carve.take<uint32_t>(tokens * shape.top_k);
   r.weights = carve.take<float>(tokens * shape.top_k);
   const uint64_t rows = uint64_t(shape.world) * shape.max_tokens;
   r.place = carve.take<int32_t>(rows * shape.top_k);

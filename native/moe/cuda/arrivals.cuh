@@ -42,7 +42,7 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
                       Visitor &visitor) {
   const uint32_t step = scouts(t.world);
   if (warp_id() >= step) return;
-  const uint64_t deadline = device::deadline_in(t.timeout_ns);
+  uint64_t deadline = 0;  // the clock is asked when there is something to wait for
   uint32_t looks = 0;
   for (;;) {
     bool moved = false;
@@ -82,6 +82,7 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
     uint32_t go_on = 1;
     if (lane_id() == 0) {
       if (missing < t.world) {
+        if (!deadline) deadline = device::deadline_in(t.timeout_ns);
         go_on = may_wait(t, half, phase, generation, missing, deadline);
       } else {
         go_on = fault_of(t) == 0;
@@ -93,25 +94,20 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
 }
 
 // All warps: work(source, unit) for each unit of each source as it is ready. units(source) may be asked then.
-// help(source): what is to be done between header and begin, by whichever warp has time; all_in(): all headers are in.
-// Each warp begins with another source, so that they help all. False: the lane is faulted.
-template <class Help, class AllIn, class Units, class Work>
-EPT_DEVICE bool work_as_they_come(const LaneTable &t, const uint32_t *standing, uint32_t *next, Help help, AllIn all_in,
+// all_in(): all headers are in. Each warp begins with another source, so that they help all. False: the lane is
+// faulted.
+template <class AllIn, class Units, class Work>
+EPT_DEVICE bool work_as_they_come(const LaneTable &t, const uint32_t *standing, uint32_t *next, AllIn all_in,
                                   Units units, Work work) {
   const uint32_t begin = warp_id() % t.world;
   for (uint32_t looks = 1;; looks++) {
     bool all = true, in = true;
     for (uint32_t i = 0; i < t.world; i++) {
       const uint32_t source = begin + i < t.world ? begin + i : begin + i - t.world;
-      // One thread looks for the warp, which must not part here.
-      const uint32_t stands = from_lane(peek(&standing[source]), 0);
-      __threadfence_block();
+      const uint32_t stands = look(&standing[source]);
       if (stands != kReady) {
         all = false;
-        if (stands == kHeaderIn)
-          help(source);
-        else
-          in = false;
+        if (stands == kAway) in = false;
         continue;
       }
       const uint32_t n = units(source);

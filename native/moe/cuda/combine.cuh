@@ -130,9 +130,9 @@ class CombineSender {
   // A piece of the message to `rank` is packed by the caller's warp. Each block tells the others once, for all of its.
   EPT_DEVICE void packed_one(uint32_t rank) {
     if (rank == t.rank) return;
-    __threadfence_block();
+    fence_block();
     const uint32_t before = atomicSub(&s.pending[rank], 1u);
-    __threadfence_block();
+    fence_block();
     const bool went = goes_in_pieces(t, rank);
     if (before != 1 || !packed(t, rank, s.pieces[rank], rows_of(rank) * parts + 1, went)) return;
     post(t, kCombineSend, EPT_PHASE_COMBINE, generation, rank, s.message[rank], s.received[rank],

@@ -110,6 +110,6 @@ EPT_KERNEL moe_dispatch_wait(EPT_ARGUMENT(ept::moe::cuda::DispatchWait) args) {
   if (!args.lane.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local, args.object.top_k);
+  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local);
   Waiter(args, shared).run();
 }

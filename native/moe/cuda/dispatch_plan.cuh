@@ -7,6 +7,9 @@
 // A token's row number at rank r is the count of earlier tokens that go to r: by tiles of 32 tokens, a tile a warp, the
 // tokens of a tile that go to r are one ballot. So numbers are the same in every block and on every run; and who packs
 // a row counts them itself, since one more phase of all warps costs more than counting twice.
+//
+// An ordinal (wire.h) is counted in the same way: how many pairs of an expert stand before this block's tokens needs no
+// order, so all warps count them, by atomics in shared memory; one warp goes through the block's own pairs.
 #pragma once
 
 #include "moe/cuda/protocol.cuh"
@@ -43,10 +46,15 @@ class DispatchPlan {
   EPT_DEVICE const char *ids_of(uint32_t token) const {
     return static_cast<const char *>(a.ids) + token * a.ids_strides[0] * (a.ids_64 ? 8 : 4);
   }
+  EPT_DEVICE const char *id_of(uint32_t token, uint32_t k) const {
+    return ids_of(token) + k * a.ids_strides[1] * (a.ids_64 ? 8 : 4);
+  }
   EPT_DEVICE int64_t id_at(const char *at) const {
     return a.ids_64 ? *reinterpret_cast<const int64_t *>(at) : *reinterpret_cast<const int32_t *>(at);
   }
   EPT_DEVICE bool valid(int64_t id) const { return id >= 0 && id < int64_t(a.object.experts); }
+  // Of an expert that is there, its number in tables of all experts.
+  EPT_DEVICE uint32_t slot_of(uint32_t where) const { return s.first[where >> 16] + (where & 0xffff); }
   // take(k, id) for all of a token's, -1 where there is no such token. Loads of eight are under way together.
   template <class Take>
   EPT_DEVICE void each_id(uint32_t token, Take take) const {
@@ -88,7 +96,7 @@ class DispatchPlan {
     for (uint32_t e = threadIdx.x; e < a.object.experts; e += blockDim.x) {
       const uint32_t where = a.object.where[e];
       s.where[e] = members.has(where >> 16) ? where : kNowhere;
-      s.counts[e] = 0;
+      s.counts[e] = s.before[e] = 0;
     }
     if (set == kNext && blockIdx.x == 0 && threadIdx.x == 0) a.routing.membership[0] = t.state->membership[kNext];
     const uint32_t back = blockDim.x - 1 - threadIdx.x;
@@ -98,10 +106,11 @@ class DispatchPlan {
     for (uint32_t r = back < kWarp ? world + 1 : back - kWarp; r <= world; r += blockDim.x - kWarp)
       s.first[r] = a.object.first[r];
     if (threadIdx.x < 2) s.bad[threadIdx.x] = 0;
+    if (threadIdx.x == 0) *s.ordered = 0;
   }
 
-  // Which tokens of each tile go to each rank, and how many all in all; rows of each expert, where `all`. A barrier
-  // ends it, which sums_up comes before.
+  // Which tokens of each tile go to each rank, and how many all in all; rows of each expert, where `all`, and of those
+  // before this block's. A barrier ends it, which sums_up comes before.
   template <class SumUp>
   EPT_DEVICE void count(bool all, SumUp sums_up) {
     EPT_ROLLED
@@ -112,7 +121,8 @@ class DispatchPlan {
         if (valid(expert)) {
           const uint32_t where = s.where[expert], rank = where >> 16;
           if (where == kNowhere) return;
-          if (all) atomicAdd(&s.counts[s.first[rank] + (where & 0xffff)], 1u);
+          if (all) atomicAdd(&s.counts[slot_of(where)], 1u);
+          if (token < first) atomicAdd(&s.before[slot_of(where)], 1u);
           if (rank < 64) mask |= 1ull << rank;
         } else if (expert != -1) {  // nobody can be told before the messages go: it counts as none, and faults the lane
           s.bad[1] = uint32_t(expert);
@@ -134,6 +144,26 @@ class DispatchPlan {
       sums_up(r);
     }
     __syncthreads();
+  }
+  // Ordinals of this block's pairs, by one warp: those of a round that are for one expert find each other by a match,
+  // and the first of them moves the expert's count on.
+  EPT_DEVICE void order() const {
+    const PairLanes lanes(top_k);
+    const uint32_t k = lanes.k();
+    EPT_ROLLED
+    for (uint32_t base = first; base < end; base += lanes.rows()) {
+      const uint32_t token = base + lanes.row();
+      const bool here = token < end && k < top_k;
+      const int64_t expert = here ? id_at(id_of(token, k)) : -1;
+      const uint32_t where = valid(expert) ? s.where[expert] : kNowhere;
+      const uint32_t slot = where == kNowhere ? kNowhere : slot_of(where), same = __match_any_sync(kAll, slot);
+      const uint32_t before = slot == kNowhere ? 0 : s.before[slot];
+      __syncwarp();
+      if (slot != kNowhere && !(same & below())) s.before[slot] = before + uint32_t(__popc(same));
+      __syncwarp();
+      if (here) a.routing.ordinals[uint64_t(token) * top_k + k] = before + uint32_t(__popc(same & below()));
+    }
+    show(s.ordered, 1);
   }
   // To that rank, of tokens of the tiles before that one.
   EPT_DEVICE uint32_t rows_before(uint32_t tile, uint32_t rank) const {

@@ -21,15 +21,13 @@ class DispatchReceiver : public DispatchPlaces {
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
       s.rows[r] = s.begin[r] = 0;
       s.runs[r] = {0, 0, {1, 0}};
-      s.next[r] = s.to_count[r] = s.counted[r] = 0;
+      s.next[r] = 0;
     }
     look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
     if (threadIdx.x == 0) *s.totals = *s.next_blank = 0;
     const bool all = !taking(t, EPT_PHASE_DISPATCH).out;
-    for (uint32_t i = threadIdx.x; i < world * local; i += blockDim.x) {
-      s.cursor[i] = 0;
-      if (!all) s.counts[i] = 0;  // of a rank that takes no part nobody else writes them
-    }
+    // Of a rank that takes no part nobody else writes them.
+    for (uint32_t i = threadIdx.x; i < world * local && !all; i += blockDim.x) s.counts[i] = 0;
     for (uint32_t r = threadIdx.x; r < world && !all; r += blockDim.x) s.return_at[r] = 0;
     if (!is_faulted(fault)) receive();
     note(t, kDispatchRecv, 3);
@@ -48,7 +46,7 @@ class DispatchReceiver : public DispatchPlaces {
     scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, *this);
     note(t, kDispatchRecv, 2);
     const bool whole = work_as_they_come(
-        t, s.sources.standing, s.next, [&](uint32_t source) { help(source); },
+        t, s.sources.standing, s.next,
         [&] {
           add_up();
           if (from_lane(peek(s.totals), 0) == 2) (void)blank_some();
@@ -105,25 +103,17 @@ class DispatchReceiver : public DispatchPlaces {
       return false;
     __syncwarp();
     share(source);
-    __syncwarp();
-    foresee(source);
     return true;
   }
 
   EPT_DEVICE bool may_begin(uint32_t source) const {
     if (a.layout == kByRank) return true;
-    if (per_expert) {
-      help(source);
-      const uint32_t counted = from_lane(peek(&s.counted[source]), 0);
-      __threadfence_block();
-      if (counted != groups_before(source)) return false;
-    }
     const uint32_t until = a.layout == kContiguous ? world : source;
     uint32_t lacks = 0;
     for (uint32_t r = lane_id(); r < until; r += kWarp)
       if (r != source && peek(&s.sources.standing[r]) == kAway) lacks = 1;
     const bool may = __ballot_sync(kAll, int(lacks)) == 0;
-    __threadfence_block();  // their headers were written before they were shown
+    fence_block();  // their headers were written before they were shown
     return may;
   }
 
@@ -137,14 +127,13 @@ class DispatchReceiver : public DispatchPlaces {
       if (a.layout == kRows) needed += before;
     }
     __syncwarp();
-    if (a.layout == kContiguous) needed = groups(source);
-    if (a.layout == kMasked) needed = 0;  // place by place, in index()
+    if (per_expert) needed = groups(source);  // MASKED: pair by pair, in place_of
     if (needed > leading) {
       if (lane_id() == 0)
         raise_fault(t, uint32_t(-EPT_E_CAPACITY), kDispatchRecv, int32_t(source), kRoom, generation, needed, leading);
       return false;
     }
-    return !per_expert || index(source);
+    return true;
   }
 
  protected:
@@ -153,102 +142,115 @@ class DispatchReceiver : public DispatchPlaces {
     const uint32_t nth = run.parts.of(unit), part = unit - nth * run.parts.by, j = run.first + nth;
     const char *row = rows_of(source) + uint64_t(j) * row_bytes;
     const uint64_t number = uint64_t(s.begin[source]) + j;
-    // What rest() reads comes beside the payload.
-    const uint32_t beside = uint32_t(ept_row_scales(object.payload)) + lane_id() * 32;
-    if (part == 0 && beside < row_bytes) prefetch(row + beside);
+    Beside beside;
     int32_t place = -1;
-    if (per_expert) {
-      const int32_t *places =
-          nth < s.kept ? s.places + (source * s.kept + nth) * top_k : &a.routing.place[number * top_k];
-      if (lane_id() < top_k) place = places[lane_id()];
-    } else if (lane_id() == 0) {
-      place = int32_t(a.layout == kByRank ? source * leading + j : number);
-    }
-    const uint32_t places = __ballot_sync(kAll, int(place >= 0));
-    payload(row, place, places, part, run.parts);
-    if (part == 0) rest(source, row, place, places);
+    payload(row, span_of(vectors, part, run.parts, kPair), [&] {
+      if (part == 0 || per_expert) beside = ask(source, row);
+      if (per_expert)
+        place = place_of(source, beside.pair);
+      else if (lane_id() == 0)
+        place = int32_t(a.layout == kByRank ? source * leading + j : number);
+      return place;
+    });
+    if (part != 0) return;
+    if (per_expert && lane_id() < top_k) keep_place(source, j, lane_id(), place, beside.pair);
+    rest(source, row, beside, place);
   }
 
-  EPT_DEVICE void payload(const char *row, int32_t place, uint32_t places, uint32_t part, Divisor cut) const {
-    if (!a.x.data) return;
-    char *to = place >= 0 ? a.x.at(uint64_t(place)) : nullptr;
-    const Span16 span = span_of(vectors, part, cut, kPair);
-    const uint32_t until = places ? span.to : 0;
+  // where() gives the lane a place of the row, or -1, while the first of it comes.
+  template <class Where>
+  EPT_DEVICE void payload(const char *row, const Span16 &span, Where where) const {
+    const uint32_t until = a.x.data ? span.to : 0;
     uint32_t asked = span.from + lane_id(), v = asked;
-    stream<kPair, false, kPairApart>(
-        s.ring, places ? span.rounds(kPair) : 0,
-        [&] {
-          const Fetch here = pair_at(row, asked, until);
-          asked += kPair * kWarp;
-          return here;
-        },
-        [&](const Vector(&held)[kPair]) {
-          EPT_ROLLED
-          for (uint32_t left = places; left; left &= left - 1) {
-            char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1)) + uint64_t(v) * 16;
-            if (v < span.to) store16(there, held[0]);
-            if (v + kWarp < span.to) store16(there + kPairApart, held[1]);
-          }
-          v += kPair * kWarp;
-        });
+    const auto next = [&] {
+      const Fetch here = pair_at(row, asked, until);
+      asked += kPair * kWarp;
+      return here;
+    };
+    start_stream<kPair, false, kPairApart>(s.ring, next);
+    const int32_t place = where();
+    const uint32_t places = a.x.data ? __ballot_sync(kAll, int(place >= 0)) : 0;
+    char *to = places && place >= 0 ? a.x.at(uint64_t(place)) : nullptr;
+    finish_stream<kPair, false, kPairApart>(s.ring, span.rounds(kPair), next, [&](const Vector(&held)[kPair]) {
+      EPT_ROLLED
+      for (uint32_t left = places; left; left &= left - 1) {
+        char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1)) + uint64_t(v) * 16;
+        if (v < span.to) store16(there, held[0]);
+        if (v + kWarp < span.to) store16(there + kPairApart, held[1]);
+      }
+      v += kPair * kWarp;
+    });
+  }
+
+  // What a row has beside its payload, as this lane knows it. It is asked for before the payload, and so is there after
+  // it: with a wait of its own it took as long as the payload of half a row.
+  struct Beside {
+    uint32_t token = 0, scales[2] = {};  // scales: numbers lane and lane + kWarp
+    Pair pair;                           // number lane
+  };
+  EPT_DEVICE Beside ask(uint32_t source, const char *row) const {
+    Beside its;
+    if (lane_id() < top_k) its.pair = pair_of(source, row, lane_id());
+    its.token = *reinterpret_cast<const uint32_t *>(row + ept_row_token(object.payload, a.scale_bytes));
+    const char *scales = row + ept_row_scales(object.payload);
+    EPT_UNROLL
+    for (uint32_t i = 0; i < 2; i++) its.scales[i] = scale_at(scales, lane_id() + i * kWarp);
+    return its;
   }
 
   // Scales, and who the row is of and for.
-  EPT_DEVICE void rest(uint32_t source, const char *row, int32_t place, uint32_t places) const {
-    const uint32_t token = *reinterpret_cast<const uint32_t *>(row + ept_row_token(object.payload, a.scale_bytes));
-    const char *scales = row + ept_row_scales(object.payload);
-    const auto *experts = reinterpret_cast<const int32_t *>(row + ept_row_experts(object.payload, a.scale_bytes));
-    const auto *weights = reinterpret_cast<const float *>(row + ept_row_weights(object.payload, a.scale_bytes, top_k));
-    const bool weighed = !(s.flags[source] & EPT_MOE_NO_WEIGHTS);
-    int32_t expert = -1;
-    float weight = 1.0f;
-    if (lane_id() < top_k) {
-      if (!per_expert) expert = experts[lane_id()];
-      if (weighed) weight = weights[lane_id()];
-    }
-    if (token >= object.max_tokens && lane_id() == 0)
+  EPT_DEVICE void rest(uint32_t source, const char *row, const Beside &its, int32_t place) const {
+    const uint32_t places = __ballot_sync(kAll, int(place >= 0));
+    if (its.token >= object.max_tokens && lane_id() == 0)
       raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, object.max_tokens,
-                  token);
-    if (a.scales.data) {
-      if (a.scale_size == 4)
-        scatter<uint32_t>(scales, place, places);
-      else
-        scatter<uint8_t>(scales, place, places);
-    }
+                  its.token);
+    if (a.scales.data) scatter(row + ept_row_scales(object.payload), its, place, places);
     // A place a lane.
     if (place >= 0 && a.source.data) {
       char *to = a.source.at(uint64_t(place));
       *reinterpret_cast<uint32_t *>(to) = source;
-      *reinterpret_cast<uint32_t *>(to + a.source.column) = token;
+      *reinterpret_cast<uint32_t *>(to + a.source.column) = its.token;
     }
     if (per_expert) {
-      if (place >= 0 && a.weights.data) *reinterpret_cast<float *>(a.weights.at(uint64_t(place))) = weight;
+      if (place >= 0 && a.weights.data) *reinterpret_cast<float *>(a.weights.at(uint64_t(place))) = its.pair.weight;
       return;
     }
     const auto at = uint64_t(uint32_t(from_lane(place, 0)));
-    if (lane_id() >= top_k) return;
-    if (expert < -1 || expert >= int32_t(local))
+    if (!places || lane_id() >= top_k) return;
+    if (its.pair.expert < -1 || its.pair.expert >= int32_t(local))
       raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, local,
-                  uint32_t(expert));
-    if (a.ids.data) *reinterpret_cast<int32_t *>(a.ids.at(at) + lane_id() * a.ids.column) = expert;
+                  uint32_t(its.pair.expert));
+    if (a.ids.data) *reinterpret_cast<int32_t *>(a.ids.at(at) + lane_id() * a.ids.column) = its.pair.expert;
     if (a.weights.data)
       *reinterpret_cast<float *>(a.weights.at(at) + lane_id() * a.weights.column) =
-          !weighed && expert < 0 ? 0.0f : weight;
+          !is_weighed(source) && its.pair.expert < 0 ? 0.0f : its.pair.weight;
   }
-  // A row's scales to its places, by whole scales or by bytes of them.
-  template <class T>
-  EPT_DEVICE void scatter(const char *from, int32_t place, uint32_t places) const {
-    const uint32_t count = a.scale_bytes / uint32_t(sizeof(T)), each = a.scale_size / uint32_t(sizeof(T));
+
+  // Scales move by whole ones, or by bytes of them.
+  EPT_DEVICE bool by_words() const { return a.scale_size == 4; }
+  // That of them, where there is one.
+  EPT_DEVICE uint32_t scale_at(const char *scales, uint32_t i) const {
+    if (!a.scales.data) return 0;
+    if (by_words()) return i * 4 < a.scale_bytes ? reinterpret_cast<const uint32_t *>(scales)[i] : 0;
+    return i < a.scale_bytes ? uint8_t(scales[i]) : 0;
+  }
+  // A row's scales to its places.
+  EPT_DEVICE void scatter(const char *scales, const Beside &its, int32_t place, uint32_t places) const {
+    const uint32_t count = by_words() ? a.scale_bytes / 4 : a.scale_bytes;
     char *to = place >= 0 ? a.scales.at(uint64_t(place)) : nullptr;
     EPT_ROLLED
-    for (uint32_t base = 0; base < count; base += kWarp) {
-      const uint32_t i = base + lane_id();
-      const T value = i < count ? reinterpret_cast<const T *>(from)[i] : T(0);
-      const int64_t offset = int64_t(i / each) * a.scales.column + i % each * uint32_t(sizeof(T));
+    for (uint32_t round = 0; round * kWarp < count; round++) {
+      const uint32_t i = round * kWarp + lane_id();
+      const uint32_t value = round == 0 ? its.scales[0] : round == 1 ? its.scales[1] : scale_at(scales, i);
+      const int64_t offset = by_words() ? i * a.scales.column : i / a.scale_size * a.scales.column + i % a.scale_size;
       EPT_ROLLED
       for (uint32_t left = places; left; left &= left - 1) {
-        char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1));
-        if (i < count) *reinterpret_cast<T *>(there + offset) = value;
+        char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1)) + offset;
+        if (i >= count) continue;
+        if (by_words())
+          *reinterpret_cast<uint32_t *>(there) = value;
+        else
+          *there = char(value);
       }
     }
   }
@@ -267,7 +269,7 @@ class DispatchReceiver : public DispatchPlaces {
     uint32_t mine = 0;
     if (lane_id() == 0 && peek(s.totals) == 0) mine = atomicCAS(s.totals, 0u, 1u) == 0;
     if (!from_lane(mine, 0)) return;
-    __threadfence_block();  // headers were written before they were shown
+    fence_block();  // headers were written before they were shown
     const bool tells = blockIdx.x == 0;
     for (uint32_t e = lane_id(); e < local; e += kWarp) {
       uint32_t n = 0;
@@ -296,7 +298,7 @@ class DispatchReceiver : public DispatchPlaces {
   }
   // A warp's worth of rows. Totals are there. False: no row was left.
   EPT_DEVICE bool blank_some() const {
-    __threadfence_block();
+    fence_block();
     const uint32_t rows = leading * a.outer;
     uint32_t unit = ~0u;
     if (lane_id() == 0 && uint64_t(peek(s.next_blank)) * gridDim.x * kWarp < rows) unit = atomicAdd(s.next_blank, 1u);
@@ -341,6 +343,6 @@ EPT_KERNEL moe_dispatch_recv(EPT_ARGUMENT(ept::moe::cuda::DispatchRecv) args) {
   if (!args.lane.world) return;
   EPT_SHARED(memory);
   Carve carve(memory);
-  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local, args.object.top_k);
+  const RecvShared shared = recv_shared(carve, blockDim.x, args.lane.world, args.object.local);
   DispatchReceiver(args, shared).run();
 }

@@ -42,6 +42,7 @@ class DispatchSender : public DispatchPlan {
       if (s.rows_at[r]) s.rows_at[r] += received() + header_bytes(r);
     });
     place();
+    if (warp_id() == (warps() > 1 ? warps() - 2 : 0)) order();
     // Else place() is for the last warp alone, which writes this block's header.
     if (stages() || world > gridDim.x) __syncthreads();
     note(t, kDispatchSend, 2);
@@ -118,9 +119,9 @@ class DispatchSender : public DispatchPlan {
   // A piece of the message to `rank` is packed by the caller's warp. Each block tells the others once, for all of its.
   EPT_DEVICE void packed_one(uint32_t rank) {
     if (rank == t.rank) return;
-    __threadfence_block();  // the other warps of the block that packed for this rank have done so
+    fence_block();  // the other warps of the block that packed for this rank have done so
     const uint32_t before = atomicSub(&s.pending[rank], 1u);
-    __threadfence_block();
+    fence_block();
     if (before != 1 || !packed(t, rank, s.pieces[rank], s.rows_to[rank] * units + 1)) return;
     const uint64_t header = header_bytes(rank);
     post(t, kDispatchSend, EPT_PHASE_DISPATCH, generation, rank, s.rows_at[rank] - header, received(),
@@ -168,6 +169,7 @@ class DispatchSender : public DispatchPlan {
   }
   EPT_DEVICE void about(uint32_t token, const Parts &its, uint32_t n) const {
     keep(token, n, its.rank, its.row);
+    while (look(s.ordered) == 0) EPT_REST();
     rest(token, its.rank, its.to, n);
   }
   EPT_DEVICE void packed_part(const Parts &its) {
@@ -283,15 +285,17 @@ class DispatchSender : public DispatchPlan {
     EPT_ROLLED
     for (uint32_t base = 0; base < words; base += kWarp) {
       const uint32_t w = base + lane_id();
-      const bool pair = w >= 2 && w < 2 + 2 * top_k, weighs = w >= 2 + top_k;
-      const uint32_t k = w - 2 - (weighs ? top_k : 0);
+      const bool pair = w >= 2 && w < 2 + 3 * top_k, counts = w >= 2 + top_k, weighs = w >= 2 + 2 * top_k;
+      const uint32_t k = w - 2 - (weighs ? 2 * top_k : counts ? top_k : 0);
       uint32_t where = 0xffffffffu, value = w == 0 ? token : 0;
       if (pair) {
-        const int64_t expert = id_at(ids_of(token) + k * a.ids_strides[1] * (a.ids_64 ? 8 : 4));
+        const int64_t expert = id_at(id_of(token, k));
         if (valid(expert)) where = s.where[expert];
         if (weighs) {
           if (a.weights) value = bits_of(a.weights[token * a.weights_strides[0] + k * a.weights_strides[1]]);
           a.routing.weights[uint64_t(token) * top_k + k] = float_of(value);
+        } else if (counts) {
+          value = a.routing.ordinals[uint64_t(token) * top_k + k];
         } else {
           a.routing.ids[uint64_t(token) * top_k + k] = valid(expert) ? int32_t(expert) : -1;
           value = where & 0xffff;
@@ -302,7 +306,7 @@ class DispatchSender : public DispatchPlan {
         char *there = from_lane(to, p);
         const uint32_t peer = from_lane(uint32_t(rank), p);
         const bool at = !pair || where >> 16 == peer;
-        if (w < words) reinterpret_cast<uint32_t *>(there + tail_at)[w] = at ? value : weighs ? 0 : 0xffffffffu;
+        if (w < words) reinterpret_cast<uint32_t *>(there + tail_at)[w] = at ? value : counts ? 0 : 0xffffffffu;
       }
     }
     EPT_ROLLED

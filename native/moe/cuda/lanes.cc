@@ -371,9 +371,8 @@ void Lanes::refuse(const Object &object) {
          object.config.num_experts, world);
   // Beside the rings (shared.h), which are as large for every object.
   const uint64_t tiles = (uint64_t(object.shape.max_tokens) + kWarp - 1) / kWarp;
-  const uint64_t shared = 4 * tiles * world + 8ull * object.config.num_experts + 48ull * world + 64;
-  const uint64_t received = 8ull * world * object.local() + 92ull * world + 4ull * world * object.local() +
-                            8ull * object.local() + 4ull * world * kept_rows(world) * object.config.top_k + 64;
+  const uint64_t shared = 4 * tiles * world + 12ull * object.config.num_experts + 48ull * world + 64;
+  const uint64_t received = 8ull * world * object.local() + 84ull * world + 8ull * object.local() + 64;
   // Both halves of a streamed call are one launch; 32 warps know what each of them reads next of each rank.
   const uint64_t together = object.shape.streams() ? shared + received + (64ull + 4 * 32) * world : 0;
   if (shared > kMostShared || received > kMostShared || together > kMostShared)

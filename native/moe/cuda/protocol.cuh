@@ -350,6 +350,15 @@ EPT_DEVICE void note_source(const LaneTable &t, uint32_t phase, uint32_t source,
     *at = now;
 }
 
+// A warp goes through (row, k) pairs in order, several rows at a time: each row has 2^wide lanes.
+struct PairLanes {
+  uint32_t wide;
+  EPT_DEVICE explicit PairLanes(uint32_t top_k) : wide(top_k > 16 ? 5 : top_k > 8 ? 4 : top_k > 4 ? 3 : 2) {}
+  EPT_DEVICE uint32_t rows() const { return kWarp >> wide; }
+  EPT_DEVICE uint32_t row() const { return lane_id() >> wide; }
+  EPT_DEVICE uint32_t k() const { return lane_id() & ((1u << wide) - 1); }
+};
+
 // A warp's share of a row of `vectors` pieces of 16 bytes, in whole rounds of a warp; `together` of them in one part.
 struct Span16 {
   uint32_t from, to;

@@ -36,6 +36,8 @@ struct SendShared {
   char **rows_at;        // [world] where row 0 of the message to that rank is packed; before, where its window begins
   uint32_t *where;       // [experts]
   uint32_t *counts;      // [experts], placed as `first` says
+  uint32_t *before;      // [experts], likewise: of tokens before this block's, and of its own whose ordinals are there
+  uint32_t *ordered;     // 1: those of all its own are
   uint32_t *first;       // [world + 1] ObjectTable's
   uint32_t *tiles;       // [tiles, world] bits: tokens of a tile that go to a rank
   uint32_t *rows_to;     // [world]
@@ -51,6 +53,8 @@ EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t wo
   s.rows_at = carve.take<char *>(world);
   s.where = carve.take<uint32_t>(experts);
   s.counts = carve.take<uint32_t>(experts);
+  s.before = carve.take<uint32_t>(experts);
+  s.ordered = carve.take<uint32_t>(1);
   s.first = carve.take<uint32_t>(world + 1);
   s.tiles = carve.take<uint32_t>(uint64_t(tokens + kWarp - 1) / kWarp * world);
   s.rows_to = carve.take<uint32_t>(world);
@@ -65,8 +69,6 @@ struct BlockRun {
   uint32_t first, end;
   Divisor parts;
 };
-// Of each source's run, the first rows' places are kept here, where sources are few.
-EPT_HD constexpr uint32_t kept_rows(uint32_t world) { return world <= 16 ? 6 : 0; }
 
 struct RecvShared {
   Piece *ring;  // [kAhead, threads]
@@ -75,14 +77,9 @@ struct RecvShared {
   uint32_t *rows;        // [world]
   uint32_t *begin;       // [world + 1] of each source's rows in the order of all rows
   uint32_t *next;        // [world] unit that nobody has taken
-  uint32_t *to_count;    // [world] group of rows before this block's that nobody has taken to count
-  uint32_t *counted;     // [world] such groups that are counted
   uint32_t *counts;      // [world, local]
-  uint32_t *cursor;      // [world, local] rows of the source before this block's, then before the next of them
-  uint32_t *groups;      // [world, local] CONTIGUOUS: where the source's rows of that expert begin
+  uint32_t *groups;      // [world, local] in the output, where the source's rows of that expert begin
   BlockRun *runs;        // [world]
-  int32_t *places;       // [world, kept, top_k]
-  uint32_t kept;         // kept_rows
   uint32_t *sums;        // [local] rows of each expert
   uint32_t *starts;      // [local + 1] of each expert's group
   uint32_t *flags;       // [world] of the header
@@ -90,7 +87,7 @@ struct RecvShared {
   uint32_t *next_blank;  // rows that no row fills are gone through by groups: the next that nobody has taken
   uint32_t *word;
 };
-EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t local, uint32_t top_k) {
+EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t world, uint32_t local) {
   RecvShared s{};
   s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
   s.sources = sources(carve, world);
@@ -98,14 +95,9 @@ EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t wo
   s.rows = carve.take<uint32_t>(world);
   s.begin = carve.take<uint32_t>(world + 1);
   s.next = carve.take<uint32_t>(world);
-  s.to_count = carve.take<uint32_t>(world);
-  s.counted = carve.take<uint32_t>(world);
   s.counts = carve.take<uint32_t>(uint64_t(world) * local);
-  s.cursor = carve.take<uint32_t>(uint64_t(world) * local);
   s.groups = carve.take<uint32_t>(uint64_t(world) * local);
   s.runs = reinterpret_cast<BlockRun *>(carve.take<uint32_t>(4ull * world));
-  s.kept = kept_rows(world);
-  s.places = carve.take<int32_t>(uint64_t(world) * s.kept * top_k);
   s.sums = carve.take<uint32_t>(local);
   s.starts = carve.take<uint32_t>(local + 1);
   s.flags = carve.take<uint32_t>(world);
@@ -184,13 +176,11 @@ struct StreamedDispatchShared {
   InShared in;
 };
 EPT_HD inline StreamedDispatchShared streamed_dispatch_shared(Carve &carve, uint32_t threads, uint32_t world,
-                                                              uint32_t experts, uint32_t local, uint32_t tokens,
-                                                              uint32_t top_k) {
+                                                              uint32_t experts, uint32_t local, uint32_t tokens) {
   StreamedDispatchShared s{};
   s.send = send_shared(carve, threads, world, experts, tokens);
-  s.recv = recv_shared(carve, 0, world, local, top_k);
+  s.recv = recv_shared(carve, 0, world, local);
   s.recv.ring = s.send.ring;
-  s.recv.kept = 0;
   s.out = out_shared(carve, world);
   s.in = in_shared(carve, threads, world);
   return s;

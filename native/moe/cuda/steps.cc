@@ -84,7 +84,7 @@ void streamed_dispatch(GpuObject &moe, uint32_t lane, bool first, const Dispatch
   const uint64_t shared = shared_bytes([&](Carve &carve) {
     const ept_moe_config &config = moe.object.config;
     streamed_dispatch_shared(carve, moe.lanes->threads(), config.world, config.num_experts, moe.object.local(),
-                             a.out.tokens, config.top_k);
+                             a.out.tokens);
   });
   launch(moe, kKernelStreamedDispatch, moe.lanes->blocks(), moe.lanes->threads(), shared, stream, &a);
 }
@@ -191,9 +191,8 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
 }
 
 static uint64_t shared_of_receive(const GpuObject &moe) {
-  return shared_bytes([&](Carve &carve) {
-    recv_shared(carve, moe.lanes->threads(), moe.object.config.world, moe.object.local(), moe.object.config.top_k);
-  });
+  return shared_bytes(
+      [&](Carve &carve) { recv_shared(carve, moe.lanes->threads(), moe.object.config.world, moe.object.local()); });
 }
 
 void dispatch_wait(GpuObject &moe, uint32_t lane, uint64_t *arrival, void *stream) {

@@ -83,6 +83,7 @@ class StreamedSender : public DispatchSender {
 
   EPT_DEVICE void send_first() {
     count(true, [](uint32_t) {});
+    if (warp_id() == 0) order();
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x) {
       expect(t, EPT_PHASE_DISPATCH, generation, r, dispatch_place(t, a.object.shape, slot(), r).offset);
       const Region sums = sums_of(r);
@@ -138,7 +139,7 @@ class StreamedReceiver : public DispatchReceiver {
   EPT_DEVICE void begin() {
     in.begin();
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) s.rows[r] = s.begin[r] = 0, s.return_at[r] = 0;
-    for (uint32_t i = threadIdx.x; i < world * local; i += blockDim.x) s.cursor[i] = s.counts[i] = 0;
+    for (uint32_t i = threadIdx.x; i < world * local; i += blockDim.x) s.counts[i] = 0;
     look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
     if (threadIdx.x == 0) *s.totals = *s.next_blank = 0;
   }
@@ -215,17 +216,30 @@ class StreamedReceiver : public DispatchReceiver {
   EPT_DEVICE bool place(uint32_t r, const char *rows, uint32_t from, uint32_t to) {
     uint64_t needed = s.rows[r];
     if (a.layout == kRows) needed += s.begin[r];
-    if (a.layout == kContiguous && from == 0) needed = groups(r);
-    if (a.layout == kMasked || from) needed = 0;
+    if (per_expert && from == 0) needed = groups(r);
+    if (from) needed = 0;
     if (needed > leading) {
       if (lane_id() == 0)
         raise_fault(t, uint32_t(-EPT_E_CAPACITY), kDispatchRecv, int32_t(r), kRoom, generation, needed, leading);
       return false;
     }
-    return !per_expert || index(r, rows - uint64_t(from) * row_bytes, {from, to, divisor(1)});
+    return !per_expert || index(r, rows, from, to);
   }
 
  private:
+  // Places of rows [from, to), for the blocks that copy them; `rows`: where the first of them is.
+  EPT_DEVICE bool index(uint32_t r, const char *rows, uint32_t from, uint32_t to) const {
+    const PairLanes lanes(top_k);
+    bool good = true;
+    for (uint32_t j = from + lanes.row(); j < to && lanes.k() < top_k; j += lanes.rows()) {
+      const Pair pair = pair_of(r, rows + uint64_t(j - from) * row_bytes, lanes.k());
+      const int32_t place = place_of(r, pair);
+      keep_place(r, j, lanes.k(), place, pair);
+      good = good && place != kRefused;
+    }
+    __syncwarp();
+    return __ballot_sync(kAll, int(!good)) == 0;
+  }
   EPT_DEVICE void copy_row(uint32_t source, uint32_t j) {
     const char *row = from_lane(lane_id() == 0 ? in.row_at(source, j, row_bytes) : nullptr, 0);
     const uint64_t kept = uint64_t(w.begin[source]) + j;
@@ -235,11 +249,14 @@ class StreamedReceiver : public DispatchReceiver {
     } else if (lane_id() == 0) {
       at = int32_t(a.layout == kByRank ? source * leading + j : kept);
     }
-    const uint32_t places = __ballot_sync(kAll, int(at >= 0));
-    payload(row, at, places, 0, divisor(1));
     if (lane_id() == 0) s.flags[source] = w.flags[source];  // the same, whoever writes it
     __syncwarp();
-    rest(source, row, at, places);
+    Beside beside;
+    payload(row, {0, vectors}, [&] {
+      beside = ask(source, row);
+      return at;
+    });
+    rest(source, row, beside, at);
   }
 
   const ChunkState &w;
@@ -258,7 +275,7 @@ EPT_KERNEL moe_streamed_dispatch(EPT_ARGUMENT(ept::moe::cuda::StreamedDispatch) 
   Carve carve(memory);
   const ObjectTable &object = args.out.object;
   const StreamedDispatchShared shared =
-      streamed_dispatch_shared(carve, blockDim.x, t.world, object.experts, object.local, args.out.tokens, object.top_k);
+      streamed_dispatch_shared(carve, blockDim.x, t.world, object.experts, object.local, args.out.tokens);
   run_streamed<StreamedSender, StreamedReceiver>(args, shared, kDispatchRecv, EPT_PHASE_DISPATCH, shared.recv.word,
                                                  [](StreamedSender &out, const Roles &) { out.rest_of_tokens(); });
 }

@@ -96,7 +96,7 @@ class Shape:
     @property
     def dispatch_row(self) -> int:
         payload = _align(self.hidden * _BYTES[self.dispatch_dtype], 16)
-        return _align(payload + _align(4 * self.scale_blocks, 16) + 8 + 8 * self.top_k, 16)
+        return _align(payload + _align(4 * self.scale_blocks, 16) + 8 + 12 * self.top_k, 16)
 
     @property
     def combine_row(self) -> int:

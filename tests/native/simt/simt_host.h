@@ -43,6 +43,7 @@ void fetch16(char *to, const char *from) {
   if (reinterpret_cast<uintptr_t>(from) % 16) ::simt::misaligned(from);
   ::simt::fetch(to, from);
 }
+inline void fence_block() { ::simt::announce(); }
 inline void prefetch(const char *) {}
 inline void end_fetches() { ::simt::end_fetches(); }
 template <int kLeft>
@@ -112,7 +113,6 @@ inline int __syncthreads_or(int predicate) {
     if (values[i]) return 1;
   return 0;
 }
-inline void __threadfence_block() { ::simt::announce(); }
 inline void __threadfence() {}
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
