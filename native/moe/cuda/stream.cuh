@@ -19,51 +19,67 @@ template <uint32_t kEach>
 constexpr uint32_t kFirst = kAhead / kEach - 1;
 
 // Of a step: where its first vector stands, and how far the row goes on from there, in vectors: 0 or less where this
-// lane has none. The kEach of a step stand kApart bytes apart.
+// lane has none. The kEach of a step stand in runs of kRun, kApart bytes apart; no row ends within a run.
 struct Fetch {
   const char *from;
   int32_t left;
 };
 
+// Which pieces of the ring are a thread's: each a warp's width behind the one before, a distance that the compiler
+// knows. The next in turn is found in the bits between lane and warp.
+EPT_DEVICE uint32_t own_piece() { return warp_id() * (kAhead * kWarp) + lane_id(); }
+template <uint32_t kEach>
+EPT_DEVICE uint32_t next_piece(uint32_t at) {
+  constexpr uint32_t kTurn = (kAhead - 1) * kWarp;
+  static_assert((kAhead & (kAhead - 1)) == 0 && kAhead % kEach == 0);
+  return (at & ~kTurn) | ((at + kEach * kWarp) & kTurn);
+}
+
 // next() is what a lane fetches in the next step. It is asked kFirst times more than there are steps, and has nothing
 // then. kNear: lanes share sectors of memory, which then come through the cache.
-template <uint32_t kEach, bool kNear, uint32_t kApart, class Next>
+template <uint32_t kEach, bool kNear, uint32_t kApart, uint32_t kRun, class Next>
 EPT_DEVICE void fetch_step(Piece *into, Next &next) {
   const Fetch step = next();
   EPT_UNROLL
-  for (uint32_t i = 0; i < kEach; i++)
-    if (step.left > int32_t(i * kApart / 16))
-      fetch16<kNear>(reinterpret_cast<char *>(into + i * blockDim.x), step.from + i * kApart);
+  for (uint32_t i = 0; i < kEach; i++) {
+    const uint32_t run = i / kRun * kApart;
+    if (step.left > int32_t(run / 16))
+      fetch16<kNear>(reinterpret_cast<char *>(into + i * kWarp), step.from + run + i % kRun * 16);
+  }
   end_fetches();
 }
 
 // Asks for the first kFirst steps; until finish_stream the thread fetches nothing else.
-template <uint32_t kEach, bool kNear, uint32_t kApart = 16, class Next>
+template <uint32_t kEach, bool kNear, uint32_t kApart = 16, uint32_t kRun = 1, class Next>
 EPT_DEVICE void start_stream(Piece *ring, Next &&next) {
+  uint32_t into = own_piece();
   EPT_ROLLED
-  for (uint32_t step = 0; step < kFirst<kEach>; step++)
-    fetch_step<kEach, kNear, kApart>(ring + threadIdx.x + step * kEach * blockDim.x, next);
+  for (uint32_t step = 0; step < kFirst<kEach>; step++, into += kEach * kWarp)
+    fetch_step<kEach, kNear, kApart, kRun>(ring + into, next);
 }
 
 // next() goes on with step kFirst; use(vectors) takes those of a step, in the same order, of `steps`: the same number
 // in all lanes. What a lane didn't fetch is anything.
-template <uint32_t kEach, bool kNear, uint32_t kApart = 16, class Next, class Use>
+template <uint32_t kEach, bool kNear, uint32_t kApart = 16, uint32_t kRun = 1, class Next, class Use>
 EPT_DEVICE void finish_stream(Piece *ring, uint32_t steps, Next &&next, Use use) {
-  constexpr uint32_t kSteps = kAhead / kEach;
-  const uint32_t stage = kEach * blockDim.x;
-  Piece *const begin = ring + threadIdx.x, *const last = begin + (kSteps - 1) * stage;
-  Piece *at = begin, *into = last;  // the place that the last step was read from
+  uint32_t at = own_piece(), into = at + kFirst<kEach> * kEach * kWarp;  // the place that the last step was read from
   EPT_ROLLED
   for (uint32_t step = 0; step < steps; step++) {
-    fetch_step<kEach, kNear, kApart>(into, next);
-    await_fetches<kSteps - 1>();
+    fetch_step<kEach, kNear, kApart, kRun>(ring + into, next);
+    await_fetches<int(kFirst<kEach>)>();
     Vector held[kEach];
     EPT_UNROLL
-    for (uint32_t i = 0; i < kEach; i++) held[i] = load16(reinterpret_cast<const char *>(at + i * blockDim.x));
+    for (uint32_t i = 0; i < kEach; i++) held[i] = load16(reinterpret_cast<const char *>(ring + at + i * kWarp));
     into = at;
-    at = at == last ? begin : at + stage;
+    at = next_piece<kEach>(at);
     use(held);
   }
+}
+
+// Where the vectors of a step of finish_stream stand until use() returns, a warp's width apart.
+template <uint32_t kEach>
+EPT_DEVICE const Piece *step_at(Piece *ring, uint32_t step) {
+  return ring + own_piece() + step % (kAhead / kEach) * (kEach * kWarp);
 }
 
 template <uint32_t kEach, bool kNear, uint32_t kApart = 16, class Next, class Use>
