@@ -17,9 +17,10 @@ ept_moe_config quantised(ept_moe_config config, int32_t scales) {
   return config;
 }
 
-void steps(const char *what, const ept_moe_config &config, int count, uint64_t seed) {
+void steps(const char *what, const ept_moe_config &config, int count, uint64_t seed, bool edges = false) {
   check::running(what);
   World world(config, seed);
+  world.edges = edges;
   world.counts_all = true;
   for (int i = 0; i < count; i++) {
     Step step = world.draw();
@@ -252,6 +253,13 @@ int main() {
   steps("fp32, fewer experts than ranks, hidden of no 8", f32, 4, 4);
   steps("fp8 with fp32 scales", quantised(config_of(2, 6, 3, 272, 9), EPT_SCALES_FP32), 4, 5);
   steps("fp8 with UE8M0 scales", quantised(config_of(3, 6, 3, 144, 9), EPT_SCALES_UE8M0), 4, 6);
+  for (int32_t dtype : {EPT_DTYPE_BF16, EPT_DTYPE_F16, EPT_DTYPE_F32})
+    for (int32_t scales : {EPT_SCALES_FP32, EPT_SCALES_UE8M0}) {
+      ept_moe_config config = quantised(config_of(2, 6, 3, 1680, 9), scales);
+      config.dtype = dtype;
+      config.scale_epsilon = 1e-38f;
+      steps("fp8 of what is no usual number", config, 2, 12, true);
+    }
   // Rows are moved by 64 vectors of 16 bytes a step, and cut between steps; a warp keeps the scales of 32 blocks.
   steps("rows of several steps", config_of(2, 5, 3, 1176, 5), 3, 8);
   ept_moe_config wide = config_of(3, 4, 2, 532, 4);

@@ -107,6 +107,7 @@ struct World {
   std::vector<uint32_t> local;
   std::vector<std::vector<uint8_t>> open;  // [rank][lane] a dispatch that was never received
   std::vector<uint8_t> up;                 // [rank] takes part
+  bool edges = false;                      // what is sent is no usual number
   bool counts_all = false;                 // no step is made on one side alone
   Random random;
 
@@ -233,7 +234,7 @@ struct World {
       s.x.make(s.tokens * config.hidden * size, 0);
       std::normal_distribution<float> normal(0, 3);
       for (uint64_t i = 0; i < uint64_t(s.tokens) * config.hidden; i++)
-        moe_model::put(s.x.data() + i * size, normal(random), config.dtype);
+        moe_model::put(s.x.data() + i * size, edges ? edge(i) : normal(random), config.dtype);
       const uint64_t skew = below(random, 3) ? config.num_experts : 1 + below(random, config.num_experts);
       for (uint64_t i = 0; i < uint64_t(s.tokens) * config.top_k; i++) {
         s.ids.push_back(below(random, 8) ? int64_t(below(random, skew)) : -1);
@@ -250,6 +251,19 @@ struct World {
       step.ranks.push_back(std::move(s));
     }
     return step;
+  }
+
+  // Block by block what quantisation may stumble over: numbers whose quotients are ties (of a scale of 3/64), zeros of
+  // both signs, scales near and beyond those that have a normal inverse, and here and there a NaN or an infinity.
+  float edge(uint64_t i) {
+    const uint64_t kind = (i % config.hidden / EPT_FP8_BLOCK + i / config.hidden) % 5;
+    if (below(random, 400) == 0) return below(random, 2) ? -NAN : NAN;
+    if (kind == 4 && below(random, 100) == 0) return -INFINITY;
+    const float sign = below(random, 2) ? -1.0f : 1.0f;
+    if (kind == 0) return sign * 0.0f;
+    if (kind == 1) return sign * (i % 8 ? float(2 * below(random, 8) + 17) * 3 / 64 : 21);
+    const int large = config.dtype == EPT_DTYPE_F16 ? 7 : 65;
+    return sign * ldexpf(float(below(random, 256)), kind == 2 ? -62 : kind == 3 ? large : -140);
   }
 
   uint32_t outer(uint32_t rank, int32_t layout) const {

@@ -67,23 +67,63 @@ class DispatchSender : public DispatchPlan {
     const uint32_t nth = a.deal.parts.of(u);
     fetch(first + nth, u - nth * parts);
   }
+  // How a row of a format is read: kRounds of a warp in a step, in each of which a lane has kSize vectors of the row,
+  // and one of the message. kPacked: it goes as it is.
+  static constexpr int32_t kPacked = -1;
+  template <int32_t kFormat>
+  struct Step {
+    static constexpr uint32_t kRounds = kFormat == kPacked || kFormat == kBF16 ? kPair : 1;
+    static constexpr uint32_t kSize = kFormat == kPacked ? 1 : element_size(kFormat);
+    static constexpr uint32_t kEach = kRounds * kSize, kApart = kWarp * kSize * 16;
+    static constexpr bool kNear = kSize > 1;
+  };
+  // What a lane fetches next of a part of a row.
+  template <int32_t kFormat>
+  struct Asked {
+    const char *from;
+    int32_t left;
+    EPT_DEVICE Asked(const char *row, const Span16 &span, uint32_t step) {
+      const uint32_t vector = span.from + step * Step<kFormat>::kRounds * kWarp + lane_id();
+      from = row + uint64_t(vector) * (Step<kFormat>::kSize * 16);
+      left = (int32_t(span.to) - int32_t(vector)) * int32_t(Step<kFormat>::kSize);
+    }
+    EPT_DEVICE Fetch operator()() {
+      const Fetch here = {from, left};
+      from += Step<kFormat>::kEach * kWarp * 16;
+      left -= int32_t(Step<kFormat>::kEach * kWarp);
+      return here;
+    }
+  };
+  EPT_DEVICE const char *row_of(uint32_t token) const { return a.x + token * a.x_stride; }
+
   // A part of a row comes.
   EPT_DEVICE void fetch(uint32_t token, uint32_t part) const {
-    const Span16 span = span_of(vectors, part, a.deal.parts);
-    const uint32_t each = a.quantise ? 16 * element_size(a.x_format) : 16;
-    const char *from = a.x + token * a.x_stride;
-    uint32_t asked = span.from + lane_id();
-    const auto next = [&] {
-      const Fetch here = {from + uint64_t(asked) * each, asked < span.to ? int32_t(each / 16) : 0};
-      asked += kWarp;
-      return here;
-    };
-    if (each == 16)
-      start_stream<1, false>(s.ring, next);
-    else if (each == 32)
-      start_stream<2, true>(s.ring, next);
+    if (!a.quantise)
+      fetch<kPacked>(token, part);
+    else if (a.x_format == kBF16)
+      fetch<kBF16>(token, part);
+    else if (element_size(a.x_format) == 2)
+      fetch<kAny2>(token, part);
     else
-      start_stream<4, true>(s.ring, next);
+      fetch<kF32>(token, part);
+  }
+  template <int32_t kFormat>
+  EPT_DEVICE void fetch(uint32_t token, uint32_t part) const {
+    using Its = Step<kFormat>;
+    start_stream<Its::kEach, Its::kNear, Its::kApart, Its::kSize>(
+        s.ring, Asked<kFormat>(row_of(token), span_of(vectors, part, a.deal.parts), 0));
+  }
+  // use(held, v): v is the lane's vector of the message in the first round of a step.
+  template <int32_t kFormat, class Use>
+  EPT_DEVICE void finish(uint32_t token, const Span16 &span, Use use) const {
+    using Its = Step<kFormat>;
+    uint32_t v = span.from + lane_id();
+    finish_stream<Its::kEach, Its::kNear, Its::kApart, Its::kSize>(
+        s.ring, span.rounds(Its::kRounds), Asked<kFormat>(row_of(token), span, kFirst<Its::kEach>),
+        [&](const Vector(&held)[Its::kEach]) {
+          use(held, v);
+          v += Its::kRounds * kWarp;
+        });
   }
 
   // Block r mod blocks, from the last, writes the header for rank r: one piece of that message.
@@ -180,97 +220,123 @@ class DispatchSender : public DispatchPlan {
 
   // A part of a row, which comes since fetch(), to the first n lanes' places.
   EPT_DEVICE void payload(uint32_t token, uint32_t part, char *to, uint32_t n) const {
+    s.to[threadIdx.x] = to;
+    __syncwarp();
     if (!a.quantise)
-      copy(token, part, to, n);
+      copy(token, part, n);
     else if (a.x_format == kBF16)
-      quantise<kBF16>(token, part, to, n);
+      quantise<kBF16>(token, part, n);
     else if (element_size(a.x_format) == 2)
-      quantise<kAny2>(token, part, to, n);
+      quantise<kAny2>(token, part, n);
     else
-      quantise<kF32>(token, part, to, n);
+      quantise<kF32>(token, part, n);
+    __syncwarp();
   }
-
-  EPT_DEVICE void copy(uint32_t token, uint32_t part, char *to, uint32_t n) const {
-    const Span16 span = span_of(vectors, part, a.deal.parts);
-    const char *from = a.x + token * a.x_stride;
-    uint32_t v = span.from + lane_id(), asked = v + kFirst<1> * kWarp;
-    finish_stream<1, false>(
-        s.ring, span.rounds(),
-        [&] {
-          const Fetch here = {from + uint64_t(asked) * 16, asked < span.to ? 1 : 0};
-          asked += kWarp;
-          return here;
-        },
-        [&](const Vector(&held)[1]) {
-          EPT_ROLLED
-          for (uint32_t p = 0; p < n; p++) {
-            char *there = from_lane(to, p);
-            if (v < span.to) store16(there + v * 16, held[0]);
-          }
-          v += kWarp;
-        });
-  }
-
-  // Sixteen elements a lane, so eight lanes a block of EPT_FP8_BLOCK, and four blocks a round. Scales are kept until a
-  // warp has one for each lane.
-  template <int32_t kFormat>
-  EPT_DEVICE void quantise(uint32_t token, uint32_t part, char *to, uint32_t n) const {
-    constexpr uint32_t kSize = kFormat == kF32 ? 4 : 2, kBlocks = 4, kRounds = kWarp / kBlocks;
-    const Span16 span = span_of(vectors, part, a.deal.parts);
-    const char *from = a.x + token * a.x_stride;
-    const uint32_t rounds = span.rounds();
-    uint32_t v = span.from + lane_id(), asked = v + kFirst<kSize> * kWarp, round = 0, kept = 0;
-    finish_stream<kSize, true>(
-        s.ring, rounds,
-        [&] {
-          const Fetch here = {from + uint64_t(asked) * (16 * kSize), asked < span.to ? int32_t(kSize) : 0};
-          asked += kWarp;
-          return here;
-        },
-        [&](const Vector(&held)[kSize]) {
-          const bool here = v < span.to;
-          Sixteen of{};
-          if (here) widen16<kSize>(of.x, held, known<kFormat>(a.x_format));
-          uint32_t most = 0;  // sizes compare as integers do
-          if (kFormat == kBF16 && here) most = most_of_bf16(held[0], held[1]);
-          if (kFormat != kBF16) most = most_of(of);
-          const bool has_nan = most > 0x7f800000;  // of which amax takes no notice
-          if (has_nan) most = most_of_numbers(of);
-          EPT_UNROLL
-          for (uint32_t step = 1; step < 8; step *= 2) {
-            const uint32_t other = __shfl_xor_sync(kAll, most, int(step));
-            most = other > most ? other : most;
-          }
-          const float amax = float_of(most);
-          float scale = divided(amax > a.epsilon ? amax : a.epsilon, EPT_E4M3_MAX);
-          uint32_t said = bits_of(scale);
-          if (a.ue8m0) {
-            said = exponent_above(scale);
-            scale = float_of(said == 0 ? 0x400000 : said << 23);
-          }
-          const Vector q = e4m3_of(of, scale, has_nan);
-          EPT_ROLLED
-          for (uint32_t p = 0; p < n; p++) {
-            char *there = from_lane(to, p) + uint64_t(v) * 16;
-            if (here) store16(there, q);
-          }
-          const uint32_t turn = round % kRounds;
-          said = from_lane(said, lane_id() % kBlocks * 8);
-          if (lane_id() / kBlocks == turn) kept = said;
-          if (turn == kRounds - 1 || round + 1 == rounds)
-            put_scales(kept, (span.from + (round - turn) * kWarp) / 8, (turn + 1) * kBlocks, to, n);
-          v += kWarp;
-          round++;
-        });
-  }
-  // Lane i has the scale of block first + i, of so many or as many as the row has.
-  EPT_DEVICE void put_scales(uint32_t scale, uint32_t first, uint32_t count, char *to, uint32_t n) const {
-    const uint32_t block = first + lane_id();
-    const bool here = lane_id() < count && block * 8 < vectors;
-    const uint64_t at = ept_row_scales(a.object.payload) + (a.ue8m0 ? block : block * 4);
+  EPT_DEVICE char *const *places() const { return s.to + warp_id() * kWarp; }
+  // A step's vectors to each place.
+  template <uint32_t kRounds>
+  EPT_DEVICE void put(const Vector (&held)[kRounds], uint32_t v, const Span16 &span, uint32_t n) const {
+    char *const *to = places();
     EPT_ROLLED
     for (uint32_t p = 0; p < n; p++) {
-      char *there = from_lane(to, p) + at;
+      char *there = to[p] + uint64_t(v) * 16;
+      EPT_UNROLL
+      for (uint32_t i = 0; i < kRounds; i++)
+        if (v + i * kWarp < span.to) store16(there + i * kPairApart, held[i]);
+    }
+  }
+
+  EPT_DEVICE void copy(uint32_t token, uint32_t part, uint32_t n) const {
+    const Span16 span = span_of(vectors, part, a.deal.parts);
+    finish<kPacked>(token, span, [&](const Vector(&held)[kPair], uint32_t v) { put(held, v, span, n); });
+  }
+
+  // Sixteen elements a lane and round, so eight lanes a block of EPT_FP8_BLOCK. Scales are kept until a warp has one
+  // for each lane.
+  template <int32_t kFormat>
+  EPT_DEVICE void quantise(uint32_t token, uint32_t part, uint32_t n) const {
+    using Its = Step<kFormat>;
+    constexpr uint32_t kBlocks = 4 * Its::kRounds, kTurns = kWarp / kBlocks;
+    const Span16 span = span_of(vectors, part, a.deal.parts);
+    const uint32_t steps = span.rounds(Its::kRounds);
+    uint32_t step = 0, kept = 0;
+    finish<kFormat>(token, span, [&](const Vector(&held)[Its::kEach], uint32_t v) {
+      Vector q[Its::kRounds];
+      uint32_t said;
+      bool good;
+      if constexpr (kFormat == kBF16)
+        said = pair_of_bf16(q, good, held, v, span);
+      else
+        said = sixteen_of(q[0], good, held, v < span.to);
+      if (__ballot_sync(kAll, !good)) said = exactly<kFormat>(q, step, v, span);
+      put(q, v, span, n);
+      const uint32_t turn = step % kTurns;
+      said = from_lane(said, lane_id() % 4 * 8 + lane_id() / 4 % Its::kRounds);
+      if (lane_id() / kBlocks == turn) kept = said;
+      step++;
+      if (turn == kTurns - 1 || step == steps) put_scales(kept, span.from / 8 + (step - 1 - turn) * kBlocks, span, n);
+    });
+  }
+  // The codes of a lane's sixteen elements; returns what stands for the scale of its block.
+  template <uint32_t kSize>
+  EPT_DEVICE uint32_t sixteen_of(Vector &q, bool &good, const Vector (&held)[kSize], bool here) const {
+    Sixteen of{};
+    if (here) widen16(of.x, held, a.x_format);
+    const Scaling by = scaling_of(float_of(most_of_block(most_of(of))), a.epsilon, a.ue8m0);
+    good = by.good;
+    q = e4m3_of(of.x, by.inverse);
+    return by.said;
+  }
+  // The same of two rounds of bf16, whose largest sizes are a half each of one word: an even lane works out the scale
+  // of its block of the first round for itself and its neighbour, which does that for the second.
+  EPT_DEVICE uint32_t pair_of_bf16(Vector (&q)[kPair], bool &good, const Vector (&held)[2 * kPair], uint32_t v,
+                                   const Span16 &span) const {
+    const bool here[] = {v < span.to, v + kWarp < span.to};
+    const uint32_t one = here[0] ? most_of_bf16(held[0], held[1]) : 0;
+    const uint32_t two = here[1] ? most_of_bf16(held[2], held[3]) : 0;
+    uint32_t most = larger_bf16((one & 0xffff) | two << 16, one >> 16 | (two & 0xffff0000));
+    EPT_UNROLL
+    for (uint32_t step = 1; step < 8; step *= 2) most = larger_bf16(most, __shfl_xor_sync(kAll, most, int(step)));
+    most = (lane_id() % 2 ? most : most << 16) & 0x7fff0000;
+    const Scaling by = scaling_of(float_of(most), a.epsilon, a.ue8m0);
+    good = by.good;
+    EPT_UNROLL
+    for (uint32_t i = 0; i < kPair; i++) {
+      const uint32_t whose = (lane_id() & ~1u) + i;
+      const Inverse inverse = {from_lane(by.inverse.high, whose), from_lane(by.inverse.low, whose)};
+      if (i && !here[i]) continue;  // a part of an odd number of rounds has half a step
+      Sixteen of;
+      widen8(of.x, held[2 * i], kBF16);
+      widen8(of.x + 8, held[2 * i + 1], kBF16);
+      q[i] = e4m3_of(of.x, inverse);
+    }
+    return by.said;
+  }
+  // The same of a step as it stands in the ring.
+  template <int32_t kFormat>
+  EPT_DEVICE uint32_t exactly(Vector (&q)[Step<kFormat>::kRounds], uint32_t step, uint32_t v,
+                              const Span16 &span) const {
+    using Its = Step<kFormat>;
+    const Piece *at = step_at<Its::kEach>(s.ring, step);
+    uint32_t said = 0;
+    EPT_UNROLL
+    for (uint32_t i = 0; i < Its::kRounds; i++, at += Its::kSize * kWarp) {
+      const Quantised its =
+          quantise_exactly(reinterpret_cast<const char *>(at), v + i * kWarp < span.to, a.x_format, a.epsilon, a.ue8m0);
+      q[i] = its.q;
+      if (lane_id() % Its::kRounds == i) said = its.said;
+    }
+    return said;
+  }
+  // Lane i has the scale of block first + i, where the span has that.
+  EPT_DEVICE void put_scales(uint32_t scale, uint32_t first, const Span16 &span, uint32_t n) const {
+    const uint32_t block = first + lane_id();
+    const bool here = block * 8 < span.to;
+    const uint64_t at = ept_row_scales(a.object.payload) + (a.ue8m0 ? block : block * 4);
+    char *const *to = places();
+    EPT_ROLLED
+    for (uint32_t p = 0; p < n; p++) {
+      char *there = to[p] + at;
       if (here && a.ue8m0) *there = char(scale);
       if (here && !a.ue8m0) *reinterpret_cast<uint32_t *>(there) = scale;
     }

@@ -3,6 +3,7 @@
 // formats.cuh: wire.h's NUMBERS on a GPU: the same formulas as cpu/kernels.inc, so the same bits.
 #pragma once
 
+#include "moe/cuda/args.h"
 #include "moe/cuda/simt.h"
 
 namespace ept::moe::cuda {
@@ -111,6 +112,12 @@ EPT_DEVICE void widen16(float out[16], const Vector (&v)[kSize], int32_t format)
 struct Sixteen {
   float x[16];
 };
+EPT_DEVICE Sixteen sixteen_of_bf16(const Vector &a, const Vector &b) {
+  Sixteen of;
+  widen8(of.x, a, kBF16);
+  widen8(of.x + 8, b, kBF16);
+  return of;
+}
 // The largest size of sixteen elements: its bits, which compare as integers do; a NaN's are above infinity's.
 EPT_DEVICE uint32_t most_of(const Sixteen &of) {
   uint32_t most = 0;
@@ -121,63 +128,57 @@ EPT_DEVICE uint32_t most_of(const Sixteen &of) {
   }
   return most;
 }
-// The same of sixteen of bf16, two at a time.
+// The same of sixteen of bf16, two at a time: of those that stand in even places and of the others; their signs mean
+// nothing.
 EPT_DEVICE uint32_t most_of_bf16(const Vector &a, const Vector &b) {
-  uint32_t most = 0;
-  EPT_UNROLL
-  for (uint32_t i = 0; i < 4; i++)
-    most = most_halves(most, most_halves(a.word[i] & 0x7fff7fff, b.word[i] & 0x7fff7fff));
-  const uint32_t low = most << 16, high = most & 0xffff0000;
-  return low > high ? low : high;
-}
-EPT_SELDOM uint32_t most_of_numbers(Sixteen of) {
-  uint32_t most = 0;
-  EPT_ROLLED
-  for (uint32_t i = 0; i < 16; i++) {
-    const uint32_t size = bits_of(of.x[i]) & 0x7fffffff;
-    if (size <= 0x7f800000 && size > most) most = size;
-  }
-  return most;
+  const auto four = [](const Vector &v) {
+    return larger_bf16(larger_bf16(v.word[0], v.word[1]), larger_bf16(v.word[2], v.word[3]));
+  };
+  return larger_bf16(four(a), four(b));
 }
 
-// x / by to nearest, with `inverse` = 1 / by to nearest, where 2^-64 <= by <= 2^64 and |x / by| <= 448: q is right to
-// two units in its last place, the remainder that fma gives is exact or a unit of its 25th place from it, and after the
-// second step nothing is left that could turn a rounding (Markstein). Where the quotient is below 2^-12 it may be
-// wrong, and is a zero in e4m3 either way; its sign is x's.
-EPT_DEVICE float divided_by_inverse(float x, float by, float inverse) {
-  float q = x * inverse;
-  q = fused(fused(-q, by, x), inverse, q);
-  q = fused(fused(-q, by, x), inverse, q);
-  return float_of((bits_of(q) & 0x7fffffff) | (bits_of(x) & 0x80000000));
-}
 #ifndef EPT_HAS_E4M3
 EPT_DEVICE uint32_t e4m3_pair(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
 #endif
-// Where there is a NaN, or the scale's inverse would not do.
-EPT_SELDOM Vector e4m3_by_division(Sixteen of, float scale) {
+
+// QUOTIENTS WITHOUT DIVISIONS. wire.h wants e4m3(x / scale), the quotient rounded to fp32 first. Here it is x times the
+// inverse of the scale in two parts, by one product and one fma: wrong by 2^-46 of itself at most before it is rounded.
+// A code can only be another if the quotient is that close to where a rounding turns beside a tie of e4m3: to
+// B = m * 2^20 +- 1, m < 32, in units of its 25th place. In whole numbers, x * 2^k is then within 8 of B times the
+// scale's significand, without being that, and k >= 20: so the significand is within 8 of a multiple of 2^20. There are
+// few such, and tests/native/gpu_numbers.cc goes through them all: no code is another.
+// (Bounds of the quotient by two products, up and down, would not do: one block of bf16 in thirty has ties.)
+//
+// high <= 1 / by, its neighbour or it; so low >= 0, and a zero keeps its sign.
+struct Inverse {
+  float high, low;
+};
+// Of a normal number, of whose inverse `about` is wrong by two units in its last place at most. One step makes it right
+// to half a unit and some 2^-18 of one; the sign of what is left, which fma gives exactly, says which side it is on.
+// What is left of high, over by, is low.
+EPT_DEVICE Inverse inverse_of(float by, float about) {
+  const float near = fused(about, fused(-by, about, 1.0f), about);
+  const float high = float_of(bits_of(near) - (fused(-by, near, 1.0f) < 0));
+  const float left = fused(-by, high, 1.0f);
+  return {high, left * fused(left, float_of(bits_of(high) + 1), high)};
+}
+EPT_DEVICE float quotient(float x, const Inverse &by) { return fused(x, by.high, x * by.low); }
+// Sixteen elements' codes.
+EPT_DEVICE Vector e4m3_of(const float x[16], const Inverse &by) {
   Vector q{};
-  EPT_ROLLED
-  for (uint32_t i = 0; i < 16; i++) {
-    const uint32_t sign = bits_of(of.x[i]) & 0x80000000;  // which a GPU's NaN would lose
-    q.word[i / 4] |= e4m3(float_of((bits_of(divided(of.x[i], scale)) & 0x7fffffff) | sign)) << (i % 4 * 8);
-  }
+  EPT_UNROLL
+  for (uint32_t i = 0; i < 16; i += 2)
+    q.word[i / 4] |= e4m3_pair(quotient(x[i], by), quotient(x[i + 1], by)) << (i % 4 * 8);
   return q;
 }
-// Sixteen elements divided by their scale.
-EPT_DEVICE Vector e4m3_of(const Sixteen &of, float scale, bool has_nan) {
-  const float (&x)[16] = of.x;
-  Vector q{};
-  if (!has_nan && scale >= 0x1p-64f && scale <= 0x1p64f) {
-    const float inverse = divided(1.0f, scale);
-    EPT_UNROLL
-    for (uint32_t i = 0; i < 16; i += 2)
-      q.word[i / 4] |= e4m3_pair(divided_by_inverse(x[i], scale, inverse), divided_by_inverse(x[i + 1], scale, inverse))
-                       << (i % 4 * 8);
-    return q;
-  }
-  return e4m3_by_division(of, scale);
-}
 
+// value / 448 to nearest, where neither it nor what is left is subnormal: a product with the rounded inverse, and one
+// step by what is left, which fma gives exactly (Markstein). True of every significand (tests/native/gpu_numbers.cc).
+EPT_DEVICE float part_of_448(float value) {
+  constexpr float kInverse = 1 / EPT_E4M3_MAX;
+  const float q = value * kInverse;
+  return fused(fused(-q, EPT_E4M3_MAX, value), kInverse, q);
+}
 EPT_DEVICE float load1(const char *from, int32_t format) {
   if (format == kF32) return float_of(*reinterpret_cast<const uint32_t *>(from));
   const uint32_t v = *reinterpret_cast<const uint16_t *>(from);
@@ -189,6 +190,71 @@ EPT_DEVICE void store1(char *to, float value, int32_t format) {
   else
     *reinterpret_cast<uint16_t *>(to) =
         uint16_t(format == kBF16 ? f32_to_bf16(bits_of(value)) : f32_to_f16(bits_of(value)));
+}
+
+// What stands for a block's scale, and its inverse: `good` where `most`, the largest size, and epsilon make a scale
+// that is far from subnormal and overflow, as its inverse and all remainders are then. Not for another, or a NaN's.
+constexpr uint32_t kLeastScaled = 0x24000000, kScaled = 127u << 23;  // 2^-55, and until 2^72
+struct Scale {
+  float value;
+  uint32_t said;
+};
+EPT_DEVICE Scale rounded(float scale, bool ue8m0) {
+  if (!ue8m0) return {scale, bits_of(scale)};
+  const uint32_t exponent = exponent_above(scale);
+  return {float_of(exponent == 0 ? 0x400000 : exponent << 23), exponent};
+}
+struct Scaling {
+  uint32_t said;
+  Inverse inverse;
+  bool good;
+};
+EPT_DEVICE Scaling scaling_of(float most, float epsilon, bool ue8m0) {
+  const float value = most <= epsilon ? epsilon : most;  // a NaN stays
+  const Scale scale = rounded(part_of_448(value), ue8m0);
+  return {scale.said, inverse_of(scale.value, about_inverse(scale.value)), bits_of(value) - kLeastScaled < kScaled};
+}
+
+// The largest of the eight lanes of a block.
+EPT_DEVICE uint32_t most_of_block(uint32_t most) {
+  EPT_UNROLL
+  for (uint32_t step = 1; step < 8; step *= 2) {
+    const uint32_t other = __shfl_xor_sync(kAll, most, int(step));
+    most = other > most ? other : most;
+  }
+  return most;
+}
+// wire.h's words as they stand, where there is a NaN, or no good inverse; a whole warp, of which each lane has sixteen
+// elements, or none, in vectors that stand a warp's width apart.
+struct Quantised {
+  Vector q;
+  uint32_t said;
+};
+EPT_SELDOM Quantised quantise_exactly(const char *from, bool here, int32_t format, float epsilon, bool ue8m0) {
+  const uint32_t size = element_size(format);
+  const auto element = [&](uint32_t i) {
+    const uint32_t at = i * size;
+    return load1(from + at / 16 * (kWarp * 16) + at % 16, format);
+  };
+  uint32_t most = 0;
+  EPT_ROLLED
+  for (uint32_t i = 0; here && i < 16; i++) {
+    const uint32_t bits = bits_of(element(i)) & 0x7fffffff;
+    if (bits <= 0x7f800000 && bits > most) most = bits;  // amax takes no notice of a NaN
+  }
+  const float amax = float_of(most_of_block(most));
+  const Scale scale = rounded(divided(amax > epsilon ? amax : epsilon, EPT_E4M3_MAX), ue8m0);
+  Quantised to{{}, scale.said};
+  EPT_ROLLED
+  for (uint32_t i = 0; here && i < 16; i++) {
+    const float x = element(i);
+    const uint32_t sign = bits_of(x) & 0x80000000;  // which a GPU's NaN would lose
+    const uint32_t code = e4m3(float_of((bits_of(divided(x, scale.value)) & 0x7fffffff) | sign));
+    EPT_UNROLL
+    for (uint32_t w = 0; w < 4; w++)
+      if (i / 4 == w) to.q.word[w] |= code << (i % 4 * 8);
+  }
+  return to;
 }
 
 }  // namespace ept::moe::cuda

@@ -32,6 +32,7 @@ EPT_HD inline Sources sources(Carve &carve, uint32_t world) {
 
 struct SendShared {
   Piece *ring;           // [kAhead, threads]
+  char **to;             // [threads] of a warp its token's places; a broadcast costs less than two shuffles
   uint64_t *combine_at;  // [world]
   char **rows_at;        // [world] where row 0 of the message to that rank is packed; before, where its window begins
   uint32_t *where;       // [experts]
@@ -49,6 +50,7 @@ EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t wo
                                      uint32_t tokens) {
   SendShared s{};
   s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
+  s.to = carve.take<char *>(threads);
   s.combine_at = carve.take<uint64_t>(world);
   s.rows_at = carve.take<char *>(world);
   s.where = carve.take<uint32_t>(experts);

@@ -67,12 +67,26 @@ EPT_DEVICE uint32_t e4m3_pair(float low, float high) {
   return pair;
 }
 #endif
-// The larger of each two halves, without signs.
-EPT_DEVICE uint32_t most_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+// Of each two bf16 the larger size, a NaN where one is; its sign means nothing.
+EPT_DEVICE uint32_t larger_bf16(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 860
+  uint32_t larger;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+#else
+  return __vmaxu2(a & 0x7fff7fff, b & 0x7fff7fff);  // sizes compare as integers do
+#endif
+}
 EPT_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 EPT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 EPT_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 EPT_DEVICE float divided(float a, float b) { return __fdiv_rn(a, b); }
+// 1 / a, wrong by one unit in its last place at most, where neither is subnormal.
+EPT_DEVICE float about_inverse(float a) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(a));
+  return inverse;
+}
 }  // namespace ept::moe::cuda
 #else
 #include "simt_host.h"

@@ -60,9 +60,10 @@ inline float float_of(uint32_t bits) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
-inline uint32_t most_halves(uint32_t a, uint32_t b) {
-  const uint32_t low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;
-  return low | (a >> 16 > b >> 16 ? a & 0xffff0000 : b & 0xffff0000);
+inline uint32_t larger_bf16(uint32_t a, uint32_t b) {
+  const uint32_t x = a & 0x7fff7fff, y = b & 0x7fff7fff, signs = (a ^ b) & 0x80008000;
+  const uint32_t low = (x & 0xffff) > (y & 0xffff) ? x & 0xffff : y & 0xffff;
+  return signs | low | (x >> 16 > y >> 16 ? x & 0xffff0000 : y & 0xffff0000);
 }
 inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 inline uint32_t bf16_pair(float low, float high) {
@@ -73,6 +74,7 @@ inline uint32_t bf16_pair(float low, float high) {
   return half(low) | half(high) << 16;
 }
 inline float divided(float a, float b) { return a / b; }
+inline float about_inverse(float a) { return 1 / a; }
 
 // Every mask in the kernels is all of the warp.
 template <class T>
