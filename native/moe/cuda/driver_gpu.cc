@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <stdlib.h>
 #include <string.h>
+#include <algorithm>
 
 #include <map>
 #include <mutex>
@@ -77,9 +78,8 @@ class DriverKernels final : public Kernels {
     int least = 1 << 30;
     for (uint32_t k = 0; k < kKernels; k++) {
       int blocks = 0;
-      const size_t shared = kUsualShared + size_t(kAhead) * sizeof(Piece) * threads;
       want(primary_->driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, module_->kernel(k), int(threads),
-                                                                          shared),
+                                                                          usual_shared(threads)),
            "cuOccupancyMaxActiveBlocksPerMultiprocessor");
       least = blocks < least ? blocks : least;
     }
@@ -91,13 +91,17 @@ class DriverKernels final : public Kernels {
     const Entered entered(*primary_);
     Error error;
     void *arguments[] = {argument};
-    check(module_->launch(kernel, blocks, threads, unsigned(shared), static_cast<Stream>(stream), arguments, &error),
-          error);
+    const auto asked = unsigned(std::max<uint64_t>(shared, usual_shared(threads)));
+    check(module_->launch(kernel, blocks, threads, asked, static_cast<Stream>(stream), arguments, &error), error);
   }
 
  private:
-  // Beside the ring (shared.h), for the occupancy: a lane of 64 ranks and 256 experts takes less, but for long batches.
-  static constexpr size_t kUsualShared = 16384;
+  // What room() reckons with, and every launch takes at least: the ring (shared.h), and 16 KiB beside it, of which a
+  // lane of 64 ranks and 256 experts needs less, but for long batches. A multiprocessor divides its memory between
+  // cache and shared memory when it is idle, by what its next block takes, and not while that block runs. So a block of
+  // 66 KiB that waits for a peer's could leave no room for that one of 70, with memory for three of them. That fits
+  // what was seen where ranks of a process fill a GPU: steps that ended at their deadlines (docs/status.md).
+  static size_t usual_shared(uint32_t threads) { return 16384 + size_t(kAhead) * sizeof(Piece) * threads; }
 
   const std::shared_ptr<Primary> primary_;
   const std::string image_;
