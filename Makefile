@@ -126,7 +126,7 @@ $(VENV)/test.installed: $(VENV)/torch.installed $(LIBFABRIC) $(SOURCES)
 # Warnings are no errors here: under a sanitizer gcc 12 sees overflows in its own <atomic> that are not there.
 # -g1 has the lines that a sanitizer's report names, and no variables: those take half the time of an ASan build.
 # -fno-sanitize-recover: the first report ends the program, as it does anyway in meson's tests; then no code is compiled
-# for what would come after one (all under ASan: 400 s of CPU with -O1, 290 s with both; EPYC, gcc 12.2, 2026-11-30).
+# for what would come after one (all under ASan: some 425 s of CPU with -O1, 290 s with both; EPYC, gcc 12.2, 2026-11-30).
 # Kernels are compiled for a GPU in build/test alone: NVRTC takes 120 s of CPU for them, and no sanitizer sees them.
 SANITIZED = -Dpython=disabled -Dtests=true -Dbench=false -Ddebug=false -Doptimization=g -Db_lundef=false \
   -Dcuda=disabled $(foreach args,-Dc_args -Dcpp_args,'$(args)=-g1 -fno-sanitize-recover=all')
