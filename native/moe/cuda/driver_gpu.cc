@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <stdlib.h>
 #include <string.h>
-#include <algorithm>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <vector>
