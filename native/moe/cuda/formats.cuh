@@ -179,6 +179,7 @@ EPT_DEVICE float part_of_448(float value) {
   const float q = value * kInverse;
   return fused(fused(-q, EPT_E4M3_MAX, value), kInverse, q);
 }
+
 EPT_DEVICE float load1(const char *from, int32_t format) {
   if (format == kF32) return float_of(*reinterpret_cast<const uint32_t *>(from));
   const uint32_t v = *reinterpret_cast<const uint16_t *>(from);
