@@ -100,7 +100,7 @@ class DriverKernels final : public Kernels {
   // lane of 64 ranks and 256 experts needs less, but for long batches. A multiprocessor divides its memory between
   // cache and shared memory when it is idle, by what its next block takes, and not while that block runs. So a block of
   // 66 KiB that waits for a peer's could leave no room for that one of 70, with memory for three of them. That fits
-  // what was seen where ranks of a process fill a GPU: steps that ended at their deadlines (docs/status.md).
+  // which tests failed: those whose ranks fill a GPU (docs/status.md).
   static size_t usual_shared(uint32_t threads) { return 16384 + size_t(kAhead) * sizeof(Piece) * threads; }
 
   const std::shared_ptr<Primary> primary_;
