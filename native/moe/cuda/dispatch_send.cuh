@@ -72,6 +72,7 @@ class DispatchSender : public DispatchPlan {
   static constexpr int32_t kPacked = -1;
   template <int32_t kFormat>
   struct Step {
+    static constexpr int32_t kIts = kFormat;
     static constexpr uint32_t kRounds = kFormat == kPacked || kFormat == kBF16 ? kPair : 1;
     static constexpr uint32_t kSize = kFormat == kPacked ? 1 : element_size(kFormat);
     static constexpr uint32_t kEach = kRounds * kSize, kApart = kWarp * kSize * 16;
@@ -96,22 +97,25 @@ class DispatchSender : public DispatchPlan {
   };
   EPT_DEVICE const char *row_of(uint32_t token) const { return a.x + token * a.x_stride; }
 
+  // act(step), of the Step that rows of this dispatch are read by.
+  template <class Act>
+  EPT_DEVICE void by_step(Act act) const {
+    if (!a.quantise)
+      act(Step<kPacked>());
+    else if (a.x_format == kBF16)
+      act(Step<kBF16>());
+    else if (element_size(a.x_format) == 2)
+      act(Step<kAny2>());
+    else
+      act(Step<kF32>());
+  }
   // A part of a row comes.
   EPT_DEVICE void fetch(uint32_t token, uint32_t part) const {
-    if (!a.quantise)
-      fetch<kPacked>(token, part);
-    else if (a.x_format == kBF16)
-      fetch<kBF16>(token, part);
-    else if (element_size(a.x_format) == 2)
-      fetch<kAny2>(token, part);
-    else
-      fetch<kF32>(token, part);
-  }
-  template <int32_t kFormat>
-  EPT_DEVICE void fetch(uint32_t token, uint32_t part) const {
-    using Its = Step<kFormat>;
-    start_stream<Its::kEach, Its::kNear, Its::kApart, Its::kSize>(
-        s.ring, Asked<kFormat>(row_of(token), span_of(vectors, part, a.deal.parts), 0));
+    by_step([&](auto step) {
+      using Its = decltype(step);
+      start_stream<Its::kEach, Its::kNear, Its::kApart, Its::kSize>(
+          s.ring, Asked<Its::kIts>(row_of(token), span_of(vectors, part, a.deal.parts), 0));
+    });
   }
   // use(held, v): v is the lane's vector of the message in the first round of a step.
   template <int32_t kFormat, class Use>
@@ -222,14 +226,13 @@ class DispatchSender : public DispatchPlan {
   EPT_DEVICE void payload(uint32_t token, uint32_t part, char *to, uint32_t n) const {
     s.to[threadIdx.x] = to;
     __syncwarp();
-    if (!a.quantise)
-      copy(token, part, n);
-    else if (a.x_format == kBF16)
-      quantise<kBF16>(token, part, n);
-    else if (element_size(a.x_format) == 2)
-      quantise<kAny2>(token, part, n);
-    else
-      quantise<kF32>(token, part, n);
+    const Span16 span = span_of(vectors, part, a.deal.parts);
+    by_step([&](auto step) {
+      if constexpr (decltype(step)::kIts == kPacked)
+        finish<kPacked>(token, span, [&](const Vector(&held)[kPair], uint32_t v) { put(held, v, span, n); });
+      else
+        quantise<decltype(step)::kIts>(token, span, n);
+    });
     __syncwarp();
   }
   EPT_DEVICE char *const *places() const { return s.to + warp_id() * kWarp; }
@@ -246,18 +249,12 @@ class DispatchSender : public DispatchPlan {
     }
   }
 
-  EPT_DEVICE void copy(uint32_t token, uint32_t part, uint32_t n) const {
-    const Span16 span = span_of(vectors, part, a.deal.parts);
-    finish<kPacked>(token, span, [&](const Vector(&held)[kPair], uint32_t v) { put(held, v, span, n); });
-  }
-
   // Sixteen elements a lane and round, so eight lanes a block of EPT_FP8_BLOCK. Scales are kept until a warp has one
   // for each lane.
   template <int32_t kFormat>
-  EPT_DEVICE void quantise(uint32_t token, uint32_t part, uint32_t n) const {
+  EPT_DEVICE void quantise(uint32_t token, const Span16 &span, uint32_t n) const {
     using Its = Step<kFormat>;
     constexpr uint32_t kBlocks = 4 * Its::kRounds, kTurns = kWarp / kBlocks;
-    const Span16 span = span_of(vectors, part, a.deal.parts);
     const uint32_t steps = span.rounds(Its::kRounds);
     uint32_t step = 0, kept = 0;
     finish<kFormat>(token, span, [&](const Vector(&held)[Its::kEach], uint32_t v) {

@@ -112,12 +112,6 @@ EPT_DEVICE void widen16(float out[16], const Vector (&v)[kSize], int32_t format)
 struct Sixteen {
   float x[16];
 };
-EPT_DEVICE Sixteen sixteen_of_bf16(const Vector &a, const Vector &b) {
-  Sixteen of;
-  widen8(of.x, a, kBF16);
-  widen8(of.x + 8, b, kBF16);
-  return of;
-}
 // The largest size of sixteen elements: its bits, which compare as integers do; a NaN's are above infinity's.
 EPT_DEVICE uint32_t most_of(const Sixteen &of) {
   uint32_t most = 0;

@@ -91,7 +91,8 @@ class Gpu {
   // Kernels that have seen a signal see what a NIC wrote into this GPU's memory before it was raised.
   virtual bool orders_network() const = 0;
 
-  // `shared`: bytes of dynamic shared memory. Waits for nothing; allowed during a capture.
+  // `shared`: bytes of dynamic shared memory, or more where room() reckons with more. Waits for nothing; allowed during
+  // a capture.
   virtual void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
                       void *argument) = 0;
 };

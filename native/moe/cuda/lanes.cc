@@ -369,7 +369,7 @@ void Lanes::refuse(const Object &object) {
   if (object.config.num_experts > 65535 || world > 65535)
     fail(EPT_E_UNSUPPORTED, -1, "%u experts on %u ranks; the GPU executor numbers at most 65535 of each",
          object.config.num_experts, world);
-  // Beside the rings (shared.h), which are as large for every object.
+  // Beside the rings and a warp's places of a token (shared.h), which are as large for every object.
   const uint64_t tiles = (uint64_t(object.shape.max_tokens) + kWarp - 1) / kWarp;
   const uint64_t shared = 4 * tiles * world + 12ull * object.config.num_experts + 48ull * world + 64;
   const uint64_t received = 8ull * world * object.local() + 84ull * world + 8ull * object.local() + 64;

@@ -49,7 +49,7 @@ EPT_DEVICE void await_fetches() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kLeft) : "memory");
 }
 // Orders what a thread does for the other threads of its block. __threadfence_block() would be sequentially consistent,
-// which takes longer, and which nobody here needs.
+// which nobody here needs.
 EPT_DEVICE void fence_block() { asm volatile("fence.acq_rel.cta;" : : : "memory"); }
 EPT_DEVICE void prefetch(const char *at) { asm volatile("prefetch.global.L1 [%0];" : : "l"(at)); }
 // Two elements of 2 bytes, to nearest even; a NaN is the canonical one, which sums are anyway.
