@@ -359,10 +359,13 @@ class GpuSteps:
         import torch
 
         count, top_k = routing.num_tokens, self._shapes.top_k
-        at, size = self._number(lib.ept_gpu_routing_ids, count), 4 * count * top_k
-        ids = routing._memory[at : at + size].view(torch.int32).view(count, top_k)
-        weights = routing._memory[at + size : at + 2 * size].view(torch.float32).view(count, top_k)
-        return ids, weights
+
+        def kept(at: int, dtype: torch.dtype) -> torch.Tensor:
+            return routing._memory[at : at + 4 * count * top_k].view(dtype).view(count, top_k)
+
+        ids_at = self._number(lib.ept_gpu_routing_ids, count)
+        weights_at = self._number(lib.ept_gpu_routing_weights, count)
+        return kept(ids_at, torch.int32), kept(weights_at, torch.float32)
 
     def _lane(self, lane: int) -> Lane:
         number = whole("lane", lane)

@@ -516,6 +516,7 @@ struct World {
       if (on_gpu(r)) {
         OK(ept_gpu_moe_check(objects[r], step.lane, &error), error);
         same_mirror(step.lane, r, all[r], EPT_OK);
+        same_kept(step, r, routings[r]);
       } else {
         const ept_arrival &a = all[r].arrival;
         const uint64_t came[] = {a.rows, a.max_rank_rows, a.contiguous_rows, a.max_expert_rows};
@@ -523,6 +524,21 @@ struct World {
         all[r].num_rows = int32_t(step.ranks[r].layout == EPT_LAYOUT_CONTIGUOUS ? a.contiguous_rows : a.rows);
       }
       same(step.ranks[r], expected[r], all[r], &arrivals[r * 4]);
+    }
+  }
+
+  // What a dispatch by this routing would take from it.
+  void same_kept(const Step &step, uint32_t r, const Bytes &routing) const {
+    const RankStep &s = step.ranks[r];
+    const char *ids = routing.data() + ept_gpu_routing_ids(objects[r], s.tokens);
+    const char *weights = routing.data() + ept_gpu_routing_weights(objects[r], s.tokens);
+    for (size_t i = 0; i < s.ids.size(); i++) {
+      int32_t id;
+      float weight;
+      memcpy(&id, ids + 4 * i, 4);
+      memcpy(&weight, weights + 4 * i, 4);
+      CHECK_EQ(id, s.ids[i]);
+      CHECK_EQ(weight, step.weighed ? s.weights[i] : 0.0f);
     }
   }
 

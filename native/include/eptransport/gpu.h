@@ -101,8 +101,9 @@ void ept_gpu_moe_local_experts(const ept_gpu_moe *moe, int32_t *ids /* [plan.loc
 
 /* Bytes of device memory, 16-byte aligned, that keep the routing of a dispatch of so many tokens, in any layout. */
 uint64_t ept_gpu_routing_bytes(const ept_gpu_moe *moe, uint64_t tokens);
-/* Where in it int32_t ids[tokens, top_k] stand, as they were given; float weights[tokens, top_k] follow. */
+/* Where in it int32_t ids[tokens, top_k] and float weights[tokens, top_k] stand, in bytes, as they were given. */
 uint64_t ept_gpu_routing_ids(const ept_gpu_moe *moe, uint64_t tokens);
+uint64_t ept_gpu_routing_weights(const ept_gpu_moe *moe, uint64_t tokens);
 
 /* Before dispatch_send, and whenever the lane shall take the present membership: launches what brings it to the lane,
  * if it has another; *membership (or NULL): its number. Nothing else may run on the lane but what is on `stream`. FAULT

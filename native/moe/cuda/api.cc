@@ -115,6 +115,10 @@ uint64_t ept_gpu_routing_bytes(const ept_gpu_moe *moe, uint64_t tokens) { return
 
 uint64_t ept_gpu_routing_ids(const ept_gpu_moe *moe, uint64_t tokens) { return routing_ids(*moe->object, tokens); }
 
+uint64_t ept_gpu_routing_weights(const ept_gpu_moe *moe, uint64_t tokens) {
+  return routing_weights(*moe->object, tokens);
+}
+
 int32_t ept_gpu_moe_members(ept_gpu_moe *moe, uint32_t lane, int32_t captures, uint32_t *membership, void *stream,
                             ept_error *error) {
   return guarded("dispatch_send", error, [&] {

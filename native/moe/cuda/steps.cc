@@ -386,4 +386,8 @@ uint64_t routing_ids(const GpuObject &moe, uint64_t tokens) {
   return uint64_t(reinterpret_cast<uintptr_t>(arrays(moe, nullptr, tokens).ids));
 }
 
+uint64_t routing_weights(const GpuObject &moe, uint64_t tokens) {
+  return uint64_t(reinterpret_cast<uintptr_t>(arrays(moe, nullptr, tokens).weights));
+}
+
 }  // namespace ept::moe::cuda

@@ -24,8 +24,9 @@ void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, const ept_
 // What is there of the phase's open generation is thrown away when it comes.
 void drain(GpuObject &moe, uint32_t lane, uint32_t phase, void *stream);
 
-// Of a dispatch of so many tokens, and where the ids are in it.
+// Of a dispatch of so many tokens, and where the ids and the weights are in it.
 uint64_t routing_bytes(const GpuObject &moe, uint64_t tokens);
 uint64_t routing_ids(const GpuObject &moe, uint64_t tokens);
+uint64_t routing_weights(const GpuObject &moe, uint64_t tokens);
 
 }  // namespace ept::moe::cuda
