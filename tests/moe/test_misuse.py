@@ -198,8 +198,12 @@ def test_use_after_close(make_groups: Make) -> None:
     groups = make_groups(2)
     moes = all_to_alls(groups, CONFIG)
     on_ranks(groups, lambda rank: moes[rank].close())
-    with pytest.raises(ept.ClosedError):
-        moes[0].dispatch(x(), ids())
+
+    def closed(rank: int) -> None:
+        with pytest.raises(ept.ClosedError):
+            moes[rank].dispatch(x(), ids())
+
+    on_ranks(groups, closed)
     again = all_to_alls(groups, CONFIG)
     run_all(Scenario(CONFIG, make_batches(CONFIG, (3, 5), 1), ["contiguous"] * 2), again, groups)
 
