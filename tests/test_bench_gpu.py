@@ -107,13 +107,24 @@ def test_bytes_of_the_halves() -> None:
     """fp8 rows of 256 with two scales, two ids and two weights: 304 bytes; bf16 back: 512."""
     assert (SHAPE.dispatch_row, SHAPE.combine_row) == (304, 512)
     x = 5 * 256 * 2
-    assert gpu.half_bytes(SHAPE, "masked", 8, 7, 9) == (
-        x + 8 * 304,
+    assert gpu.half_bytes(SHAPE, "masked", 5, 8, 7, 9) == (
+        x + 5 * 304,
         7 * 304 + 9 * (256 + 2 * 4),
         9 * 512 + 7 * 512,
         8 * 512 + x,
     )
-    assert gpu.half_link_bytes(SHAPE, 4, 3) == (4 * 304, 0, 3 * 512, 0)
+    assert gpu.half_link_bytes(SHAPE, 4, 2, 3) == (4 * 304, 2 * 304, 3 * 512, 0)
+
+
+def test_rows_that_a_dispatch_stores() -> None:
+    """Four ranks with two experts each: a token's row is stored once for all who read it where it stands."""
+    shape = dataclasses.replace(SHAPE, ranks=4, experts=8, top_k=2)
+    ids = torch.tensor([[0, 2], [2, 4], [4, 6], [6, 7]])
+    sent = shape.rows(ids)
+    assert sent == [1, 2, 2, 2]
+    assert gpu._stored(shape, ids, sent, ["own", "mapped", "mapped", "mapped"]) == 4
+    assert gpu._stored(shape, ids, sent, ["own", "mapped", "tcp", "tcp"]) == 2 + 2 + 2
+    assert gpu._stored(shape, ids, sent, ["own", "tcp", "tcp", "tcp"]) == 7
 
 
 @pytest.mark.parametrize(

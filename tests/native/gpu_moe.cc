@@ -187,7 +187,7 @@ void lies() {
   World world(moe_test::config_of(2, 4, 2, 32, 6), 14);
   const ept::moe::Shape &shape = world.objects[1]->object->object.shape;
   for (int32_t layout : {EPT_LAYOUT_CONTIGUOUS, EPT_LAYOUT_MASKED}) {
-    for (int lie = 0; lie < 3; lie++) {
+    for (int lie = 0; lie < 5; lie++) {
       Step step = world.draw();
       step.row_weights = false;
       for (RankStep &s : step.ranks) {
@@ -204,22 +204,31 @@ void lies() {
       for (uint32_t r = 0; r < 2; r++) world.send(step, r, routings[r]);
       world.gpu->machine.run();
 
-      const ept::moe::cuda::LaneTable &lane = world.lanes[1].lanes->table(step.lane);
-      char *message = const_cast<char *>(lane.in[0]) + shape.dispatch_region(0).offset +
-                      lane.map.recv(EPT_PHASE_DISPATCH, lane.state->received[EPT_PHASE_DISPATCH] & 1);
+      // Rank 0's message to rank 1 is there, and the rows that it lists are at rank 0.
+      const auto from_rank_0 = [&](uint32_t at) {
+        const ept::moe::cuda::LaneTable &lane = world.lanes[at].lanes->table(step.lane);
+        return const_cast<char *>(lane.in[0]) + shape.dispatch_region(0).offset +
+               lane.map.recv(EPT_PHASE_DISPATCH, lane.state->received[EPT_PHASE_DISPATCH] & 1);
+      };
+      char *message = from_rank_0(1);
       ept_moe_header header;
       memcpy(&header, message, sizeof header);
       CHECK_EQ(header.magic, EPT_MOE_MAGIC);
       CHECK_EQ(header.rows, 6);
-      char *row = message + ept_dispatch_header_bytes(2) + 4 * header.row_bytes;
+      CHECK(header.flags & EPT_MOE_LISTED);
+      auto *list = reinterpret_cast<uint32_t *>(message + ept_dispatch_header_bytes(2));
+      CHECK_EQ(list[4], 4);
+      char *row = from_rank_0(0) + shape.dispatch_header() + 4 * header.row_bytes;
       auto *experts = reinterpret_cast<int32_t *>(row + ept_row_experts(header.payload_bytes, header.scale_bytes));
       auto *ordinals =
           reinterpret_cast<uint32_t *>(row + ept_row_ordinals(header.payload_bytes, header.scale_bytes, 2));
-      CHECK_EQ(experts[1], 1);
+      CHECK_EQ(experts[1], 1 << 16 | 1);  // of rank 1, the second
       CHECK_EQ(ordinals[1], 9);
       if (lie == 0) ordinals[1] = 12;  // of the 12 that the header counts
-      if (lie == 1) experts[1] = 2;
-      if (lie == 2) experts[1] = 0;  // of whom the header counts none
+      if (lie == 1) experts[1] = 1 << 16 | 2;
+      if (lie == 2) experts[1] = 1 << 16 | 0;  // of whom the header counts none
+      if (lie == 3) list[4] = 6;               // of the 6 that a rank has
+      if (lie == 4) *reinterpret_cast<uint32_t *>(row + ept_row_token(header.payload_bytes, header.scale_bytes)) = 5;
 
       for (uint32_t r = 0; r < 2; r++) {
         all[r].arrival = expected[r].arrival;
@@ -230,7 +239,8 @@ void lies() {
       Error error;
       CHECK_EQ(ept_gpu_moe_check(world.objects[1], step.lane, &error), EPT_E_FAULT);
       CHECK_HAS(error.text, "a row of rank 0 is not what its header promised");
-      CHECK_HAS(error.text, lie == 0 ? "(12 of 12)" : lie == 1 ? "(2 of 2)" : "(9 of 0)");
+      const char *const says[] = {"(12 of 12)", "(2 of 2)", "(9 of 0)", "(6 of 6)", "(5 of 4)"};
+      CHECK_HAS(error.text, says[lie]);
       for (uint64_t i = 0; i < all[1].x.size; i++) CHECK(all[1].x.data()[i] == 0);
       world.reset();
     }

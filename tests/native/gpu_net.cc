@@ -200,6 +200,42 @@ void late(const std::string &on, uint32_t who, uint64_t seed) {
   }
 }
 
+// A list (wire.h) from a rank whose memory isn't mapped here names nothing that could be read.
+void listed() {
+  check::running("a list where rows should be");
+  World world(moe_test::config_of(2, 4, 2, 32, 6), 63, "gc", over("loopback"));
+  Step step = world.draw();
+  step.lane = 0;
+  const std::vector<Got> expected = world.on_cpu(step);
+  Bytes routing;
+  world.send(step, 0, routing);
+  Error error;
+  const ept_dispatch_args args = world.dispatch_args(step, step.ranks[1], -1);
+  OK(ept_moe_dispatch_send(world.net_objects[1], &args, &error), error);
+  world.gpu->machine.run();
+
+  const ept::moe::cuda::LaneTable &lane = world.lanes[0].lanes->table(0);
+  const ept::moe::Shape &shape = world.objects[0]->object->object.shape;
+  auto *header = reinterpret_cast<ept_moe_header *>(lane.in[1] + lane.map.recv(EPT_PHASE_DISPATCH, 0) +
+                                                    shape.dispatch_region(1).offset);
+  while (!ept::device::reached(ept::device::Hardware::acquire_system(lane.words[1]), 1)) std::this_thread::yield();
+  CHECK_EQ(header->magic, EPT_MOE_MAGIC);
+  header->flags |= EPT_MOE_LISTED;
+
+  Got got;
+  got.arrival = expected[0].arrival;
+  world.make(got, step.ranks[0], 0, 0);
+  world.receive(step, 0, routing, got);
+  world.gpu->machine.run();
+  CHECK_EQ(ept_gpu_moe_check(world.objects[0], 0, &error), EPT_E_FAULT);
+  CHECK_HAS(error.text, "the message of rank 1 is not of this step (its list of rows in memory that isn't mapped)");
+  CHECK_EQ(got.num_rows, 0);
+  world.reset();
+  Step good = world.draw();
+  const std::vector<Got> after = world.on_cpu(good);
+  world.compare(good, after);
+}
+
 // A peer that is gone ends the waits for it long before their deadline.
 void lost() {
   check::running("a rank that is gone");
@@ -327,6 +363,7 @@ int main() {
   late("gg", 1, 60);
   late("gcm", 1, 61);
   late("mcm", 2, 62);
+  listed();
   lost();
   refused();
   few_connections();

@@ -183,6 +183,14 @@ typedef struct ept_lane_ack {
  * are for the same expert, by row and then by k (0 where there is none). So a row's places in a group of its expert
  * follow from the counts of the headers and from itself, whatever other rows say.
  *
+ * LISTED. Between ranks that map each other's memory (GPU ranks; so it never goes over a network) a dispatch message
+ * with that flag has no rows. After the counts stands a list, uint32_t token[rows]: row j of the message is row
+ * token[j] of the source's own: in the source's lane, in the region of its message to itself, as far behind the
+ * beginning as the longest header of any rank. There a row stands once, for all ranks that read it: `expert` has the
+ * rank above its 16 bits of the local number, -1 where none is; `ordinal` counts in the message to that rank. It stands
+ * until the slot is used again, which is when all have read it. The list of the message to the rank itself is nobody
+ * else's business.
+ *
  * GENERATIONS. A lane numbers its messages of each phase: generation g = 0, 1, ...; every rank makes the same calls, so
  * g is the same everywhere. Generation g uses slot g mod 2. A slot has two ring positions (0 and 1); a message that
  * fits the region is one chunk in position 0, taking the whole slot. A longer one is cut into chunks c = 0, 1, ...,
@@ -210,7 +218,8 @@ typedef enum ept_moe_flag {
   EPT_MOE_LAST = 1,         /* the last chunk of this message */
   EPT_MOE_LATE_WEIGHTS = 2, /* phase dispatch: weights only */
   EPT_MOE_ROW_WEIGHTS = 4,  /* combine rows carry row_weights */
-  EPT_MOE_NO_WEIGHTS = 8    /* dispatch without topk_weights: they come at combine, or are 1 */
+  EPT_MOE_NO_WEIGHTS = 8,   /* dispatch without topk_weights: they come at combine, or are 1 */
+  EPT_MOE_LISTED = 16       /* dispatch, between GPU ranks that map each other's memory: see LISTED */
 } ept_moe_flag;
 
 typedef struct ept_moe_header {

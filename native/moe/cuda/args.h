@@ -143,9 +143,10 @@ struct LaneTable {
   uint32_t world, rank, lane, epoch;
   LaneMap map;
   uint64_t timeout_ns;
-  char *const *in;         // [world] where this lane's receive half for messages of that source begins
-  uint32_t proxied;        // 1: some peer is behind a proxy, which sends from the lane's memory (a path's source)
-  uint32_t initiates;      // Initiates, of all paths of kind GPU
+  char *const *in;     // [world] where this lane's receive half for messages of that source begins
+  uint32_t proxied;    // 1: some peer is behind a proxy, which sends from the lane's memory (a path's source)
+  uint32_t initiates;  // Initiates, of all paths of kind GPU
+  uint32_t lists;      // 1: dispatch's messages to who maps this lane are listed (wire.h), since some other rank does
   const ept_path *paths;   // [world]
   uint64_t *const *words;  // [world] where the signals of that source stand: uint64_t[kSignals]
   uint32_t *done;          // [world] pieces of the message to that rank that are packed; 0 between launches
@@ -203,6 +204,7 @@ struct RoutingArrays {
   uint32_t *begin;                       // [world + 1] of the rows that came, by source
   uint32_t *membership;                  // [1] of its dispatch
   int32_t *parts;                        // [T, fan, 2] rank and row of a token, by rank ascending; -1: no more
+  uint32_t *own;                         // [max_tokens] the list of this rank's message to itself (wire.h, LISTED)
   int32_t *ids;                          // [T, top_k] as given
   uint32_t *ordinals;                    // [T, top_k] as rows say them (wire.h)
   float *weights;                        // [T, top_k]
@@ -220,6 +222,7 @@ EPT_HD inline RoutingArrays routing_arrays(Carve &carve, const Shape &shape, uin
   r.begin = carve.take<uint32_t>(shape.world + 1);
   r.membership = carve.take<uint32_t>(1);
   r.parts = carve.take<int32_t>(tokens * shape.fan() * 2);
+  r.own = carve.take<uint32_t>(shape.max_tokens);
   r.ids = carve.take<int32_t>(tokens * shape.top_k);
   r.ordinals = carve.take<uint32_t>(tokens * shape.top_k);
   r.weights = carve.take<float>(tokens * shape.top_k);

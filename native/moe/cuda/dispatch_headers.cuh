@@ -9,10 +9,17 @@
 
 namespace ept::moe::cuda {
 
-// Reads the header and the counts of a source that has come. The whole warp. False: the lane is faulted.
+// Where that rank's lane is mapped here; NULL: it isn't.
+EPT_DEVICE const char *memory_of(const LaneTable &t, uint32_t rank) {
+  return rank == t.rank ? t.in[rank] : device::window(t.paths[rank], 0);
+}
+
+// Reads the header and the counts of a source that has come. `there`: the source's own memory; NULL: its message can't
+// be a list. The whole warp. False: the lane is faulted.
 EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &object, uint32_t half, uint64_t generation,
                                      uint32_t membership, uint32_t source, uint32_t scale_bytes, int32_t payload_format,
-                                     int32_t scale_format, const RecvShared &s, bool tells = blockIdx.x == 0) {
+                                     int32_t scale_format, const RecvShared &s, const char *there,
+                                     bool tells = blockIdx.x == 0) {
   const char *at = s.sources.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
                    object.shape.dispatch_region(source).offset;
   uint32_t sum = 0;
@@ -48,11 +55,12 @@ EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &obje
                    h.combine_offset > object.shape.combine_recv() ||
                    h.combine_capacity > object.shape.combine_recv() - h.combine_offset))
       wrong = 11;
+    if (!wrong && h.flags & EPT_MOE_LISTED && !there) wrong = 13;
     if (wrong) refuse_header(t, half, source, generation, 0, wrong);
     if (!wrong) hear(t, source, h, tells);
     s.rows[source] = h.total_rows;
     s.return_at[source] = h.combine_offset;
-    s.flags[source] = h.flags;
+    s.runs[source].flags = h.flags;
   }
   return from_lane(wrong, 0) == 0;
 }
@@ -68,7 +76,7 @@ class Waiter {
         membership(args.lane.state->membership[EPT_PHASE_DISPATCH]) {}
   EPT_DEVICE bool header(uint32_t source) {
     return read_dispatch_header(t, a.object, kDispatchRecv, generation, membership, source, a.scale_bytes,
-                                a.payload_format, a.scale_format, s);
+                                a.payload_format, a.scale_format, s, memory_of(t, source));
   }
   EPT_DEVICE bool may_begin(uint32_t) const { return true; }
   EPT_DEVICE bool begin(uint32_t) const { return true; }

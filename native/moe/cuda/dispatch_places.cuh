@@ -37,29 +37,47 @@ class DispatchPlaces {
         vectors(fixed_or(EPT_FIXED_PAYLOAD, args.object.payload) / 16) {}
 
  protected:
-  // A source's rows are dealt to the blocks by runs. Some are longer by one, of each source at other blocks. A row is
-  // copied in so many pieces, as if all sources had as many rows as this one. Divisions are slow: one warp makes them,
-  // once.
-  EPT_DEVICE void share(uint32_t source) const {
-    if (lane_id() != 0) return;
+  // A source's rows are dealt to the blocks in turn, of each source from another block on: so which are a block's is
+  // known before the header says how many there are. A row is copied in so many pieces, as if all sources had as many
+  // rows as this one. Divisions are slow: one warp makes them, once.
+  EPT_DEVICE uint32_t first_of(uint32_t source) const {
     const uint32_t turned = source * a.turn, turn = turned - a.blocks.of(turned) * gridDim.x;
-    const uint32_t number = blockIdx.x >= turn ? blockIdx.x - turn : blockIdx.x + gridDim.x - turn;
+    return blockIdx.x >= turn ? blockIdx.x - turn : blockIdx.x + gridDim.x - turn;
+  }
+  EPT_DEVICE void share(uint32_t source, const char *there) const {
+    if (lane_id() != 0) return;
+    const uint32_t first = first_of(source);
     const uint32_t each = a.blocks.of(s.rows[source]), more = s.rows[source] - each * gridDim.x;
-    const uint32_t first = number * each + (number < more ? number : more);
-    s.runs[source] = {
-        first, first + each + (number < more ? 1 : 0),
-        divisor(parts_of(a.blocks.of(s.rows[source] * world + gridDim.x - 1), warps(), vectors, 4, kPair))};
+    SourceRun &run = s.runs[source];
+    run.first = first;
+    run.rows = each + (first < more ? 1 : 0);
+    run.parts = divisor(parts_of(a.blocks.of(s.rows[source] * world + gridDim.x - 1), warps(), vectors, 4, kPair));
+    run.from = is_listed(source) ? there + message_of(source) + object.shape.dispatch_header()
+                                 : s.sources.in[source] + message_of(source) + ept_dispatch_header_bytes(local);
   }
-  EPT_DEVICE bool is_weighed(uint32_t source) const { return !(s.flags[source] & EPT_MOE_NO_WEIGHTS); }
-  EPT_DEVICE BlockRun run_of(uint32_t source) const { return s.runs[source]; }
-  EPT_DEVICE uint32_t units(uint32_t source) const {
-    const BlockRun run = run_of(source);
-    return (run.end - run.first) * run.parts.by;
+  // Where in a lane's memory the message of that source stands; in the source's own, the rows that its lists name.
+  EPT_DEVICE uint64_t message_of(uint32_t source) const {
+    return t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) + object.shape.dispatch_region(source).offset;
   }
-  EPT_DEVICE const char *rows_of(uint32_t source) const {
-    return s.sources.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
-           object.shape.dispatch_region(source).offset + ept_dispatch_header_bytes(local);
+  EPT_DEVICE bool is_listed(uint32_t source) const { return s.runs[source].flags & EPT_MOE_LISTED; }
+  EPT_DEVICE const uint32_t *list_of(uint32_t source) const {
+    if (source == t.rank) return a.routing.own;
+    return reinterpret_cast<const uint32_t *>(s.sources.in[source] + message_of(source) +
+                                              ept_dispatch_header_bytes(local));
   }
+  // What would be the first kListed of this block's numbers: anything where there are fewer, or rows and no list.
+  EPT_DEVICE uint32_t first_listed(uint32_t source) const {
+    const uint32_t j = first_of(source) + lane_id() * gridDim.x;
+    return lane_id() < kListed && j < object.max_tokens ? list_of(source)[j] : 0;
+  }
+  // Of the nth row of this block's run. A rank whose own messages aren't listed may still be sent lists: by those that
+  // came to map it later.
+  EPT_DEVICE uint32_t number_of(uint32_t source, uint32_t nth) const {
+    const SourceRun &run = s.runs[source];
+    return t.lists && nth < kListed ? run.numbers[nth] : list_of(source)[run.first + nth * gridDim.x];
+  }
+  EPT_DEVICE bool is_weighed(uint32_t source) const { return !(s.runs[source].flags & EPT_MOE_NO_WEIGHTS); }
+  EPT_DEVICE uint32_t units(uint32_t source) const { return s.runs[source].rows * s.runs[source].parts.by; }
 
   // Where the source's rows of each expert begin, where the headers are in that this needs; returns the rows of all
   // groups (CONTIGUOUS).
@@ -107,6 +125,11 @@ class DispatchPlaces {
     its.ordinal = reinterpret_cast<const uint32_t *>(row + ept_row_ordinals(object.payload, a.scale_bytes, top_k))[k];
     if (is_weighed(source))
       its.weight = reinterpret_cast<const float *>(row + ept_row_weights(object.payload, a.scale_bytes, top_k))[k];
+    if (!is_listed(source)) return its;
+    // For all ranks: of the pairs only this rank's are its business.
+    const auto where = uint32_t(its.expert);
+    if (where >> 16 != t.rank) return {-1, 0, is_weighed(source) ? 0.0f : 1.0f};
+    its.expert = int32_t(where & 0xffff);
     return its;
   }
   // Its row in the output; negative: it has none, or says what can't be, which faults the lane.
@@ -128,7 +151,7 @@ class DispatchPlaces {
   }
   // What combine must know of pair k of the source's row j.
   EPT_DEVICE void keep_place(uint32_t source, uint32_t j, uint32_t k, int32_t place, const Pair &pair) const {
-    const uint64_t at = (uint64_t(s.begin[source]) + j) * top_k + k;
+    const uint64_t at = (uint64_t(s.runs[source].begin) + j) * top_k + k;
     a.routing.place[at] = place;
     a.routing.row_weights[at] = place < 0 ? 0.0f : pair.weight;
   }

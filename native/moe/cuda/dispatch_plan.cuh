@@ -215,6 +215,21 @@ class DispatchPlan {
   // The last blocks have a token less, or none: they do what one block does for all.
   EPT_DEVICE uint32_t from_last() const { return gridDim.x - 1 - blockIdx.x; }
 
+  // Where the rows for a rank go: a place that follows from its window, or that place() will find; and where its list
+  // does. Of the message to this rank itself the list stands apart, since the rows that all lists name stand there.
+  EPT_DEVICE void find(uint32_t r) const {
+    s.lists[r] = nullptr;
+    if (!s.rows_at[r]) return;
+    char *message = s.rows_at[r] + received();
+    s.rows_at[r] = message + before_rows(r);
+    if (t.lists) s.lists[r] = r == t.rank ? a.routing.own : reinterpret_cast<uint32_t *>(s.rows_at[r]);
+  }
+  // Bytes of a message before that place.
+  EPT_DEVICE uint64_t before_rows(uint32_t r) const {
+    return t.lists && r == t.rank ? a.object.shape.dispatch_header() : header_bytes(r);
+  }
+  EPT_DEVICE char *message_to(uint32_t r) const { return s.rows_at[r] - before_rows(r); }
+
   // Whether this rank packs messages in memory of its own, one behind another.
   EPT_DEVICE bool stages() const { return t.proxied || t.initiates; }
   // Where each message is packed that is not at the rank itself, and where each rank's sums go: the last warp.

@@ -20,7 +20,7 @@ class DispatchReceiver : public DispatchPlaces {
     const uint32_t fault = fault_of(t);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
       s.rows[r] = s.begin[r] = 0;
-      s.runs[r] = {0, 0, {1, 0}};
+      s.runs[r].rows = 0;
       s.next[r] = 0;
     }
     look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
@@ -98,11 +98,15 @@ class DispatchReceiver : public DispatchPlaces {
 
   EPT_DEVICE bool header(uint32_t source) {
     if (blockIdx.x == 0) note_source(t, EPT_PHASE_DISPATCH, source, false);
+    // These are under way with the header.
+    const uint32_t numbers = t.lists ? first_listed(source) : 0;
+    const char *there = world > 1 ? memory_of(t, source) : nullptr;
     if (!read_dispatch_header(t, object, kDispatchRecv, generation, membership, source, a.scale_bytes, a.payload_format,
-                              a.scale_format, s))
+                              a.scale_format, s, there))
       return false;
     __syncwarp();
-    share(source);
+    if (lane_id() < kListed) s.runs[source].numbers[lane_id()] = numbers;
+    share(source, there);
     return true;
   }
 
@@ -123,7 +127,7 @@ class DispatchReceiver : public DispatchPlaces {
       uint32_t before = 0;
       for (uint32_t r = lane_id(); r < source; r += kWarp) before += s.rows[r];
       before = warp_sum(before);
-      if (lane_id() == 0) s.begin[source] = before;
+      if (lane_id() == 0) s.runs[source].begin = before;
       if (a.layout == kRows) needed += before;
     }
     __syncwarp();
@@ -138,21 +142,24 @@ class DispatchReceiver : public DispatchPlaces {
 
  protected:
   EPT_DEVICE void copy(uint32_t source, uint32_t unit) const {
-    const BlockRun run = run_of(source);
-    const uint32_t nth = run.parts.of(unit), part = unit - nth * run.parts.by, j = run.first + nth;
-    const char *row = rows_of(source) + uint64_t(j) * row_bytes;
-    const uint64_t number = uint64_t(s.begin[source]) + j;
+    const SourceRun &run = s.runs[source];
+    const uint32_t nth = run.parts.of(unit), part = unit - nth * run.parts.by, j = run.first + nth * gridDim.x;
+    const uint32_t its = is_listed(source) ? number_of(source, nth) : j;
+    if (its >= object.max_tokens) return (void)refuse(source, kRow, object.max_tokens, its);
+    const char *row = run.from + uint64_t(its) * row_bytes;
     Beside beside;
     int32_t place = -1;
     payload(row, span_of(vectors, part, run.parts, kPair), [&] {
-      if (part == 0 || per_expert) beside = ask(source, row);
+      if (per_expert && lane_id() < top_k) beside.pair = pair_of(source, row, lane_id());
+      if (part == 0) ask(source, row, beside);
       if (per_expert)
         place = place_of(source, beside.pair);
       else if (lane_id() == 0)
-        place = int32_t(a.layout == kByRank ? source * leading + j : number);
+        place = int32_t((a.layout == kByRank ? source * leading : run.begin) + j);
       return place;
     });
     if (part != 0) return;
+    if (is_listed(source) && beside.token != its) return (void)refuse(source, kRow, its, beside.token);
     if (per_expert && lane_id() < top_k) keep_place(source, j, lane_id(), place, beside.pair);
     rest(source, row, beside, place);
   }
@@ -170,16 +177,15 @@ class DispatchReceiver : public DispatchPlaces {
     start_stream<kPair, false, kPairApart>(s.ring, next);
     const int32_t place = where();
     const uint32_t places = a.x.data ? __ballot_sync(kAll, int(place >= 0)) : 0;
-    char *to = places && place >= 0 ? a.x.at(uint64_t(place)) : nullptr;
+    const auto n = uint32_t(__popc(places));
+    char **to = s.to + warp_id() * kWarp;
+    if (places >> lane_id() & 1) to[__popc(places & below())] = a.x.at(uint64_t(place));
+    __syncwarp();
     finish_stream<kPair, false, kPairApart>(s.ring, span.rounds(kPair), next, [&](const Vector(&held)[kPair]) {
-      EPT_ROLLED
-      for (uint32_t left = places; left; left &= left - 1) {
-        char *there = from_lane(to, uint32_t(__ffs(int(left)) - 1)) + uint64_t(v) * 16;
-        if (v < span.to) store16(there, held[0]);
-        if (v + kWarp < span.to) store16(there + kPairApart, held[1]);
-      }
+      put_step(to, n, held, v, span.to);
       v += kPair * kWarp;
     });
+    __syncwarp();
   }
 
   // What a row has beside its payload, as this lane knows it. It is asked for before the payload, and so is there after
@@ -188,14 +194,12 @@ class DispatchReceiver : public DispatchPlaces {
     uint32_t token = 0, scales[2] = {};  // scales: numbers lane and lane + kWarp
     Pair pair;                           // number lane
   };
-  EPT_DEVICE Beside ask(uint32_t source, const char *row) const {
-    Beside its;
-    if (lane_id() < top_k) its.pair = pair_of(source, row, lane_id());
+  EPT_DEVICE void ask(uint32_t source, const char *row, Beside &its) const {
+    if (!per_expert && lane_id() < top_k) its.pair = pair_of(source, row, lane_id());
     its.token = *reinterpret_cast<const uint32_t *>(row + ept_row_token(object.payload, a.scale_bytes));
     const char *scales = row + ept_row_scales(object.payload);
     EPT_UNROLL
     for (uint32_t i = 0; i < 2; i++) its.scales[i] = scale_at(scales, lane_id() + i * kWarp);
-    return its;
   }
 
   // Scales, and who the row is of and for.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// dispatch_send.cuh: quantisation and packing. Each block reads each of its tokens once, and stores its row at every
-// rank that it goes to (dispatch_plan.cuh says where).
+// dispatch_send.cuh: quantisation and packing. Each block reads each of its tokens once. It stores its row once in this
+// rank's own memory, where all ranks that have that mapped read it (wire.h, LISTED), and at every other that it goes to
+// (dispatch_plan.cuh says where).
 //
 // All that a block must know before its first row (tables, windows, ids) is asked for at once, by other threads each,
 // since a step of few tokens is a chain of waits for memory and little else.
@@ -39,7 +40,7 @@ class DispatchSender : public DispatchPlan {
     count(from_last() < world, [&](uint32_t r) {
       const bool heads = r % gridDim.x == from_last() && members.has(r);
       s.pieces[r] = s.pending[r] = own_rows(r) * units + (heads ? 1 : 0);
-      if (s.rows_at[r]) s.rows_at[r] += received() + header_bytes(r);
+      find(r);
     });
     place();
     if (warp_id() == (warps() > 1 ? warps() - 2 : 0)) order();
@@ -50,7 +51,7 @@ class DispatchSender : public DispatchPlan {
     rows();
     post_initiated(t, kDispatchSend, EPT_PHASE_DISPATCH, generation, [&](uint32_t r) -> Packed {
       const uint64_t header = header_bytes(r);
-      return {s.rows_at[r] - header, received(), header + uint64_t(s.rows_to[r]) * row_bytes, s.rows_to[r] * units + 1};
+      return {message_to(r), received(), header + uint64_t(s.rows_to[r]) * row_bytes, s.rows_to[r] * units + 1};
     });
     note(t, kDispatchSend, 3);
     tell_bad_ids();
@@ -138,10 +139,11 @@ class DispatchSender : public DispatchPlan {
       if (!members.has(r)) continue;
       const uint32_t local = s.first[r + 1] - s.first[r];
       const uint64_t bytes = header_bytes(r);
-      char *to = s.rows_at[r] - bytes;
+      char *to = message_to(r);
       if (lane_id() == 0) {
         ept_moe_header h = header_of(t, a.object, EPT_PHASE_DISPATCH, generation, s.rows_to[r]);
         if (!a.weights && a.tokens) h.flags |= EPT_MOE_NO_WEIGHTS;
+        if (s.lists[r]) h.flags |= EPT_MOE_LISTED;
         h.row_bytes = row_bytes;
         h.payload_bytes = uint32_t(a.object.payload);
         h.scale_bytes = a.scale_bytes;
@@ -168,7 +170,7 @@ class DispatchSender : public DispatchPlan {
     fence_block();
     if (before != 1 || !packed(t, rank, s.pieces[rank], s.rows_to[rank] * units + 1)) return;
     const uint64_t header = header_bytes(rank);
-    post(t, kDispatchSend, EPT_PHASE_DISPATCH, generation, rank, s.rows_at[rank] - header, received(),
+    post(t, kDispatchSend, EPT_PHASE_DISPATCH, generation, rank, message_to(rank), received(),
          header + uint64_t(s.rows_to[rank]) * row_bytes);
   }
 
@@ -185,38 +187,62 @@ class DispatchSender : public DispatchPlan {
 
   EPT_DEVICE void row(uint32_t token, uint32_t part, bool started) {
     if (!started) fetch(token, part);
-    Parts its;
-    const uint32_t n = plan(token, its);
-    payload(token, part, its.to, n);
-    if (part == 0 && units == parts) about(token, its, n);
+    const Plan its = plan(token);
+    payload(token, part, its.to, its.places);
+    if (part == 0 && units == parts) about(token, its);
     packed_part(its);
   }
   // What a row has beside its payload, by a warp that has none of that.
   EPT_DEVICE void about(uint32_t token) {
-    Parts its;
-    const uint32_t n = plan(token, its);
-    about(token, its, n);
+    const Plan its = plan(token);
+    about(token, its);
     packed_part(its);
   }
 
-  // Of a lane the rank that has the token, as which of its rows, and where.
-  struct Parts {
+  // Of a lane, a rank that has the token, as which of its rows, and where that is listed; and a place that the row is
+  // stored at, and for which rank.
+  struct Plan {
     int32_t rank = -1;
     uint32_t row = 0;
+    uint32_t *list = nullptr;
     char *to = nullptr;
+    uint32_t whose = 0;
+    uint32_t ranks = 0, places = 0;  // so many of the first lanes have one
   };
-  // Returns how many ranks have one: so many of the first lanes.
-  EPT_DEVICE uint32_t plan(uint32_t token, Parts &its) const {
-    const uint32_t n = ranks_of(token, its.rank, its.row);
-    if (its.rank >= 0) its.to = s.rows_at[its.rank] + uint64_t(its.row) * row_bytes;
-    return n;
+  // Of the place that all ranks read.
+  static constexpr uint32_t kEveryone = 0xffffffffu;
+  EPT_DEVICE Plan plan(uint32_t token) const {
+    Plan its;
+    its.ranks = ranks_of(token, its.rank, its.row);
+    its.places = its.ranks;
+    its.whose = uint32_t(its.rank);
+    if (its.rank >= 0) {
+      its.list = s.lists[its.rank];
+      its.to = s.rows_at[its.rank] + uint64_t(its.row) * row_bytes;
+    }
+    if (t.lists) once(token, its);
+    return its;
   }
-  EPT_DEVICE void about(uint32_t token, const Parts &its, uint32_t n) const {
-    keep(token, n, its.rank, its.row);
+  // The ranks that a list tells of the token share the first lane's place; those of the others follow.
+  EPT_DEVICE void once(uint32_t token, Plan &its) const {
+    const uint32_t listed = __ballot_sync(kAll, int(its.list != nullptr));
+    if (!listed) return;
+    const uint32_t others = __ballot_sync(kAll, int(its.rank >= 0 && !its.list));
+    its.places = 1 + uint32_t(__popc(others));
+    if (others) {
+      const uint32_t from = moves_from(others, 1);
+      its.to = from_lane(its.to, from);
+      its.whose = from_lane(its.whose, from);
+    }
+    if (lane_id() == 0) its.to = s.rows_at[t.rank] + uint64_t(token) * row_bytes, its.whose = kEveryone;
+  }
+  EPT_DEVICE void about(uint32_t token, const Plan &its) const {
+    keep(token, its.ranks, its.rank, its.row);
+    if (its.list) its.list[its.row] = token;
     while (look(s.ordered) == 0) EPT_REST();
-    rest(token, its.rank, its.to, n);
+    rest(token, its.whose, its.to, its.places);
   }
-  EPT_DEVICE void packed_part(const Parts &its) {
+  EPT_DEVICE void packed_part(const Plan &its) {
     __syncwarp();
     if (its.rank >= 0) packed_one(uint32_t(its.rank));
     __syncwarp();
@@ -229,26 +255,14 @@ class DispatchSender : public DispatchPlan {
     const Span16 span = span_of(vectors, part, a.deal.parts);
     by_step([&](auto step) {
       if constexpr (decltype(step)::kIts == kPacked)
-        finish<kPacked>(token, span, [&](const Vector(&held)[kPair], uint32_t v) { put(held, v, span, n); });
+        finish<kPacked>(token, span,
+                        [&](const Vector(&held)[kPair], uint32_t v) { put_step(places(), n, held, v, span.to); });
       else
         quantise<decltype(step)::kIts>(token, span, n);
     });
     __syncwarp();
   }
   EPT_DEVICE char *const *places() const { return s.to + warp_id() * kWarp; }
-  // A step's vectors to each place.
-  template <uint32_t kRounds>
-  EPT_DEVICE void put(const Vector (&held)[kRounds], uint32_t v, const Span16 &span, uint32_t n) const {
-    char *const *to = places();
-    EPT_ROLLED
-    for (uint32_t p = 0; p < n; p++) {
-      char *there = to[p] + uint64_t(v) * 16;
-      EPT_UNROLL
-      for (uint32_t i = 0; i < kRounds; i++)
-        if (v + i * kWarp < span.to) store16(there + i * kPairApart, held[i]);
-    }
-  }
-
   // Sixteen elements a lane and round, so eight lanes a block of EPT_FP8_BLOCK. Scales are kept until a warp has one
   // for each lane.
   template <int32_t kFormat>
@@ -266,7 +280,7 @@ class DispatchSender : public DispatchPlan {
       else
         said = sixteen_of(q[0], good, held, v < span.to);
       if (__ballot_sync(kAll, !good)) said = exactly<kFormat>(q, step, v, span);
-      put(q, v, span, n);
+      put_step(places(), n, q, v, span.to);
       const uint32_t turn = step % kTurns;
       said = from_lane(said, lane_id() % 4 * 8 + lane_id() / 4 % Its::kRounds);
       if (lane_id() / kBlocks == turn) kept = said;
@@ -339,8 +353,9 @@ class DispatchSender : public DispatchPlan {
     }
   }
 
-  // What is kept of a token; the caller's scales, what pads them, and what says whose row it is.
-  EPT_DEVICE void rest(uint32_t token, int32_t rank, char *to, uint32_t n) const {
+  // What is kept of a token; the caller's scales, what pads them, and what says whose row it is. The first n lanes have
+  // its places. At that of everyone a pair's expert stands with its rank, and at others alone, if it is of that rank.
+  EPT_DEVICE void rest(uint32_t token, uint32_t whose, char *to, uint32_t n) const {
     const auto scales_at = uint32_t(ept_row_scales(a.object.payload));
     const auto tail_at = uint32_t(ept_row_token(a.object.payload, a.scale_bytes));
     const uint32_t padding = tail_at - scales_at - a.scale_bytes;
@@ -367,9 +382,10 @@ class DispatchSender : public DispatchPlan {
       EPT_ROLLED
       for (uint32_t p = 0; p < n; p++) {
         char *there = from_lane(to, p);
-        const uint32_t peer = from_lane(uint32_t(rank), p);
-        const bool at = !pair || where >> 16 == peer;
-        if (w < words) reinterpret_cast<uint32_t *>(there + tail_at)[w] = at ? value : counts ? 0 : 0xffffffffu;
+        const uint32_t peer = from_lane(whose, p);
+        const bool every = peer == kEveryone, at = !pair || every || where >> 16 == peer;
+        const uint32_t said = every && pair && !counts ? where : value;
+        if (w < words) reinterpret_cast<uint32_t *>(there + tail_at)[w] = at ? said : counts ? 0 : 0xffffffffu;
       }
     }
     EPT_ROLLED

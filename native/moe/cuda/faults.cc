@@ -27,7 +27,8 @@ void Lanes::check(uint32_t lane) const {
                                        "format",
                                        "counts",
                                        "combine region",
-                                       "rows of its combine"};
+                                       "rows of its combine",
+                                       "list of rows in memory that isn't mapped"};
   const char *half = told.half < kHalves ? halves[told.half] : "a kernel";
   const auto ull = [](uint64_t v) { return (unsigned long long)v; };
   const auto failure = [&](const char *format, auto... values) {

@@ -327,7 +327,9 @@ void Lanes::fill_peer(uint32_t l, uint32_t r) {
   path.window_bytes = map_.exported();
   path.signals = uint64_t(reinterpret_cast<uintptr_t>(signals(peers_[r].base, rank_)));
   path.signal_count = kSignals;
-  if (r != rank_) path.progress = uint64_t(reinterpret_cast<uintptr_t>(progress_ + r));
+  if (r == rank_) return;
+  path.progress = uint64_t(reinterpret_cast<uintptr_t>(progress_ + r));
+  tables_[l].lists = 1;
 }
 
 uint64_t Lanes::puts() const {

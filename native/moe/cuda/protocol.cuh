@@ -9,6 +9,10 @@
 //    this rank has read every message of g - 1, each of which a GPU rank sent when it had read all of g - 2: slot g mod
 //    2 is free at every GPU peer, and no send waits for one. It is also why a GPU rank owes nobody an ept_lane_ack: the
 //    header of g - 1 has told.
+//  - Of a dispatch that is listed (wire.h) rows stand in slot g mod 2 of this rank's own memory, and peers read them
+//    there. They may be stored at send(g) for the same reason: each peer sent its g - 1 when it had read all of g - 2,
+//    and this rank has read every message of g - 1. A list is checked as a row is: a number is below max_tokens, and
+//    the row there says the same one.
 //  - A CPU rank keeps two generations open, so send(g) waits until it has consumed g - 2, as it says in any header that
 //    has landed here, read or not, or in an ack, which the proxy thread passes on (lane.h has why that ends).
 //  - Generation g of a phase raises the signal of slot g mod 2 to g / 2 + 1, and to what the source is ahead of that

@@ -34,7 +34,8 @@ struct SendShared {
   Piece *ring;           // [kAhead, threads]
   char **to;             // [threads] of a warp its token's places; a broadcast costs less than two shuffles
   uint64_t *combine_at;  // [world]
-  char **rows_at;        // [world] where row 0 of the message to that rank is packed; before, where its window begins
+  char **rows_at;        // [world] where row 0 for that rank is packed; before, where the rank's window begins
+  uint32_t **lists;      // [world] of a message that is listed (wire.h), where its list goes; NULL: it has rows
   uint32_t *where;       // [experts]
   uint32_t *counts;      // [experts], placed as `first` says
   uint32_t *before;      // [experts], likewise: of tokens before this block's, and of its own whose ordinals are there
@@ -53,6 +54,7 @@ EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t wo
   s.to = carve.take<char *>(threads);
   s.combine_at = carve.take<uint64_t>(world);
   s.rows_at = carve.take<char *>(world);
+  s.lists = carve.take<uint32_t *>(world);
   s.where = carve.take<uint32_t>(experts);
   s.counts = carve.take<uint32_t>(experts);
   s.before = carve.take<uint32_t>(experts);
@@ -66,25 +68,33 @@ EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t wo
   return s;
 }
 
-// What a block takes of a source's rows, and in how many pieces each.
-struct BlockRun {
-  uint32_t first, end;
-  Divisor parts;
+// Of a block's rows of a source, so many numbers are read with the header where they are listed: as many as there
+// mostly are (6 of 128 tokens, 8 ranks, 16 blocks). Others are read when their row is.
+constexpr uint32_t kListed = 8;
+
+// What a block copies a source's rows by. They stand together, so that a row's warp reckons one place in shared memory.
+struct SourceRun {
+  const char *from;           // where the source's row 0 stands
+  uint32_t first, rows;       // of this block: so many, from the first on each as many further as there are blocks
+  Divisor parts;              // in so many pieces each
+  uint32_t begin;             // of the source's rows in the order of all rows
+  uint32_t flags;             // of the header
+  uint32_t numbers[kListed];  // of the first rows, if they are listed
 };
 
 struct RecvShared {
   Piece *ring;  // [kAhead, threads]
   Sources sources;
+  char **to;             // [threads] as SendShared's
+  SourceRun *runs;       // [world]
   uint64_t *return_at;   // [world]
   uint32_t *rows;        // [world]
   uint32_t *begin;       // [world + 1] of each source's rows in the order of all rows
   uint32_t *next;        // [world] unit that nobody has taken
   uint32_t *counts;      // [world, local]
   uint32_t *groups;      // [world, local] in the output, where the source's rows of that expert begin
-  BlockRun *runs;        // [world]
   uint32_t *sums;        // [local] rows of each expert
   uint32_t *starts;      // [local + 1] of each expert's group
-  uint32_t *flags;       // [world] of the header
   uint32_t *totals;      // 0: nobody has them; 1: a warp adds up; 2: sums, starts and begin are there
   uint32_t *next_blank;  // rows that no row fills are gone through by groups: the next that nobody has taken
   uint32_t *word;
@@ -93,16 +103,16 @@ EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t wo
   RecvShared s{};
   s.ring = carve.take<Piece>(uint64_t(kAhead) * threads);
   s.sources = sources(carve, world);
+  s.to = carve.take<char *>(threads);
+  s.runs = carve.take<SourceRun>(world);
   s.return_at = carve.take<uint64_t>(world);
   s.rows = carve.take<uint32_t>(world);
   s.begin = carve.take<uint32_t>(world + 1);
   s.next = carve.take<uint32_t>(world);
   s.counts = carve.take<uint32_t>(uint64_t(world) * local);
   s.groups = carve.take<uint32_t>(uint64_t(world) * local);
-  s.runs = reinterpret_cast<BlockRun *>(carve.take<uint32_t>(4ull * world));
   s.sums = carve.take<uint32_t>(local);
   s.starts = carve.take<uint32_t>(local + 1);
-  s.flags = carve.take<uint32_t>(world);
   s.totals = carve.take<uint32_t>(1);
   s.next_blank = carve.take<uint32_t>(1);
   s.word = carve.take<uint32_t>(1);
@@ -183,6 +193,7 @@ EPT_HD inline StreamedDispatchShared streamed_dispatch_shared(Carve &carve, uint
   s.send = send_shared(carve, threads, world, experts, tokens);
   s.recv = recv_shared(carve, 0, world, local);
   s.recv.ring = s.send.ring;
+  s.recv.to = s.send.to;
   s.out = out_shared(carve, world);
   s.in = in_shared(carve, threads, world);
   return s;

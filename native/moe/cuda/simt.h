@@ -122,6 +122,14 @@ EPT_DEVICE T warp_prefix(T value) {
   return value;
 }
 
+// Where what the lanes in `those` have moves to lanes side by side, from `first` on: whose this lane gets.
+EPT_DEVICE uint32_t moves_from(uint32_t those, uint32_t first = 0) {
+  uint32_t from = 0;
+  for (uint32_t i = first; those; i++, those &= those - 1)
+    if (i == lane_id()) from = uint32_t(__ffs(int(those)) - 1);
+  return from;
+}
+
 // The next number, for the whole warp.
 EPT_DEVICE uint32_t take_one(uint32_t *counter) {
   uint32_t number = 0;

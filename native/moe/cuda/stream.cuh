@@ -91,6 +91,17 @@ EPT_DEVICE void stream(Piece *ring, uint32_t steps, Next next, Use use) {
 // Rows are moved by two vectors a lane and step, a warp's width apart: half of the instructions that a step takes
 // beside its loads and stores.
 constexpr uint32_t kPair = 2, kPairApart = kWarp * 16;
+// A step's vectors to each of n places, v of the row being the lane's first.
+template <uint32_t kRounds>
+EPT_DEVICE void put_step(char *const *to, uint32_t n, const Vector (&held)[kRounds], uint32_t v, uint32_t until) {
+  EPT_ROLLED
+  for (uint32_t p = 0; p < n; p++) {
+    char *there = to[p] + uint64_t(v) * 16;
+    EPT_UNROLL
+    for (uint32_t i = 0; i < kRounds; i++)
+      if (v + i * kWarp < until) store16(there + i * kPairApart, held[i]);
+  }
+}
 // A lane's next two of the vectors below `to`, of the row at `from`.
 EPT_DEVICE Fetch pair_at(const char *from, uint32_t vector, uint32_t to) {
   return {from + uint64_t(vector) * 16, int32_t(to - vector)};

@@ -74,12 +74,9 @@ EPT_DEVICE uint32_t plan_token(const RoutingArrays &routing, const Out &out, uin
   }
   const uint32_t chunk = rank >= 0 ? out.chunk_of(uint32_t(rank), uint32_t(row)) : 0;
   const uint32_t those = __ballot_sync(kAll, int(rank >= 0 && chunk >= from && chunk < to));
-  uint32_t nth = 0, left = those;
-  for (uint32_t i = 0; left; i++, left &= left - 1)
-    if (i == lane_id()) nth = uint32_t(__ffs(int(left)) - 1);
-  const auto n = uint32_t(__popc(those));
-  plan.rank = from_lane(rank, nth);
-  plan.row = from_lane(uint32_t(row), nth);
+  const uint32_t n = uint32_t(__popc(those)), from_there = moves_from(those);
+  plan.rank = from_lane(rank, from_there);
+  plan.row = from_lane(uint32_t(row), from_there);
   if (lane_id() >= n) plan.rank = -1;
   return n;
 }

@@ -114,7 +114,7 @@ class StreamedSender : public DispatchSender {
   EPT_DEVICE void pack(uint32_t token, uint32_t n, const TokenPlan &plan) const {
     char *to = plan.rank >= 0 ? out.row_at(uint32_t(plan.rank), plan.row) : nullptr;
     fetch(token, 0);
-    rest(token, plan.rank, to, n);
+    rest(token, uint32_t(plan.rank), to, n);
     payload(token, 0, to, n);
   }
 
@@ -179,14 +179,14 @@ class StreamedReceiver : public DispatchReceiver {
   EPT_DEVICE Region region(uint32_t r) const { return dispatch_place(t, object.shape, uint32_t(generation & 1), r); }
   EPT_DEVICE bool first(uint32_t r) {
     if (!read_dispatch_header(t, object, kDispatchRecv, generation, membership, r, a.scale_bytes, a.payload_format,
-                              a.scale_format, s, true))
+                              a.scale_format, s, nullptr, true))
       return false;
     __syncwarp();
     for (uint32_t e = lane_id(); e < local; e += kWarp) w.counts[r * local + e] = s.counts[r * local + e];
     if (lane_id() == 0) {
       const ept_moe_header h = get_header(t.in[r] + region(r).offset);
       w.total[r] = s.rows[r];
-      w.flags[r] = s.flags[r];
+      w.flags[r] = s.runs[r].flags;
       if (!what.discards) a.routing.return_at[r] = h.combine_offset, a.routing.return_room[r] = h.combine_capacity;
     }
     __syncwarp();
@@ -209,13 +209,13 @@ class StreamedReceiver : public DispatchReceiver {
     }
     before = warp_sum(before);
     for (uint32_t i = lane_id(); i < until * local && per_expert; i += kWarp) s.counts[i] = w.counts[i];
-    if (lane_id() == 0) w.begin[r] = s.begin[r] = before;
+    if (lane_id() == 0) w.begin[r] = s.runs[r].begin = before;
     __syncwarp();
     return true;
   }
   EPT_DEVICE bool place(uint32_t r, const char *rows, uint32_t from, uint32_t to) {
     uint64_t needed = s.rows[r];
-    if (a.layout == kRows) needed += s.begin[r];
+    if (a.layout == kRows) needed += s.runs[r].begin;
     if (per_expert && from == 0) needed = groups(r);
     if (from) needed = 0;
     if (needed > leading) {
@@ -249,11 +249,12 @@ class StreamedReceiver : public DispatchReceiver {
     } else if (lane_id() == 0) {
       at = int32_t(a.layout == kByRank ? source * leading + j : kept);
     }
-    if (lane_id() == 0) s.flags[source] = w.flags[source];  // the same, whoever writes it
+    if (lane_id() == 0) s.runs[source].flags = w.flags[source];  // the same, whoever writes it
     __syncwarp();
     Beside beside;
     payload(row, {0, vectors}, [&] {
-      beside = ask(source, row);
+      if (per_expert && lane_id() < top_k) beside.pair = pair_of(source, row, lane_id());
+      ask(source, row, beside);
       return at;
     });
     rest(source, row, beside, at);

@@ -121,11 +121,13 @@ class Shape:
 
     def rows(self, ids: torch.Tensor) -> list[int]:
         """Of these tokens, how many go to each rank."""
-        counts = []
-        for rank in range(self.ranks):
-            held = self.experts_of(rank)
-            counts.append(int(((ids >= held.start) & (ids < held.stop)).any(dim=1).sum()))
-        return counts
+        return [self.tokens_to(ids, [rank]) for rank in range(self.ranks)]
+
+    def tokens_to(self, ids: torch.Tensor, ranks: Sequence[int]) -> int:
+        """Of these tokens, how many go to any of those ranks."""
+        held = [self.experts_of(rank) for rank in ranks]
+        goes = [((ids >= own.start) & (ids < own.stop)).any(dim=1) for own in held]
+        return sum(any(token) for token in zip(*(tokens.tolist() for tokens in goes), strict=True))
 
 
 def routing(shape: Shape, rank: int, skew: float, seed: int) -> tuple[Any, Any]:
