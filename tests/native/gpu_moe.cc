@@ -247,6 +247,55 @@ void lies() {
   }
 }
 
+// A multiprocessor whose memory is divided for a kernel that waits has no room for one that takes more (shared.h).
+void same_memory() {
+  check::running("launches that take the same shared memory");
+  const uint64_t least = ept::moe::cuda::least_shared(64);
+  for (const uint32_t experts : {6u, 2400u}) {
+    const ept_moe_config config = moe_test::config_of(2, experts, 2, 32, 7);
+    World world(config, 15);
+    for (int i = 0; i < 3; i++) {
+      Step step = world.draw();
+      const std::vector<Got> expected = world.on_cpu(step);
+      world.compare(step, expected);
+    }
+    const std::set<uint64_t> &took = world.gpu->took.at(64);
+    CHECK_EQ(took.size(), 1);
+    CHECK_EQ(*took.begin() > least, experts > 6);
+
+    // Blocks of that much, for 800 of the others.
+    moe_test::Group net(2);
+    const auto gpu = std::make_shared<simt::HostGpu>(1, 1000);
+    net.run([&](uint32_t r) {
+      ept_moe_config mine = config;
+      mine.rank = r;
+      mine.hidden = 8192;  // so that one of many experts and short rows fits its memory
+      ept_gpu_config how{};
+      how.size = sizeof how;
+      how.threads = 64;
+      how.process = 7;
+      how.mapped = true;
+      how.blocks = 400 / config.lanes;
+      uint32_t number = 0;
+      int32_t code = EPT_OK;
+      std::string text;
+      try {
+        const auto lanes =
+            ept::moe::cuda::join(net.arenas[r]->arena, how, mine, nullptr, [&](int32_t) { return gpu; }, &number);
+        ept_moe_config more = mine;
+        more.num_experts = 3000;
+        more.hidden = 32;
+        lanes->fit(ept::moe::Object(more));
+      } catch (const ept::moe::Failure &failure) {
+        code = failure.error.code;
+        text = failure.error.text;
+      }
+      CHECK_EQ(code, experts > 6 ? EPT_E_CONFIG : EPT_E_INVALID);
+      CHECK_HAS(text.c_str(), experts > 6 ? "set fewer blocks" : "bytes of a block's shared memory doesn't fit lanes");
+    });
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -278,6 +327,7 @@ int main() {
   steps("more scales than a warp has lanes", quantised(config_of(2, 4, 2, 4736, 24), EPT_SCALES_FP32), 2, 10);
   steps("more bytes of scales than a warp has lanes", quantised(config_of(2, 4, 2, 4864, 24), EPT_SCALES_UE8M0), 2, 11);
   watched();
+  same_memory();
   abandoned();
   late();
   refused();

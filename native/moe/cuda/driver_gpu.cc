@@ -66,43 +66,36 @@ class DriverKernels final : public Kernels {
     want(d.cuStreamCreate(&stream, ept::cuda::kStreamNonBlocking), "cuStreamCreate");
     for (uint32_t k = 0; k < kKernels; k++) {
       alignas(16) char nothing[4096] = {};
-      launch(Kernel(k), 1, 32, 0, stream, nothing);
+      launch(Kernel(k), {1, 32, 0, 0}, stream, nothing);
     }
     const Result ran = d.cuStreamSynchronize(stream);
     (void)d.cuStreamDestroy(stream);
     want(ran, "cuStreamSynchronize");
   }
 
-  uint32_t room(uint32_t threads) const override {
+  uint32_t room(uint32_t threads, uint64_t shared) const override {
     const Entered entered(*primary_);
     int least = 1 << 30;
     for (uint32_t k = 0; k < kKernels; k++) {
       int blocks = 0;
       want(primary_->driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, module_->kernel(k), int(threads),
-                                                                          usual_shared(threads)),
+                                                                          size_t(shared)),
            "cuOccupancyMaxActiveBlocksPerMultiprocessor");
       least = blocks < least ? blocks : least;
     }
     return uint32_t(least) * uint32_t(primary_->attribute(ept::cuda::kMultiprocessors));
   }
 
-  void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
-              void *argument) override {
+  void launch(Kernel kernel, const Launch &as, void *stream, void *argument) override {
     const Entered entered(*primary_);
     Error error;
     void *arguments[] = {argument};
-    const auto asked = unsigned(std::max<uint64_t>(shared, usual_shared(threads)));
-    check(module_->launch(kernel, blocks, threads, asked, static_cast<Stream>(stream), arguments, &error), error);
+    const auto shared = unsigned(std::max(as.shared, as.least));
+    check(module_->launch(kernel, as.blocks, as.threads, shared, static_cast<Stream>(stream), arguments, &error),
+          error);
   }
 
  private:
-  // What room() reckons with, and every launch takes at least: the ring (shared.h), and 16 KiB beside it, of which a
-  // lane of 64 ranks and 256 experts needs less, but for long batches. A multiprocessor divides its memory between
-  // cache and shared memory when it is idle, by what its next block takes, and not while that block runs. So a block of
-  // 66 KiB that waits for a peer's could leave no room for that one of 70, with memory for three of them. That fits
-  // which tests failed: those whose ranks fill a GPU (docs/status.md).
-  static size_t usual_shared(uint32_t threads) { return 16384 + size_t(kAhead) * sizeof(Piece) * threads; }
-
   const std::shared_ptr<Primary> primary_;
   const std::string image_;
   ept::cuda::Image own_{};
@@ -148,7 +141,7 @@ class DriverGpu final : public Gpu {
     return given > 0 ? uint32_t(given) : 8;  // what CUDA has by itself
   }
 
-  uint32_t room(uint32_t threads) const override { return kernels_->room(threads); }
+  uint32_t room(uint32_t threads, uint64_t shared) const override { return kernels_->room(threads, shared); }
   // MPS gives a process that starts with this so many of the multiprocessors, and CUDA then says that there are no
   // more. Where no MPS runs it means nothing: processes have the GPU in turn, so their kernels never meet either.
   uint32_t shares() const override {
@@ -288,9 +281,8 @@ class DriverGpu final : public Gpu {
            !primary_->attribute(ept::cuda::kHostPageTables);
   }
 
-  void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
-              void *argument) override {
-    kernels_->launch(kernel, blocks, threads, shared, stream, argument);
+  void launch(Kernel kernel, const Launch &as, void *stream, void *argument) override {
+    kernels_->launch(kernel, as, stream, argument);
   }
 
  private:

@@ -39,14 +39,19 @@ enum Kernel : uint32_t {
 // As moe.cu names them, in that order.
 extern const char *const kernel_names[kKernels];
 
+struct Launch {
+  uint32_t blocks, threads;
+  uint64_t shared;  // bytes of it that a block uses
+  uint64_t least;   // bytes of it that a block takes at least, so that it stands beside others (shared.h)
+};
+
 // Kernels that were compiled for one shape (args.h, fixed_or), loaded.
 class Kernels {
  public:
   virtual ~Kernels() = default;
   // As the Gpu's.
-  virtual uint32_t room(uint32_t threads) const = 0;
-  virtual void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
-                      void *argument) = 0;
+  virtual uint32_t room(uint32_t threads, uint64_t shared) const = 0;
+  virtual void launch(Kernel kernel, const Launch &as, void *stream, void *argument) = 0;
 };
 
 class Gpu {
@@ -59,8 +64,9 @@ class Gpu {
   virtual std::string identity() const = 0;
   // Streams of this process whose kernels never wait behind one another's.
   virtual uint32_t connections() const = 0;
-  // Blocks of so many threads that can be on the GPU at once, or on this process's share of it.
-  virtual uint32_t room(uint32_t threads) const = 0;
+  // Blocks of so many threads and bytes of shared memory that can be on the GPU at once, or on this process's share of
+  // it.
+  virtual uint32_t room(uint32_t threads, uint64_t shared) const = 0;
   // The most processes that have such a share each, of which no two meet (MPS); 1: there are no shares.
   virtual uint32_t shares() const { return 1; }
 
@@ -91,10 +97,8 @@ class Gpu {
   // Kernels that have seen a signal see what a NIC wrote into this GPU's memory before it was raised.
   virtual bool orders_network() const = 0;
 
-  // `shared`: bytes of dynamic shared memory, or more where room() reckons with more. Waits for nothing; allowed during
-  // a capture.
-  virtual void launch(Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
-                      void *argument) = 0;
+  // Waits for nothing; allowed during a capture.
+  virtual void launch(Kernel kernel, const Launch &as, void *stream, void *argument) = 0;
 };
 
 // This rank's part of a symmetric heap, into which peers' kernels put through a device library (NVSHMEM): memory that

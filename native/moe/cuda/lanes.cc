@@ -46,6 +46,28 @@ bool needs_heap(const std::vector<Place> &places) {
 }
 constexpr uint64_t kNotInHeap = ~0ull;
 
+// The most shared memory that a block of that object's kernels takes beside its ring and places, which are as large for
+// every object.
+uint64_t besides(const Object &object) {
+  const ept_moe_config &config = object.config;
+  const auto bytes = [](auto make) {
+    Carve carve(nullptr);
+    make(carve);
+    return carve.bytes();
+  };
+  const auto send = [&](Carve &carve) { send_shared(carve, 0, config.world, config.num_experts, config.max_tokens); };
+  const auto receive = [&](Carve &carve) { recv_shared(carve, 0, config.world, object.local()); };
+  const auto combine = [&](Carve &carve) { combine_shared(carve, 0, config.world); };
+  if (!object.shape.streams()) return std::max({bytes(send), bytes(receive), bytes(combine)});
+  // Both halves of a streamed call are one launch, in which each warp knows what is next for it of each rank.
+  const auto chunks = [&](Carve &carve) {
+    out_shared(carve, config.world);
+    in_shared(carve, kWide, config.world);
+    in_shared(carve, kWide, config.world);
+  };
+  return bytes([&](Carve &carve) { send(carve), receive(carve), chunks(carve); });
+}
+
 }  // namespace
 
 Lanes::Lanes(Opened opened, const ept_gpu_config &config, const ept_moe_config &moe, std::shared_ptr<Arena> arena,
@@ -60,6 +82,7 @@ Lanes::Lanes(Opened opened, const ept_gpu_config &config, const ept_moe_config &
       map_(all_direct(places) ? lane_map(Object(moe).shape) : arena->map),
       lane_bytes_(heap_ ? map_.bytes(page_bytes()) : align_up(map_.exported(), page_bytes())),
       threads_(config.threads ? config.threads : kBlockThreads),
+      besides_(besides(Object(moe))),
       peers_(world_),
       kept_(count_),
       taken_(count_),
@@ -186,11 +209,13 @@ uint32_t Lanes::sharers() const {
   const uint32_t processes = own ? (here + own - 1) / own : here;
   return (processes <= gpu_->shares() ? own : here) * count_;
 }
+uint64_t Lanes::shared(uint32_t threads) const { return least_shared(threads, besides_); }
+
 void Lanes::choose_blocks() {
-  const uint32_t room = gpu_->room(threads_), sharers = this->sharers();
+  const uint32_t room = gpu_->room(threads_, shared(threads_)), sharers = this->sharers();
   blocks_ = config_.blocks ? config_.blocks : room / sharers;
   if (!config_.blocks) blocks_ = std::min(blocks_, kEnoughBlocks);
-  wide_ = !config_.threads && uint64_t(blocks_) * sharers <= gpu_->room(kWide);
+  wide_ = !config_.threads && uint64_t(blocks_) * sharers <= gpu_->room(kWide, shared(kWide));
   if (blocks_ == 0 || uint64_t(blocks_) * sharers > room)
     fail(EPT_E_CONFIG, -1,
          "%u lanes of ranks on this GPU with %u blocks of %u threads each need room for %llu blocks; it has room for "
@@ -201,10 +226,10 @@ void Lanes::choose_blocks() {
 void Lanes::refuse_wider(const Kernels &kernels) const {
   const uint64_t needed = uint64_t(blocks_) * sharers();
   for (const uint32_t threads : {threads_, wide_ ? kWide : threads_})
-    if (kernels.room(threads) < needed)
+    if (kernels.room(threads, shared(threads)) < needed)
       fail(EPT_E_UNSUPPORTED, -1,
            "kernels compiled for this shape leave room for %u blocks of %u threads on the GPU; %llu are needed",
-           kernels.room(threads), threads, (unsigned long long)needed);
+           kernels.room(threads, shared(threads)), threads, (unsigned long long)needed);
 }
 
 // Once to know how many bytes, and once more to know where.
@@ -358,6 +383,11 @@ void Lanes::fit(const Object &object) const {
       need.dispatch_send > map_.dispatch_send || need.combine_send > map_.combine_send)
     fail(EPT_E_INVALID, -1, "an AllToAll of %u lanes of %llu bytes doesn't fit %u lanes of %llu", object.config.lanes,
          (unsigned long long)need.bytes(page_bytes()), count_, (unsigned long long)lane_bytes_);
+  if (least_shared(threads_, besides(object)) > shared(threads_))
+    fail(EPT_E_INVALID, -1,
+         "an AllToAll whose kernels take %llu bytes of a block's shared memory doesn't fit lanes that were made for "
+         "%llu",
+         (unsigned long long)least_shared(threads_, besides(object)), (unsigned long long)shared(threads_));
   if (object.shape.streams() && opened().heap)
     fail(EPT_E_UNSUPPORTED, -1,
          "with a buffer_bytes of %llu, calls of more than %u tokens would be streamed, which kernels that post by "
@@ -371,17 +401,12 @@ void Lanes::refuse(const Object &object) {
   if (object.config.num_experts > 65535 || world > 65535)
     fail(EPT_E_UNSUPPORTED, -1, "%u experts on %u ranks; the GPU executor numbers at most 65535 of each",
          object.config.num_experts, world);
-  // Beside the rings and a warp's places of a token (shared.h), which are as large for every object.
-  const uint64_t tiles = (uint64_t(object.shape.max_tokens) + kWarp - 1) / kWarp;
-  const uint64_t shared = 4 * tiles * world + 12ull * object.config.num_experts + 48ull * world + 64;
-  const uint64_t received = 8ull * world * object.local() + 84ull * world + 8ull * object.local() + 64;
-  // Both halves of a streamed call are one launch; 32 warps know what each of them reads next of each rank.
-  const uint64_t together = object.shape.streams() ? shared + received + (64ull + 4 * 32) * world : 0;
-  if (shared > kMostShared || received > kMostShared || together > kMostShared)
+  const uint64_t shared = besides(object);
+  if (shared > kMostShared)
     fail(EPT_E_UNSUPPORTED, -1,
          "%u tokens, %u experts and %u ranks take %llu bytes of a block's shared memory; the GPU executor has %llu",
-         object.shape.max_tokens, object.config.num_experts, world,
-         (unsigned long long)std::max({shared, received, together}), (unsigned long long)kMostShared);
+         object.shape.max_tokens, object.config.num_experts, world, (unsigned long long)shared,
+         (unsigned long long)kMostShared);
 }
 
 }  // namespace ept::moe::cuda

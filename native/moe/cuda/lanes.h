@@ -90,6 +90,8 @@ class Lanes final : public Follower {
   uint32_t world() const { return world_; }
   uint32_t blocks() const { return blocks_; }
   uint32_t threads() const { return threads_; }
+  // Bytes of shared memory that each launch of so many threads takes at least.
+  uint64_t shared(uint32_t threads) const;
   // Throws where such kernels would not all be on the GPU at once (choose_blocks).
   void refuse_wider(const Kernels &kernels) const;
   // Of a combine of so many tokens here, and of a dispatch's send that takes so much shared memory with that many.
@@ -155,7 +157,8 @@ class Lanes final : public Follower {
   const uint64_t lane_bytes_;
   uint32_t blocks_ = 0, ranks_here_ = 1;
   const uint32_t threads_;
-  bool wide_ = false;  // blocks of kWide threads would all be on the GPU at once, too
+  const uint64_t besides_;  // least_shared's, of the AllToAll that they were made for
+  bool wide_ = false;       // blocks of kWide threads would all be on the GPU at once, too
   std::vector<Peer> peers_;
   char *memory_ = nullptr;
   char *own_ = nullptr;  // tables, and what kernels write that no peer sees

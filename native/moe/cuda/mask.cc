@@ -17,7 +17,7 @@ void Lanes::launch_members(uint32_t lane, const Members &members, uint32_t code,
   a.peer = peer;
   for (uint32_t r = 0; r < world_; r++)
     if (!members.has(r)) a.out[r / 64] |= 1ull << r % 64;
-  gpu_->launch(kKernelTakeMembers, 1, threads_, 0, stream, &a);
+  gpu_->launch(kKernelTakeMembers, {1, threads_, 0, shared(threads_)}, stream, &a);
   taken_[lane] = members.epoch;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "moe/cuda/lanes.h"
+#include "moe/cuda/shared.h"
 #include "moe/fail.h"
 
 namespace ept::moe::cuda {
@@ -25,7 +26,7 @@ std::shared_ptr<void> Lanes::before_reset(const Deadline &deadline) {
   // What kernels have put and that hasn't landed would, later, in slots that begin anew.
   if (heap_) {
     Drain a{tables_[0], 0};
-    gpu_->launch(kKernelQuiet, 1, kWarp, 0, nullptr, &a);
+    gpu_->launch(kKernelQuiet, {1, kWarp, 0, least_shared(kWarp)}, nullptr, &a);
     stuck_ = !gpu_->ends(nullptr, deadline.at);
     if (stuck_)
       fail(EPT_E_TIMEOUT, -1,

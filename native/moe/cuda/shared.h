@@ -14,6 +14,16 @@ struct alignas(16) Piece {
   uint32_t word[4];
 };
 
+// What a launch takes at least, so that all take the same: the ring, and beside it 16 KiB, or, if that is more, each
+// thread's place and the most that a kernel of the lane needs besides. A multiprocessor divides its memory between
+// cache and shared memory when it is idle, by what its next block takes, and not while that block runs. So a block of
+// 66 KiB that waits for a peer's left no room for that one of 70, with memory for three of them. 16 KiB are enough for
+// 64 ranks and 256 experts, but for long batches.
+constexpr uint64_t least_shared(uint32_t threads, uint64_t besides = 0) {
+  const uint64_t ring = kAhead * sizeof(Piece) * threads, beside = sizeof(char *) * threads + besides;
+  return ring + (beside < 16384 ? 16384 : beside);
+}
+
 // What a block knows of the sources of a phase; looked up before it begins, by a thread each (arrivals.cuh).
 struct Sources {
   const uint64_t **word;  // [world] its signal

@@ -46,10 +46,11 @@ RoutingArrays arrays(const GpuObject &moe, void *memory, uint64_t tokens) {
 
 void launch(const GpuObject &moe, Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
             void *argument) {
+  const Launch as = {blocks, threads, shared, moe.lanes->shared(threads)};
   if (moe.kernels)
-    moe.kernels->launch(kernel, blocks, threads, shared, stream, argument);
+    moe.kernels->launch(kernel, as, stream, argument);
   else
-    moe.lanes->gpu().launch(kernel, blocks, threads, shared, stream, argument);
+    moe.lanes->gpu().launch(kernel, as, stream, argument);
 }
 
 template <class Make>

@@ -39,7 +39,8 @@ GpuTrial::GpuTrial(Opened opened, const ept_gpu_config &config, Arena &tried, co
   }
   if (peers_.empty()) return;
   threads_ = config_.threads ? config_.threads : kBlockThreads;
-  blocks_ = config_.blocks ? config_.blocks : std::clamp(opened_.gpu->room(threads_) / sharers, 1u, kEnoughBlocks);
+  const uint32_t room = opened_.gpu->room(threads_, least_shared(threads_));
+  blocks_ = config_.blocks ? config_.blocks : std::clamp(room / sharers, 1u, kEnoughBlocks);
   try {
     stream_ = opened_.gpu->make_stream();
     const uint64_t lane = arena_.map.bytes(page_bytes()), signals = uint64_t(arena_.world) * kSignals * 8;
@@ -152,7 +153,7 @@ void GpuTrial::launch(Way way, uint32_t length) {
   a.warm = kWarm, a.rounds = kRounds;
   a.took = took_;
   *took_ = 0;
-  opened_.gpu->launch(kKernelTrial, blocks_, threads_, 0, stream_, &a);
+  opened_.gpu->launch(kKernelTrial, {blocks_, threads_, 0, least_shared(threads_)}, stream_, &a);
   under_way_ = true;
   next_[uint32_t(way)] += kWarm + kRounds;
 }

@@ -53,14 +53,13 @@ void *HostGpu::allocate_shared(uint64_t bytes, ept::cuda::Sharing) {
   shared[memory] = bytes;
   return memory;
 }
-void HostGpu::launch(ept::moe::cuda::Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
-                     void *argument) {
+void HostGpu::launch(ept::moe::cuda::Kernel kernel, const ept::moe::cuda::Launch &as, void *stream, void *argument) {
   const std::lock_guard<std::mutex> lock(running_);
   const char *bytes = static_cast<const char *>(argument);
-  if (records)
-    records->push_back({kernel, blocks, threads, shared, stream, {bytes, bytes + kernels[kernel].argument_bytes}});
-  machine.launch(stream, kernels[kernel].run, std::vector<char>(bytes, bytes + kernels[kernel].argument_bytes), blocks,
-                 threads, shared);
+  if (records) records->push_back({kernel, as, stream, {bytes, bytes + kernels[kernel].argument_bytes}});
+  took[as.threads].insert(std::max(as.shared, as.least));
+  machine.launch(stream, kernels[kernel].run, std::vector<char>(bytes, bytes + kernels[kernel].argument_bytes),
+                 as.blocks, as.threads, as.shared);
 }
 
 }  // namespace simt

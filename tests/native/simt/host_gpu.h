@@ -6,9 +6,11 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <set>
 
 #include "machine.h"
 #include "moe/cuda/gpu.h"
+#include "moe/cuda/shared.h"
 
 namespace simt {
 
@@ -22,7 +24,9 @@ class HostGpu final : public ept::moe::cuda::Gpu {
   int32_t ordinal() const override { return 0; }
   std::string identity() const override { return "GPU of fibers   "; }
   uint32_t connections() const override { return streams; }
-  uint32_t room(uint32_t) const override { return room_; }
+  uint32_t room(uint32_t threads, uint64_t shared) const override {
+    return uint32_t(room_ * ept::moe::cuda::least_shared(threads) / shared);
+  }
   void *allocate(uint64_t bytes) override;
   void release(void *memory) override;
   void *allocate_pinned(uint64_t bytes) override { return allocate(bytes); }
@@ -53,26 +57,24 @@ class HostGpu final : public ept::moe::cuda::Gpu {
   void close(void *) override {}
   void describe(void *memory, const ept_caps &caps, ept::cuda::Described *out) override;
   bool orders_network() const override { return orders; }
-  void launch(ept::moe::cuda::Kernel kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void *stream,
-              void *argument) override;
+  void launch(ept::moe::cuda::Kernel kernel, const ept::moe::cuda::Launch &as, void *stream, void *argument) override;
 
   // What was launched while `records` pointed here, to be launched again as a captured graph is.
   struct Launched {
     ept::moe::cuda::Kernel kernel;
-    uint32_t blocks, threads;
-    uint64_t shared;
+    ept::moe::cuda::Launch as;
     void *stream;
     std::vector<char> argument;
   };
   void replay(const std::vector<Launched> &graph) {
-    for (Launched each : graph)
-      launch(each.kernel, each.blocks, each.threads, each.shared, each.stream, each.argument.data());
+    for (Launched each : graph) launch(each.kernel, each.as, each.stream, each.argument.data());
   }
 
   Machine machine;
   std::vector<Launched> *records = nullptr;
-  bool is_full = false;  // no memory for peers or networks is left
-  size_t shown() {       // allocations that peers or networks are shown
+  std::map<uint32_t, std::set<uint64_t>> took;  // by threads of a block, the bytes of shared memory of all launches
+  bool is_full = false;                         // no memory for peers or networks is left
+  size_t shown() {                              // allocations that peers or networks are shown
     const std::lock_guard<std::mutex> lock(sharing_);
     return shared.size();
   }
