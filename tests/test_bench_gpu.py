@@ -113,7 +113,7 @@ def test_bytes_of_the_halves() -> None:
         9 * 512 + 7 * 512,
         8 * 512 + x,
     )
-    assert gpu.half_link_bytes(SHAPE, 4, 2, 3) == (4 * 304, 2 * 304, 3 * 512, 0)
+    assert gpu.half_link_bytes(SHAPE, 4, 3) == (4 * 304, 0, 3 * 512, 0)
 
 
 def test_rows_that_a_dispatch_stores() -> None:
@@ -122,9 +122,9 @@ def test_rows_that_a_dispatch_stores() -> None:
     ids = torch.tensor([[0, 2], [2, 4], [4, 6], [6, 7]])
     sent = shape.rows(ids)
     assert sent == [1, 2, 2, 2]
-    assert gpu._stored(shape, ids, sent, ["own", "mapped", "mapped", "mapped"]) == 4
-    assert gpu._stored(shape, ids, sent, ["own", "mapped", "tcp", "tcp"]) == 2 + 2 + 2
-    assert gpu._stored(shape, ids, sent, ["own", "tcp", "tcp", "tcp"]) == 7
+    assert gpu._stored(shape, ids, sent, range(4)) == 4
+    assert gpu._stored(shape, ids, sent, [0, 1]) == 2 + 2 + 2
+    assert gpu._stored(shape, ids, sent, [0]) == 7
 
 
 @pytest.mark.parametrize(

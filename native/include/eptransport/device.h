@@ -31,7 +31,7 @@ typedef struct ept_path {
   uint32_t kind;         /* ept_device_kind: NONE (self, masked), MAPPED, PROXY, GPU */
   uint32_t peer;         /* rank */
   uint32_t memory;       /* PROXY: the proxy's number of the memory that sources lie in; GPU: 1: the library copies,
-                            since it has the peer's memory mapped; 0: a NIC does */
+                            since it has the peer's memory mapped; 0: a NIC does; MAPPED: 1: the peer is on this GPU */
   uint32_t region;       /* PROXY: the proxy's number of the peer's region */
   uint64_t source;       /* PROXY, GPU: where the memory of sources begins, in the kernel's address space */
   uint64_t source_bytes; /*   and how long it is; a source outside is refused with ACCESS */

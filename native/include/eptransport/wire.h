@@ -183,8 +183,8 @@ typedef struct ept_lane_ack {
  * are for the same expert, by row and then by k (0 where there is none). So a row's places in a group of its expert
  * follow from the counts of the headers and from itself, whatever other rows say.
  *
- * LISTED. Between ranks that map each other's memory (GPU ranks; so it never goes over a network) a dispatch message
- * with that flag has no rows. After the counts stands a list, uint32_t token[rows]: row j of the message is row
+ * LISTED. Between ranks that map each other's memory (those of one GPU; so it never goes over a network) a dispatch
+ * message with that flag has no rows. After the counts stands a list, uint32_t token[rows]: row j of the message is row
  * token[j] of the source's own: in the source's lane, in the region of its message to itself, as far behind the
  * beginning as the longest header of any rank. There a row stands once, for all ranks that read it: `expert` has the
  * rank above its 16 bits of the local number, -1 where none is; `ordinal` counts in the message to that rank. It stands
@@ -219,7 +219,7 @@ typedef enum ept_moe_flag {
   EPT_MOE_LATE_WEIGHTS = 2, /* phase dispatch: weights only */
   EPT_MOE_ROW_WEIGHTS = 4,  /* combine rows carry row_weights */
   EPT_MOE_NO_WEIGHTS = 8,   /* dispatch without topk_weights: they come at combine, or are 1 */
-  EPT_MOE_LISTED = 16       /* dispatch, between GPU ranks that map each other's memory: see LISTED */
+  EPT_MOE_LISTED = 16       /* dispatch, between ranks that map each other's memory: see LISTED */
 } ept_moe_flag;
 
 typedef struct ept_moe_header {

@@ -146,7 +146,7 @@ struct LaneTable {
   char *const *in;     // [world] where this lane's receive half for messages of that source begins
   uint32_t proxied;    // 1: some peer is behind a proxy, which sends from the lane's memory (a path's source)
   uint32_t initiates;  // Initiates, of all paths of kind GPU
-  uint32_t lists;      // 1: dispatch's messages to who maps this lane are listed (wire.h), since some other rank does
+  uint32_t lists;  // 1: dispatch's messages to this rank and to others of its GPU are listed (wire.h): there are some
   const ept_path *paths;   // [world]
   uint64_t *const *words;  // [world] where the signals of that source stand: uint64_t[kSignals]
   uint32_t *done;          // [world] pieces of the message to that rank that are packed; 0 between launches

@@ -102,6 +102,8 @@ class DispatchPlan {
     const uint32_t back = blockDim.x - 1 - threadIdx.x;
     for (uint32_t r = back; r < world; r += blockDim.x) {
       s.rows_at[r] = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
+      const bool listed = t.lists && (r == t.rank || (s.rows_at[r] && t.paths[r].memory));
+      s.lists[r] = listed ? a.routing.own : nullptr;
     }
     for (uint32_t r = back < kWarp ? world + 1 : back - kWarp; r <= world; r += blockDim.x - kWarp)
       s.first[r] = a.object.first[r];
@@ -218,11 +220,9 @@ class DispatchPlan {
   // Where the rows for a rank go: a place that follows from its window, or that place() will find; and where its list
   // does. Of the message to this rank itself the list stands apart, since the rows that all lists name stand there.
   EPT_DEVICE void find(uint32_t r) const {
-    s.lists[r] = nullptr;
     if (!s.rows_at[r]) return;
-    char *message = s.rows_at[r] + received();
-    s.rows_at[r] = message + before_rows(r);
-    if (t.lists) s.lists[r] = r == t.rank ? a.routing.own : reinterpret_cast<uint32_t *>(s.rows_at[r]);
+    s.rows_at[r] += received() + before_rows(r);
+    if (s.lists[r] && r != t.rank) s.lists[r] = reinterpret_cast<uint32_t *>(s.rows_at[r]);
   }
   // Bytes of a message before that place.
   EPT_DEVICE uint64_t before_rows(uint32_t r) const {

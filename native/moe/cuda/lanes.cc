@@ -354,7 +354,8 @@ void Lanes::fill_peer(uint32_t l, uint32_t r) {
   path.signal_count = kSignals;
   if (r == rank_) return;
   path.progress = uint64_t(reinterpret_cast<uintptr_t>(progress_ + r));
-  tables_[l].lists = 1;
+  path.memory = peers_[r].same_gpu;
+  tables_[l].lists |= path.memory;
 }
 
 uint64_t Lanes::puts() const {

@@ -45,7 +45,8 @@ struct SendShared {
   char **to;             // [threads] of a warp its token's places; a broadcast costs less than two shuffles
   uint64_t *combine_at;  // [world]
   char **rows_at;        // [world] where row 0 for that rank is packed; before, where the rank's window begins
-  uint32_t **lists;      // [world] of a message that is listed (wire.h), where its list goes; NULL: it has rows
+  uint32_t **lists;      // [world] of a message that is listed (wire.h), where its list goes, once that is known; NULL:
+                         // it has rows
   uint32_t *where;       // [experts]
   uint32_t *counts;      // [experts], placed as `first` says
   uint32_t *before;      // [experts], likewise: of tokens before this block's, and of its own whose ordinals are there

@@ -10,7 +10,7 @@ equal share of its multiprocessors.
 
     floor     the longer of two: the bytes that all ranks of a GPU read and write in a half, over what a copy of 1 GiB
               by the whole GPU reads and writes in a second (with shares: what copies of all ranks at once do); and the
-              bytes that they move between GPUs, over what a copy to the next GPU writes. Caches may beat the first: a
+              bytes that they write to other GPUs, over what a copy to the next GPU writes. Caches may beat the first: a
               message is read soon after it was written
     launch    one tiny kernel, launched alike: what no half could be faster than. It is in the times of all halves
     nccl      all_to_all_single with the same rows, where each rank has a GPU (nccl.py)
@@ -93,7 +93,7 @@ class Phase:
     bytes: int
     """Read and written by all ranks together."""
     link_bytes: int
-    """Of these moved between GPUs."""
+    """Of these written to other GPUs."""
     floor_us: float
     ratio: float
     """Its time to the floor."""
@@ -229,17 +229,14 @@ def half_bytes(shape: Shape, layout: str, stored: int, sent: int, received: int,
     )
 
 
-def half_link_bytes(shape: Shape, stored_away: int, read_away: int, received_from_away: int) -> tuple[int, ...]:
-    """What each half of a rank moves between GPUs: rows of a dispatch that it stores at others, and that it reads
-    there; of a combine, a sum for each row that came from them."""
-    row = shape.dispatch_row
-    return stored_away * row, read_away * row, received_from_away * shape.combine_row, 0
+def half_link_bytes(shape: Shape, sent_away: int, received_from_away: int) -> tuple[int, ...]:
+    """What each half of a rank writes to other GPUs: rows go where they are needed, and are read there."""
+    return sent_away * shape.dispatch_row, 0, received_from_away * shape.combine_row, 0
 
 
-def _stored(shape: Shape, ids: torch.Tensor, sent: Sequence[int], paths: Sequence[str]) -> int:
+def _stored(shape: Shape, ids: torch.Tensor, sent: Sequence[int], near: Sequence[int]) -> int:
     """Rows that a rank's dispatch stores, of those that it sends: a token's once for all ranks that read it from this
-    rank's memory, and for each of the others one."""
-    near = [rank for rank, path in enumerate(paths) if path in ("own", "mapped")]
+    rank's memory, those that are near, and for each of the others one."""
     return shape.tokens_to(ids, near) + sum(sent[rank] for rank in range(shape.ranks) if rank not in near)
 
 
@@ -373,15 +370,11 @@ class _Step:
         received = sum(row[rank.rank] for row in sent)
         placed = pairs if job.layout in ("contiguous", "masked") else received
         own = sent[rank.rank]
-        stored = _stored(shape, ids, own, self.moe.paths)
-        self.bytes = half_bytes(shape, job.layout, stored, sum(own), received, placed)
         away = [other for other in range(shape.ranks) if (other - rank.rank) % self.gpus]
-        mapped = [other for other in away if self.moe.paths[other] == "mapped"]
+        near = [r for r, path in enumerate(self.moe.paths) if r not in away and path in ("own", "mapped")]
+        self.bytes = half_bytes(shape, job.layout, _stored(shape, ids, own, near), sum(own), received, placed)
         self.link_bytes = half_link_bytes(
-            shape,
-            stored_away=sum(own[other] for other in set(away) - set(mapped)),
-            read_away=sum(sent[other][rank.rank] for other in mapped),
-            received_from_away=sum(sent[other][rank.rank] for other in away),
+            shape, sum(own[other] for other in away), sum(sent[other][rank.rank] for other in away)
         )
         with _cuda().stream(self.stream):
             self.nccl = Nccl(shape, rank, self.device, sent) if job.against else None
