@@ -84,9 +84,7 @@ void chosen() {
       CHECK_EQ(world.lanes[r].lanes->over_engine(), !each.puts);
       CHECK_EQ(world.lanes[r].lanes->way, "");
     }
-    Step step = world.draw();
-    const std::vector<Got> expected = world.on_cpu(step);
-    world.compare(step, expected);
+    world.good_steps(1);
     CHECK_EQ(world.library->puts() > 0, each.puts);
   }
   path = EPT_GPU_PATH_GPU, crossover_bytes = 0;
@@ -169,16 +167,10 @@ void measured(const char *what, const std::string &on) {
         CHECK_EQ(lanes.initiates(other), puts && could);
       }
     }
-    for (int i = 0; i < 3; i++) {
-      Step step = world.draw();
-      const std::vector<Got> expected = world.on_cpu(step);
-      world.compare(step, expected);
-    }
+    world.good_steps(3);
     CHECK_EQ(world.library->puts() > tried, puts);
     world.reset();
-    Step step = world.draw();
-    const std::vector<Got> expected = world.on_cpu(step);
-    world.compare(step, expected);
+    world.good_steps(1);
   }
   library_costs = 0;
   path = EPT_GPU_PATH_GPU;
@@ -188,9 +180,7 @@ void measured(const char *what, const std::string &on) {
 void a_card_is_stuck() {
   check::running("a card is stuck");
   World world(moe_test::config_of(2, 4, 2, 32, 6), 51, "ii", over("loopback"));
-  Step step = world.draw();
-  const std::vector<Got> expected = world.on_cpu(step);
-  world.compare(step, expected);
+  world.good_steps(1);
   world.library->stick(true);
   for (uint32_t r = 0; r < 2; r++) {
     Error error;
@@ -219,9 +209,7 @@ void reset_with_puts_under_way() {
     for (uint32_t r = 0; r < 2; r++) world.send(step, r, routings[r]);  // rank 2 never does
     world.gpu->machine.run();
     world.have_patience(kPatience);
-    all[0].arrival = expected[0].arrival;
-    world.make(all[0], step.ranks[0], 0, 0);
-    world.receive(step, 0, routings[0], all[0]);
+    world.receive(step, 0, routings[0], all[0], expected[0]);
     world.gpu->machine.run();
     world.have_patience(60 * moe_test::kSecond);
     Error error;
@@ -247,9 +235,7 @@ void lost() {
   Bytes routing;
   Got got;
   world.send(step, 0, routing);
-  got.arrival = expected[0].arrival;
-  world.make(got, step.ranks[0], 0, 0);
-  world.receive(step, 0, routing, got);
+  world.receive(step, 0, routing, got, expected[0]);
   const uint8_t active[] = {1, 0};
   Error error;
   OK(ept_arena_members(world.net->arenas[0], 1, active, 0, &error), error);

@@ -246,9 +246,7 @@ void between_halves(const std::string &on, uint64_t seed) {
       // Also where the lane has learned of it meanwhile.
       if (turn)
         OK(ept_gpu_moe_members(world.objects[r], step.lane, 0, nullptr, world.stream(r, step.lane), &error), error);
-      all[r].arrival = expected[r].arrival;
-      world.make(all[r], step.ranks[r], r, 0);
-      world.receive(step, r, routings[r], all[r]);
+      world.receive(step, r, routings[r], all[r], expected[r]);
     }
     world.gpu->machine.run();
     for (uint32_t r : world.order()) {
@@ -286,11 +284,7 @@ struct WithoutTwo {
     expected = world.on_cpu(step);
   }
   void send(uint32_t r) { world.send(step, r, routings[r]); }
-  void receive(uint32_t r) {
-    got[r].arrival = expected[r].arrival;
-    world.make(got[r], step.ranks[r], r, 0);
-    world.receive(step, r, routings[r], got[r]);
-  }
+  void receive(uint32_t r) { world.receive(step, r, routings[r], got[r], expected[r]); }
   void sum(uint32_t r) { world.sum(step, r, routings[r], got[r]); }
 
   World &world;

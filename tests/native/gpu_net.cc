@@ -25,11 +25,7 @@ void steps(const char *what, const ept_moe_config &config, const std::string &on
   for (uint32_t r = 0; r < config.world; r++)
     if (world.on_gpu(r)) CHECK(world.lanes[r].lanes->over_engine());
   world.counts_all = true;
-  for (int i = 0; i < count; i++) {
-    Step step = world.draw();
-    const std::vector<Got> expected = world.on_cpu(step);
-    world.compare(step, expected);
-  }
+  world.good_steps(count);
 }
 
 // Those of one node map each other's memory, and nobody else's; what one of them sends takes both ways in one step.
@@ -68,15 +64,9 @@ void homes(const std::string &on, moe_test::Options options, const char *gpu, ui
       ept_gpu_lanes_home(&world.lanes[r], text, sizeof text);
       CHECK_HAS(text, says);
     }
-    for (int i = 0; i < 3; i++) {
-      Step step = world.draw();
-      const std::vector<Got> expected = world.on_cpu(step);
-      world.compare(step, expected);
-    }
+    world.good_steps(3);
     world.reset();
-    Step step = world.draw();
-    const std::vector<Got> expected = world.on_cpu(step);
-    world.compare(step, expected);
+    world.good_steps(1);
   }
   CHECK_EQ(copied() > before, on_gpu);
   home_wished = 0;
@@ -185,9 +175,7 @@ void late(const std::string &on, uint32_t who, uint64_t seed) {
     world.have_patience(kPatience);  // of the receiving half alone
     for (uint32_t r = 0; r < on.size(); r++) {
       if (r == who || !world.on_gpu(r)) continue;
-      all[r].arrival = expected[r].arrival;
-      world.make(all[r], step.ranks[r], r, 0);
-      world.receive(step, r, routings[r], all[r]);
+      world.receive(step, r, routings[r], all[r], expected[r]);
     }
     world.gpu->machine.run();
     world.have_patience(60 * moe_test::kSecond);
@@ -225,9 +213,7 @@ void listed() {
   header->flags |= EPT_MOE_LISTED;
 
   Got got;
-  got.arrival = expected[0].arrival;
-  world.make(got, step.ranks[0], 0, 0);
-  world.receive(step, 0, routing, got);
+  world.receive(step, 0, routing, got, expected[0]);
   world.gpu->machine.run();
   CHECK_EQ(ept_gpu_moe_check(world.objects[0], 0, &error), EPT_E_FAULT);
   CHECK_HAS(error.text, "the message of rank 1 is not of this step (its list of rows in memory that isn't mapped)");
@@ -246,9 +232,7 @@ void lost() {
   Bytes routing;
   Got got;
   world.send(step, 0, routing);
-  got.arrival = expected[0].arrival;
-  world.make(got, step.ranks[0], 0, 0);
-  world.receive(step, 0, routing, got);
+  world.receive(step, 0, routing, got, expected[0]);
   std::thread other([&] {
     Error error;
     OK(ept_engine_mask(world.net->engines[0], 1, 1, "a test", &error), error);
@@ -296,11 +280,7 @@ void refused() {
   larger.max_tokens = 60;
   both(larger, false, EPT_E_UNSUPPORTED, "make the largest AllToAll of the group first");
   both(world.config, true, EPT_E_UNSUPPORTED, "make a group for each");
-  for (int i = 0; i < 2; i++) {
-    Step step = world.draw();
-    const std::vector<Got> expected = world.on_cpu(step);
-    world.compare(step, expected);
-  }
+  world.good_steps(2);
 }
 
 // Ranks of one process whose streams may share a connection: told before any of their kernels waits for another.

@@ -33,11 +33,7 @@ void steps(const char *what, const ept_moe_config &config, const std::string &on
   // Over an engine messages are cut as a CPU rank cuts them; what is mapped needs no staging, and has fewer chunks.
   world.counts_all = on.find('m') == std::string::npos;
   uint64_t grants = 0;
-  for (int i = 0; i < count; i++) {
-    Step step = world.draw();
-    const std::vector<Got> expected = world.on_cpu(step);
-    world.compare(step, expected);
-  }
+  world.good_steps(count);
   for (uint32_t r = 0; r < config.world; r++) {
     ept_moe_stats stats{};
     stats.size = sizeof stats;
@@ -92,9 +88,7 @@ void cut_short(const std::string &on, bool masks, uint64_t seed) {
     world.gpu->machine.run();
     if (!masks) world.have_patience(200'000'000);
     for (uint32_t r = 0; r < stays; r++) {
-      all[r].arrival = expected[r].arrival;
-      world.make(all[r], step.ranks[r], r, 0);
-      world.receive(step, r, routings[r], all[r]);
+      world.receive(step, r, routings[r], all[r], expected[r]);
     }
     std::thread other([&] {
       Error error;
@@ -113,9 +107,7 @@ void cut_short(const std::string &on, bool masks, uint64_t seed) {
     if (masks) return;
     world.reset();
   }
-  Step step = world.draw();
-  const std::vector<Got> expected = world.on_cpu(step);
-  world.compare(step, expected);
+  world.good_steps(1);
 }
 
 // Halves take what needs no grant; a longer batch is refused before anything is sent, and the group goes on.

@@ -183,9 +183,7 @@ void in_the_way(const std::string &on, uint64_t seed) {
     world.gpu->machine.run();
     all_get(world, ept_arena_suspend, 300'000'000, EPT_E_TIMEOUT, "to suspend the group");
     for (uint32_t r = 0; r < on.size(); r++) {
-      all[r].arrival = expected[r].arrival;
-      world.make(all[r], step.ranks[r], r, 0);
-      world.receive(step, r, routings[r], all[r]);
+      world.receive(step, r, routings[r], all[r], expected[r]);
       world.sum(step, r, routings[r], all[r]);
     }
     world.gpu->machine.run();

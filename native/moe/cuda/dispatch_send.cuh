@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // dispatch_send.cuh: quantisation and packing. Each block reads each of its tokens once. It stores its row once in this
-// rank's own memory, where all ranks that have that mapped read it (wire.h, LISTED), and at every other that it goes to
-// (dispatch_plan.cuh says where).
+// rank's own memory, where it is read by itself and by those of its GPU that have that mapped (wire.h, LISTED), and at
+// every other rank that it goes to (dispatch_plan.cuh says where).
 //
 // All that a block must know before its first row (tables, windows, ids) is asked for at once, by other threads each,
 // since a step of few tokens is a chain of waits for memory and little else.

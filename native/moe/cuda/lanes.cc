@@ -59,7 +59,7 @@ uint64_t besides(const Object &object) {
   const auto receive = [&](Carve &carve) { recv_shared(carve, 0, config.world, object.local()); };
   const auto combine = [&](Carve &carve) { combine_shared(carve, 0, config.world); };
   if (!object.shape.streams()) return std::max({bytes(send), bytes(receive), bytes(combine)});
-  // Both halves of a streamed call are one launch, in which each warp knows what is next for it of each rank.
+  // Both halves of a streamed call are one launch, in which each warp knows its next row of each rank, and to each.
   const auto chunks = [&](Carve &carve) {
     out_shared(carve, config.world);
     in_shared(carve, kWide, config.world);
