@@ -229,13 +229,8 @@ void reset_with_puts_under_way() {
 void lost() {
   check::running("a rank that is gone");
   World world(moe_test::config_of(2, 4, 2, 32, 6), 31, "ii", over("loopback"));
-  Step step = world.draw();
-  step.lane = 0;
-  const std::vector<Got> expected = world.on_cpu(step);
-  Bytes routing;
-  Got got;
-  world.send(step, 0, routing);
-  world.receive(step, 0, routing, got, expected[0]);
+  FirstSend first(world);
+  first.receive();
   const uint8_t active[] = {1, 0};
   Error error;
   OK(ept_arena_members(world.net->arenas[0], 1, active, 0, &error), error);

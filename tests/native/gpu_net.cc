@@ -194,13 +194,9 @@ void late(const std::string &on, uint32_t who, uint64_t seed) {
 void listed() {
   check::running("a list where rows should be");
   World world(moe_test::config_of(2, 4, 2, 32, 6), 63, "gc", over("loopback"));
-  Step step = world.draw();
-  step.lane = 0;
-  const std::vector<Got> expected = world.on_cpu(step);
-  Bytes routing;
-  world.send(step, 0, routing);
+  FirstSend first(world);
   Error error;
-  const ept_dispatch_args args = world.dispatch_args(step, step.ranks[1], -1);
+  const ept_dispatch_args args = world.dispatch_args(first.step, first.step.ranks[1], -1);
   OK(ept_moe_dispatch_send(world.net_objects[1], &args, &error), error);
   world.gpu->machine.run();
 
@@ -212,12 +208,11 @@ void listed() {
   CHECK_EQ(header->magic, EPT_MOE_MAGIC);
   header->flags |= EPT_MOE_LISTED;
 
-  Got got;
-  world.receive(step, 0, routing, got, expected[0]);
+  first.receive();
   world.gpu->machine.run();
   CHECK_EQ(ept_gpu_moe_check(world.objects[0], 0, &error), EPT_E_FAULT);
   CHECK_HAS(error.text, "the message of rank 1 is not of this step (its list of rows in memory that isn't mapped)");
-  CHECK_EQ(got.num_rows, 0);
+  CHECK_EQ(first.got.num_rows, 0);
   world.reset();
   world.good_steps(1);
 }
@@ -226,13 +221,8 @@ void listed() {
 void lost() {
   check::running("a rank that is gone");
   World world(moe_test::config_of(2, 4, 2, 32, 6), 31, "gg", over("loopback"));
-  Step step = world.draw();
-  step.lane = 0;
-  const std::vector<Got> expected = world.on_cpu(step);
-  Bytes routing;
-  Got got;
-  world.send(step, 0, routing);
-  world.receive(step, 0, routing, got, expected[0]);
+  FirstSend first(world);
+  first.receive();
   std::thread other([&] {
     Error error;
     OK(ept_engine_mask(world.net->engines[0], 1, 1, "a test", &error), error);
@@ -242,7 +232,7 @@ void lost() {
   Error error;
   CHECK_EQ(ept_gpu_moe_check(world.objects[0], 0, &error), EPT_E_FAULT);
   CHECK_HAS(error.text, "rank 0 waited for rank 1, which is gone (EPT_E_PEER_LOST)");
-  CHECK_EQ(got.num_rows, 0);
+  CHECK_EQ(first.got.num_rows, 0);
 }
 
 // What can't be is refused on every rank alike, and the group goes on.

@@ -650,4 +650,19 @@ struct World {
   }
 };
 
+// A step of lane 0 that rank 0 has sent.
+struct FirstSend {
+  World &world;
+  Step step;
+  std::vector<Got> expected;
+  Bytes routing;
+  Got got;
+  explicit FirstSend(World &of) : world(of), step(of.draw()) {
+    step.lane = 0;
+    expected = world.on_cpu(step);
+    world.send(step, 0, routing);
+  }
+  void receive() { world.receive(step, 0, routing, got, expected[0]); }
+};
+
 }  // namespace gpu_test
