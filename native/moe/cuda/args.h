@@ -40,6 +40,8 @@ struct Divisor {
 };
 EPT_HD constexpr Divisor divisor(uint32_t by) { return {by, by ? 0xffffffffu / by : 0}; }
 
+EPT_HD constexpr uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
 // A row is moved in vectors of 16 bytes, a warp's worth of them at a time: a round.
 EPT_HD constexpr uint32_t rounds_of(uint32_t vectors) { return (vectors + kWarp - 1) / kWarp; }
 // Into how many parts rows are cut so that each of `warps` has about `each` pieces or more: `rows` of them a block. The
@@ -273,6 +275,7 @@ struct DispatchRecv {
   uint32_t outer;                           // world, local experts, or 1
   Divisor leading;                          // N of the layout
   Divisor blocks;                           // of the launch
+  uint32_t scale_runs;                      // 1: a row's scales stand together, in whole vectors
   uint32_t turn;                            // so many blocks later the next source's first rows are dealt
   Strided x, scales, ids, weights, source;  // data NULL: not wanted
   int32_t *counts, *offsets, *num_rows;

@@ -39,7 +39,8 @@ class DispatchPlaces {
  protected:
   // A source's rows are dealt to the blocks in turn, of each source from another block on: so which are a block's is
   // known before the header says how many there are. A row is copied in so many pieces, as if all sources had as many
-  // rows as this one. Divisions are slow: one warp makes them, once.
+  // rows as this one: in as few as keep all warps at work where the copy engine has the work of bytes (8 ranks x 16:
+  // 45.5 us for 47.9 in halves). Divisions are slow: one warp makes them, once.
   EPT_DEVICE uint32_t first_of(uint32_t source) const {
     const uint32_t turned = source * a.turn, turn = turned - a.blocks.of(turned) * gridDim.x;
     return blockIdx.x >= turn ? blockIdx.x - turn : blockIdx.x + gridDim.x - turn;
@@ -51,7 +52,8 @@ class DispatchPlaces {
     SourceRun &run = s.runs[source];
     run.first = first;
     run.rows = each + (first < more ? 1 : 0);
-    run.parts = divisor(parts_of(a.blocks.of(s.rows[source] * world + gridDim.x - 1), warps(), vectors, 4, kPair));
+    const uint32_t rows = a.blocks.of(s.rows[source] * world + gridDim.x - 1), least = has_copies() ? 1 : 4;
+    run.parts = divisor(parts_of(rows, warps(), vectors, least, kPair));
     run.from = is_listed(source) ? there + message_of(source) + object.shape.dispatch_header()
                                  : s.sources.in[source] + message_of(source) + ept_dispatch_header_bytes(local);
   }

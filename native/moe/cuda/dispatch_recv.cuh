@@ -4,6 +4,7 @@
 #pragma once
 
 #include "moe/cuda/arrivals.cuh"
+#include "moe/cuda/bulk.cuh"
 #include "moe/cuda/counts.h"
 #include "moe/cuda/dispatch_headers.cuh"
 #include "moe/cuda/dispatch_places.cuh"
@@ -13,7 +14,8 @@ namespace ept::moe::cuda {
 
 class DispatchReceiver : public DispatchPlaces {
  public:
-  EPT_DEVICE DispatchReceiver(const DispatchRecv &args, const RecvShared &shared) : DispatchPlaces(args, shared) {}
+  EPT_DEVICE DispatchReceiver(const DispatchRecv &args, const RecvShared &shared)
+      : DispatchPlaces(args, shared), bulk(shared.ring, shared.arrived) {}
 
   EPT_DEVICE void run() {
     note(t, kDispatchRecv, 0);
@@ -25,6 +27,7 @@ class DispatchReceiver : public DispatchPlaces {
     }
     look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
     if (threadIdx.x == 0) *s.totals = *s.next_blank = 0;
+    bulk.begin();
     const bool all = !taking(t, EPT_PHASE_DISPATCH).out;
     // Of a rank that takes no part nobody else writes them.
     for (uint32_t i = threadIdx.x; i < world * local && !all; i += blockDim.x) s.counts[i] = 0;
@@ -58,6 +61,7 @@ class DispatchReceiver : public DispatchPlaces {
         });
     note(t, kDispatchRecv, 4);
     if (whole) blanks();
+    bulk.end();
   }
 
   // Outputs as if nothing had come: what a faulted lane gives. One block.
@@ -141,7 +145,7 @@ class DispatchReceiver : public DispatchPlaces {
   }
 
  protected:
-  EPT_DEVICE void copy(uint32_t source, uint32_t unit) const {
+  EPT_DEVICE void copy(uint32_t source, uint32_t unit) {
     const SourceRun &run = s.runs[source];
     const uint32_t nth = run.parts.of(unit), part = unit - nth * run.parts.by, j = run.first + nth * gridDim.x;
     const uint32_t its = is_listed(source) ? number_of(source, nth) : j;
@@ -149,7 +153,7 @@ class DispatchReceiver : public DispatchPlaces {
     const char *row = run.from + uint64_t(its) * row_bytes;
     Beside beside;
     int32_t place = -1;
-    payload(row, span_of(vectors, part, run.parts, kPair), [&] {
+    move(row, span_of(vectors, part, run.parts, kPair), part + 1 == run.parts.by, [&] {
       if (per_expert && lane_id() < top_k) beside.pair = pair_of(source, row, lane_id());
       if (part == 0) ask(source, row, beside);
       if (per_expert)
@@ -165,6 +169,38 @@ class DispatchReceiver : public DispatchPlaces {
   }
 
   // where() gives the lane a place of the row, or -1, while the first of it comes.
+  template <class Where>
+  EPT_DEVICE void move(const char *row, const Span16 &span, bool last, Where where) {
+    if (has_copies())
+      runs(row, span, last, where);
+    else
+      payload(row, span, where);
+  }
+  // Scales stand behind the payload, and move with its last part where they stand together in the output too.
+  EPT_DEVICE bool scales_in_runs() const { return has_copies() && a.scale_runs; }
+  // By the copy engine.
+  template <class Where>
+  EPT_DEVICE void runs(const char *row, const Span16 &span, bool last, Where where) {
+    const uint32_t payload = a.x.data ? (span.to - span.from) * 16 : 0;
+    const uint32_t from = a.x.data ? span.from * 16 : uint32_t(ept_row_scales(object.payload));
+    const uint32_t all = payload + (last && scales_in_runs() ? a.scale_bytes : 0);
+    uint32_t done = 0, bytes = smaller(all, BulkRun::kMost);
+    if (bytes) bulk.fetch(row + from, bytes);
+    const int32_t place = where();
+    char *x = place >= 0 && payload ? a.x.at(uint64_t(place)) + from : nullptr;
+    char *scales = place >= 0 && all > payload ? a.scales.at(uint64_t(place)) : nullptr;
+    while (bytes) {
+      const char *run = bulk.await();
+      const uint32_t its = done < payload ? smaller(bytes, payload - done) : 0;
+      if (x && its) bulk.put(x + done, run, its);
+      if (scales && its < bytes) bulk.put(scales + (done + its - payload), run + its, bytes - its);
+      bulk.end_puts();
+      done += bytes;
+      bytes = smaller(all - done, BulkRun::kMost);
+      if (bytes) bulk.fetch(row + from + done, bytes);
+    }
+  }
+  // By threads.
   template <class Where>
   EPT_DEVICE void payload(const char *row, const Span16 &span, Where where) const {
     const uint32_t until = a.x.data ? span.to : 0;
@@ -197,6 +233,7 @@ class DispatchReceiver : public DispatchPlaces {
   EPT_DEVICE void ask(uint32_t source, const char *row, Beside &its) const {
     if (!per_expert && lane_id() < top_k) its.pair = pair_of(source, row, lane_id());
     its.token = *reinterpret_cast<const uint32_t *>(row + ept_row_token(object.payload, a.scale_bytes));
+    if (scales_in_runs()) return;
     const char *scales = row + ept_row_scales(object.payload);
     EPT_UNROLL
     for (uint32_t i = 0; i < 2; i++) its.scales[i] = scale_at(scales, lane_id() + i * kWarp);
@@ -208,7 +245,7 @@ class DispatchReceiver : public DispatchPlaces {
     if (its.token >= object.max_tokens && lane_id() == 0)
       raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, object.max_tokens,
                   its.token);
-    if (a.scales.data) scatter(row + ept_row_scales(object.payload), its, place, places);
+    if (a.scales.data && !scales_in_runs()) scatter(row + ept_row_scales(object.payload), its, place, places);
     // A place a lane.
     if (place >= 0 && a.source.data) {
       char *to = a.source.at(uint64_t(place));
@@ -338,6 +375,9 @@ class DispatchReceiver : public DispatchPlaces {
     }
     return row - s.starts[low] < s.sums[low];
   }
+
+ protected:
+  BulkRun bulk;
 };
 
 }  // namespace ept::moe::cuda

@@ -15,12 +15,13 @@ struct alignas(16) Piece {
 };
 
 // What a launch takes at least, so that all take the same: the ring, and beside it 16 KiB, or, if that is more, each
-// thread's place and the most that a kernel of the lane needs besides. A multiprocessor divides its memory between
-// cache and shared memory when it is idle, by what its next block takes, and not while that block runs. So a block of
-// 66 KiB that waits for a peer's left no room for that one of 70, with memory for three of them. 16 KiB are enough for
-// 64 ranks and 256 experts, but for long batches.
+// thread's place, each warp's barrier and the most that a kernel of the lane needs besides. A multiprocessor divides
+// its memory between cache and shared memory when it is idle, by what its next block takes, and not while that block
+// runs. So a block of 66 KiB that waits for a peer's left no room for that one of 70, with memory for three of them. 16
+// KiB are enough for 64 ranks and 256 experts, but for long batches.
 constexpr uint64_t least_shared(uint32_t threads, uint64_t besides = 0) {
-  const uint64_t ring = kAhead * sizeof(Piece) * threads, beside = sizeof(char *) * threads + besides;
+  const uint64_t ring = kAhead * sizeof(Piece) * threads;
+  const uint64_t beside = sizeof(char *) * threads + sizeof(uint64_t) * (threads / kWarp) + besides;
   return ring + (beside < 16384 ? 16384 : beside);
 }
 
@@ -98,6 +99,7 @@ struct RecvShared {
   Sources sources;
   char **to;             // [threads] as SendShared's
   SourceRun *runs;       // [world]
+  uint64_t *arrived;     // [warps] barriers of the copy engine (bulk.cuh)
   uint64_t *return_at;   // [world]
   uint32_t *rows;        // [world]
   uint32_t *begin;       // [world + 1] of each source's rows in the order of all rows
@@ -116,6 +118,7 @@ EPT_HD inline RecvShared recv_shared(Carve &carve, uint32_t threads, uint32_t wo
   s.sources = sources(carve, world);
   s.to = carve.take<char *>(threads);
   s.runs = carve.take<SourceRun>(world);
+  s.arrived = carve.take<uint64_t>(threads / kWarp);
   s.return_at = carve.take<uint64_t>(world);
   s.rows = carve.take<uint32_t>(world);
   s.begin = carve.take<uint32_t>(world + 1);
@@ -205,6 +208,7 @@ EPT_HD inline StreamedDispatchShared streamed_dispatch_shared(Carve &carve, uint
   s.recv = recv_shared(carve, 0, world, local);
   s.recv.ring = s.send.ring;
   s.recv.to = s.send.to;
+  s.recv.arrived = carve.take<uint64_t>(threads / kWarp);
   s.out = out_shared(carve, world);
   s.in = in_shared(carve, threads, world);
   return s;

@@ -37,6 +37,12 @@ Strided strided(const ept_tensor &tensor, int dims) {
   return {rows.data, rows.outer, rows.inner, rows.column, divisor(uint32_t(rows.leading))};
 }
 
+// Each row's scales side by side, as the copy engine takes them (bulk.cuh).
+bool stand_in_runs(const Strided &scales, const GpuObject::Carried &carried) {
+  const auto start = uint64_t(reinterpret_cast<uintptr_t>(scales.data));
+  return scales.data && scales.column == int64_t(carried.scale_size) &&
+         (start | uint64_t(scales.outer) | uint64_t(scales.inner) | carried.scale_bytes) % 16 == 0;
+}
 bool per_expert(int32_t layout) { return layout == EPT_LAYOUT_CONTIGUOUS || layout == EPT_LAYOUT_MASKED; }
 
 RoutingArrays arrays(const GpuObject &moe, void *memory, uint64_t tokens) {
@@ -255,6 +261,7 @@ void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o,
   const int dims = two ? 2 : 1;
   a.x = strided(o.x, dims);
   if (carried.scale_bytes) a.scales = strided(o.scales, dims);
+  a.scale_runs = stand_in_runs(a.scales, carried);
   a.ids = strided(o.topk_ids, dims);
   a.weights = strided(o.topk_weights, dims);
   a.source = strided(o.source, dims);

@@ -142,6 +142,7 @@ class StreamedReceiver : public DispatchReceiver {
     for (uint32_t i = threadIdx.x; i < world * local; i += blockDim.x) s.counts[i] = 0;
     look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
     if (threadIdx.x == 0) *s.totals = *s.next_blank = 0;
+    bulk.begin();
   }
   EPT_DEVICE bool read(const Roles &roles) {
     if (what.discards) {
@@ -149,7 +150,10 @@ class StreamedReceiver : public DispatchReceiver {
         if (in.lead(roles.reader(), roles.readers()) == Led::kFaulted) return false;
       return true;
     }
-    return read_rows(t, roles, chunks, w, in, [&](uint32_t source, uint32_t row) { copy_row(source, row); });
+    const bool whole =
+        read_rows(t, roles, chunks, w, in, [&](uint32_t source, uint32_t row) { copy_row(source, row); });
+    bulk.end();
+    return whole;
   }
   // When all rows are read, and a barrier: what stands beside them. All threads.
   EPT_DEVICE void tail() {
@@ -252,7 +256,7 @@ class StreamedReceiver : public DispatchReceiver {
     if (lane_id() == 0) s.runs[source].flags = w.flags[source];  // the same, whoever writes it
     __syncwarp();
     Beside beside;
-    payload(row, {0, vectors}, [&] {
+    move(row, {0, vectors}, true, [&] {
       if (per_expert && lane_id() < top_k) beside.pair = pair_of(source, row, lane_id());
       ask(source, row, beside);
       return at;

@@ -13,6 +13,7 @@ namespace simt {
 namespace {
 
 constexpr size_t kStack = 64 << 10;
+constexpr uint32_t kAsked = 1 << 20;  // turns in which a warp's first thread asks for a copy
 
 uint64_t now_ns() {
   timespec t;
@@ -35,6 +36,8 @@ void enter() {
   Context::entered(scheduler);
   Launch &launch = *running->launch;
   launch.entry(launch.argument.data());
+  if (!running->copies.empty())
+    check::failed(__FILE__, __LINE__, where() + " ends before what it copies out is written");
   launch.left--;
   running->launch = nullptr;
   leave();
@@ -58,6 +61,12 @@ const uint64_t *meet(Meeting &meeting, uint32_t index, const char *operation, ui
   }
   leave();
   return values;
+}
+
+void check_run(const char *to, const char *from, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) misaligned(to);
+  if (reinterpret_cast<uintptr_t>(from) % 16) misaligned(from);
+  if (bytes % 16 || !bytes) check::failed(__FILE__, __LINE__, where() + " copies " + std::to_string(bytes) + " bytes");
 }
 
 void prepare(Meeting &meeting, uint32_t size) {
@@ -96,6 +105,41 @@ void await_fetches(uint64_t left) {
     memcpy(fetches.front().to, fetches.front().from, 16);
 }
 
+// The word counts phases that are over.
+void make_barrier(uint64_t *barrier) {
+  *barrier = 0;
+  running->state->arriving[barrier].clear();
+}
+void copy_in(char *to, const char *from, uint32_t bytes, uint64_t *barrier) {
+  check_run(to, from, bytes);
+  const auto arriving = running->state->arriving.find(barrier);
+  if (arriving == running->state->arriving.end())
+    check::failed(__FILE__, __LINE__, where() + " copies by a barrier that nobody has made");
+  memset(to, 0xab, bytes);
+  arriving->second.push_back({to, from, bytes, 0});
+}
+void await_copy(uint64_t *barrier, uint32_t parity) {
+  auto &arriving = running->state->arriving[barrier];
+  for (uint32_t turns = 0; *barrier % 2 == parity && arriving.empty(); turns++) {
+    if (turns == kAsked) check::failed(__FILE__, __LINE__, where() + " waits for a copy that nobody asks for");
+    yield();  // to who asks for it
+  }
+  if (*barrier % 2 != parity) return;
+  memcpy(arriving.front().to, arriving.front().from, arriving.front().bytes);
+  arriving.pop_front();
+  ++*barrier;
+}
+void copy_out(char *to, const char *from, uint32_t bytes) {
+  check_run(to, from, bytes);
+  running->copies.push_back({to, from, bytes, running->copy_groups});
+}
+void end_copies() { running->copy_groups++; }
+void await_copies() {
+  auto &copies = running->copies;
+  for (; !copies.empty() && copies.front().group < running->copy_groups; copies.pop_front())
+    memcpy(copies.front().to, copies.front().from, copies.front().bytes);
+}
+
 void misaligned(const void *address) {
   check::failed(__FILE__, __LINE__, where() + " reads or writes 16 bytes at " + check::show_pointer(address));
 }
@@ -119,6 +163,7 @@ void Machine::begin(const void *stream) {
     state.warps.resize(launch.threads / kWarp);
     for (Meeting &warp : state.warps) prepare(warp, kWarp);
     prepare(state.all, launch.threads);
+    state.has_copies = random_() % 2;
     state.shared.assign(launch.shared + 16, char(0xab));  // as on a GPU, nobody has zeroed it
     state.memory = state.shared.data() + (16 - reinterpret_cast<uintptr_t>(state.shared.data()) % 16) % 16;
     for (uint32_t t = 0; t < launch.threads; t++) {
@@ -134,6 +179,8 @@ void Machine::begin(const void *stream) {
       fiber->launch = &launch;
       fiber->fetches.clear();
       fiber->groups = 0;
+      fiber->copies.clear();
+      fiber->copy_groups = 0;
       fiber->context.prepare(enter, kStack);
       runnable.push_back(fiber);
       launch.left++;

@@ -37,9 +37,19 @@ struct Meeting {
   std::vector<struct Fiber *> waiting;
 };
 
+// Bytes that a thread has asked the copy engine for, into shared memory or out of it.
+struct Copy {
+  char *to;
+  const char *from;
+  uint32_t bytes;
+  uint64_t group;
+};
+
 struct BlockState {
   std::vector<Meeting> warps;
   Meeting all;
+  bool has_copies = false;  // drawn: a GPU has the engine, or not
+  std::map<uint64_t *, std::deque<Copy>> arriving;
   std::vector<char> shared;  // with 16 bytes to align by
   char *memory = nullptr;
 };
@@ -60,6 +70,8 @@ struct Fiber {
   Context context;
   std::deque<Fetch> fetches;
   uint64_t groups = 0;  // that were ended
+  std::deque<Copy> copies;
+  uint64_t copy_groups = 0;
 };
 
 using Entry = void (*)(const void *argument);
@@ -109,6 +121,14 @@ const uint64_t *meet_block(const char *operation, uint64_t value);
 void fetch(char *to, const char *from);
 void end_fetches();
 void await_fetches(uint64_t left);
+// Copies in likewise come when somebody waits for their barrier; copies out are read, and written, when their thread
+// waits for that.
+void make_barrier(uint64_t *barrier);
+void copy_in(char *to, const char *from, uint32_t bytes, uint64_t *barrier);
+void await_copy(uint64_t *barrier, uint32_t parity);
+void copy_out(char *to, const char *from, uint32_t bytes);
+void end_copies();
+void await_copies();
 // What this thread's warp has put is told to its block; what this thread knows of, to the GPU (library.h).
 void announce();
 void release();

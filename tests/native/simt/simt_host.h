@@ -50,6 +50,17 @@ template <int kLeft>
 void await_fetches() {
   ::simt::await_fetches(kLeft);
 }
+inline bool has_copies() { return ::simt::here().state->has_copies; }
+inline void make_barrier(uint64_t *barrier) { ::simt::make_barrier(barrier); }
+inline void fence_copies() {}
+inline void copy_in(char *to, const char *from, uint32_t bytes, uint64_t *barrier) {
+  ::simt::copy_in(to, from, bytes, barrier);
+}
+inline void await_copy(uint64_t *barrier, uint32_t parity) { ::simt::await_copy(barrier, parity); }
+inline void copy_out(char *to, const char *from, uint32_t bytes) { ::simt::copy_out(to, from, bytes); }
+inline void end_copies() { ::simt::end_copies(); }
+inline void await_copies_read() { ::simt::await_copies(); }
+inline void await_copies() { ::simt::await_copies(); }
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
