@@ -140,6 +140,9 @@ struct Hardware {
   static EPT_DEVICE void add_release_system(uint64_t *at, uint64_t more) {
     asm volatile("red.release.sys.global.add.u64 [%0], %1;" : : "l"(at), "l"(more) : "memory");
   }
+  static EPT_DEVICE void add_release_device(uint32_t *at, uint32_t more) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" : : "l"(at), "r"(more) : "memory");
+  }
   static EPT_DEVICE uint32_t add_both_device(uint32_t *at, uint32_t more) {
     uint32_t before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(more) : "memory");
@@ -170,6 +173,10 @@ struct Hardware {
   static void release_system(uint64_t *at, uint64_t value) { ref(at).store(value, std::memory_order_release); }
   static void release_device(uint64_t *at, uint64_t value) { ref(at).store(value, std::memory_order_release); }
   static void add_release_system(uint64_t *at, uint64_t more) { ref(at).fetch_add(more, std::memory_order_release); }
+  static void add_release_device(uint32_t *at, uint32_t more) {
+    EPT_RELEASES();
+    ref(at).fetch_add(more, std::memory_order_release);
+  }
   static uint32_t add_both_device(uint32_t *at, uint32_t more) {
     EPT_RELEASES();
     return ref(at).fetch_add(more, std::memory_order_acq_rel);

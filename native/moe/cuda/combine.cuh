@@ -288,13 +288,13 @@ class CombineReceiver {
     const uint32_t number = parts.of(blockIdx.x + gridDim.x * threadIdx.x);
     if (number < a.tokens) prefetch(reinterpret_cast<const char *>(a.routing.parts + uint64_t(number) * fan * 2));
     look_up(t, EPT_PHASE_COMBINE, generation, s.sources);
-    if (!is_faulted(fault)) receive();
+    const bool works = !is_faulted(fault);
+    leave_recv(t, kCombineRecv, EPT_PHASE_COMBINE, generation);
+    if (works) receive();
     note(t, kCombineRecv, 3);
-    const bool last = last_block(t, kCombineRecv, s.word);
-    if (last) {
-      if (fault_of(t)) blank_all();
-      end_half(t, kCombineRecv, &t.state->received[EPT_PHASE_COMBINE], generation);
-    }
+    const bool faulted = is_faulted(t);
+    tell_end(t, EPT_PHASE_COMBINE, generation);
+    if (faulted && all_ended(t, EPT_PHASE_COMBINE, generation, s.word)) blank_all();
     note(t, kCombineRecv, 5);
   }
 

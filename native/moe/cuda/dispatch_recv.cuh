@@ -32,14 +32,18 @@ class DispatchReceiver : public DispatchPlaces {
     // Of a rank that takes no part nobody else writes them.
     for (uint32_t i = threadIdx.x; i < world * local && !all; i += blockDim.x) s.counts[i] = 0;
     for (uint32_t r = threadIdx.x; r < world && !all; r += blockDim.x) s.return_at[r] = 0;
-    if (!is_faulted(fault)) receive();
+    const bool works = !is_faulted(fault);
+    leave_recv(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation);
+    if (works) receive();
+    const uint32_t met = fault_of(t);  // on its way while rows are written
+    bulk.end();
     note(t, kDispatchRecv, 3);
-    const bool last = last_block(t, kDispatchRecv, s.word);
-    if (last) {
-      const uint32_t met = fault_of(t);
-      if (met) blank_all();
-      if (a.mirror && warp_id() == 0) mirror(met);
-      end_half(t, kDispatchRecv, &t.state->received[EPT_PHASE_DISPATCH], generation);
+    const bool faulted = is_faulted(met), tells = a.mirror && blockIdx.x == 0;
+    tell_end(t, EPT_PHASE_DISPATCH, generation);
+    if (faulted || tells) {
+      const bool first = all_ended(t, EPT_PHASE_DISPATCH, generation, s.word);
+      if (faulted && first) blank_all();
+      if (tells && warp_id() == 0) mirror(fault_of(t));
     }
     note(t, kDispatchRecv, 5);
   }
@@ -61,7 +65,6 @@ class DispatchReceiver : public DispatchPlaces {
         });
     note(t, kDispatchRecv, 4);
     if (whole) blanks();
-    bulk.end();
   }
 
   // Outputs as if nothing had come: what a faulted lane gives. One block.
@@ -83,7 +86,7 @@ class DispatchReceiver : public DispatchPlaces {
     for (uint64_t r = first; r <= world; r += step) a.routing.begin[r] = 0;
   }
 
-  // By one warp of the last block, whose own sums are there where the lane has no fault.
+  // By one warp of a block whose own sums are there, where the lane has no fault.
   EPT_DEVICE void mirror(uint32_t met) const {
     const uint64_t epoch = object.mirrored[t.lane] + 1;
     Counts *to = a.mirror->slot(epoch, local);

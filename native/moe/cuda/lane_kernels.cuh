@@ -21,7 +21,7 @@ EPT_KERNEL moe_drain(EPT_ARGUMENT(ept::moe::cuda::Drain) args) {
     if (members.has(source) && has_arrived(t, source, args.phase, generation))
       hear(t, source, landed(t, args.phase, generation, source));
   __syncthreads();
-  if (threadIdx.x == 0) t.state->received[args.phase] = generation + 1;
+  if (threadIdx.x == 0) raise_received(t, args.phase, generation);
 }
 
 // One block, while no other kernel of the lane runs.

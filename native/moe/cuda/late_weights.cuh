@@ -113,8 +113,7 @@ class LateReceiver {
       for (uint32_t source = blockIdx.x; source < t.world; source += gridDim.x)
         if (members.has(source)) read(source);
     }
-    if (last_block(t, kDispatchRecv, word))
-      end_half(t, kDispatchRecv, &t.state->received[EPT_PHASE_DISPATCH], generation);
+    if (last_block(t, kDispatchRecv, word)) end_half(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation);
   }
 
  private:

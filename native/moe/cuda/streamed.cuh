@@ -177,7 +177,7 @@ EPT_DEVICE void run_streamed(const Args &args, const Shared &shared, uint32_t ha
     for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) out.settle_grants(r);
     __syncthreads();
     clear(args.how, t.world, object.experts, object.local);
-    end_half(t, half, &t.state->received[phase], generation);
+    end_half(t, half, phase, generation);
   }
   note(t, half, 5);
 }
