@@ -60,10 +60,11 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
           continue;
         }
         if (!visitor.header(source)) return;
-        show(&s.standing[source], kHeaderIn);
         moved = true;
       }
+      // Others may wait for this header; where it waits for none of theirs, it is shown when the source is ready.
       if (!visitor.may_begin(source)) {
+        if (stands == kAway) show(&s.standing[source], kHeaderIn);
         all = false;
         continue;
       }

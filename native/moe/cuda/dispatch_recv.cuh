@@ -323,7 +323,9 @@ class DispatchReceiver : public DispatchPlaces {
     }
     __syncwarp();
     const uint32_t rows = prefix(s.begin, world, [&](uint32_t r) { return s.rows[r]; });
-    const uint32_t ends = prefix(s.starts, local, [&](uint32_t e) { return aligned(s.sums[e]); });
+    // Where groups follow one another: with 256 experts all warps would wait for it.
+    const bool follow = a.layout == kContiguous || a.offsets;
+    const uint32_t ends = follow ? prefix(s.starts, local, [&](uint32_t e) { return aligned(s.sums[e]); }) : 0;
     if (lane_id() == 0) {
       s.begin[world] = rows;
       s.starts[local] = ends;
