@@ -316,6 +316,10 @@ int main() {
   steps("rows of several steps in fp32", wide, 2, 9);
   steps("more scales than a warp has lanes", quantised(config_of(2, 4, 2, 4736, 24), EPT_SCALES_FP32), 2, 10);
   steps("more bytes of scales than a warp has lanes", quantised(config_of(2, 4, 2, 4864, 24), EPT_SCALES_UE8M0), 2, 11);
+  // The copy engine moves runs of 4 KiB, and with the last of a row its scales, where they are whole vectors.
+  for (uint32_t hidden : {512u, 4096u, 4608u})
+    steps("scales that move with their rows", quantised(config_of(2, 4, 2, hidden, 9), EPT_SCALES_FP32), 3, 13);
+  steps("the same of rows in parts", quantised(config_of(2, 4, 2, 4608, 1), EPT_SCALES_FP32), 12, 13);
   watched();
   same_memory();
   abandoned();
