@@ -131,6 +131,12 @@ void late() {
       for (int32_t n : all[r].source) CHECK_EQ(n, -1);
       for (uint64_t i = 0; i < all[r].x.size; i++) CHECK(all[r].x.data()[i] == 0);
       for (uint64_t i = 0; i < all[r].y.size; i++) CHECK(all[r].y.data()[i] == 0);
+      // Who blanks has asked whether all blocks have ended, and so stands in that count once more.
+      const ept::moe::cuda::Lanes &lanes = *world.lanes[r].lanes;
+      const ept::moe::cuda::LaneState &state = *lanes.table(step.lane).state;
+      const auto asked = [&](uint32_t p) { return state.ended[p][(state.received[p] - 1) & 1] > lanes.blocks(); };
+      CHECK(step.late || asked(EPT_PHASE_DISPATCH));  // late weights were read since, by nobody who asks
+      CHECK(asked(EPT_PHASE_COMBINE));
     }
     world.have_patience(60 * moe_test::kSecond);
     world.reset();
