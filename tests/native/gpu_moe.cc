@@ -232,9 +232,7 @@ void lies() {
       if (lie == 3) list[4] = 6;               // of the 6 that a rank has
       if (lie == 4) *reinterpret_cast<uint32_t *>(row + ept_row_token(header.payload_bytes, header.scale_bytes)) = 5;
 
-      for (uint32_t r = 0; r < 2; r++) {
-        world.receive(step, r, routings[r], all[r], expected[r]);
-      }
+      for (uint32_t r = 0; r < 2; r++) world.receive(step, r, routings[r], all[r], expected[r]);
       world.gpu->machine.run();
       Error error;
       CHECK_EQ(ept_gpu_moe_check(world.objects[1], step.lane, &error), EPT_E_FAULT);

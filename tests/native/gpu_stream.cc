@@ -87,9 +87,7 @@ void cut_short(const std::string &on, bool masks, uint64_t seed) {
     for (uint32_t r = 0; r < stays; r++) world.send(step, r, routings[r]);
     world.gpu->machine.run();
     if (!masks) world.have_patience(200'000'000);
-    for (uint32_t r = 0; r < stays; r++) {
-      world.receive(step, r, routings[r], all[r], expected[r]);
-    }
+    for (uint32_t r = 0; r < stays; r++) world.receive(step, r, routings[r], all[r], expected[r]);
     std::thread other([&] {
       Error error;
       for (uint32_t r = 0; r < stays && masks; r++)

@@ -64,6 +64,7 @@ EPT_HD constexpr uint32_t parts_of(uint32_t rows, uint32_t warps, uint32_t vecto
 class Carve {
  public:
   EPT_HD explicit Carve(char *begin) : begin_(begin), at_(0) {}
+  // At a multiple of the type's size. Lanes::lay leans on it: its paths begin where bytes() ended before them.
   template <class T>
   EPT_HD T *take(uint64_t count) {
     at_ = align_up(at_, sizeof(T));

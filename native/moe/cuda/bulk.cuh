@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // bulk.cuh: rows as the GPU's copy engine moves them, on sm_90 and later: a run of bytes into the warp's ring in shared
-// memory, and from there to each place. So a warp spends nothing on bytes, which were 365 of its 976 instructions for
-// half a row where threads copy (stream.cuh); they do that where there is no such engine.
+// memory, and from there to each place. So what a warp spends doesn't grow with the bytes, which were 365 of its 976
+// instructions for half a row where threads copy (stream.cuh); they do that where there is no such engine.
 //
 // INVARIANT. A warp has one run at a time. It is fetched when each lane has waited until the engine has read what that
 // lane had put of the run before; it is put when its barrier has told that it is there. What the warp has acquired

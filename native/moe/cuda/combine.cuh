@@ -34,7 +34,7 @@ class CombineSender {
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault | (membership ^ present)) && settle(t, kCombineSend, EPT_PHASE_COMBINE, generation);
-    leave_half(t, kCombineSend, EPT_PHASE_COMBINE, generation);
+    leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
     if (works) send();
     note(t, kCombineSend, 3);
     note(t, kCombineSend, 5);

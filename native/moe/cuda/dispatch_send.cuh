@@ -25,7 +25,7 @@ class DispatchSender : public DispatchPlan {
     start();
     begin();
     const bool works = !is_faulted(fault) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    leave_half(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
     if (works) send();
     note(t, kDispatchSend, 5);
   }

@@ -121,7 +121,7 @@ EPT_DEVICE bool all_ended(const LaneTable &t, uint32_t phase, uint64_t generatio
 // A send's end, told at its beginning, since its blocks need nothing of one another when they end: each counts itself
 // out as soon as all its threads have read what the last one changes (generation and settle(), which asks what is
 // open), by a warp that mostly has nothing else to do then. All threads call, after a barrier.
-EPT_DEVICE void leave_half(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
+EPT_DEVICE void leave_send(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
   if (warp_id() != (warps() - 1) / 2) return;
   const uint32_t before = lane_id() == 0 ? device::count_in(&t.state->blocks[half], 1) : 0;
   if (from_lane(before, 0) != gridDim.x - 1) return;

@@ -48,35 +48,20 @@ template <int kLeft>
 EPT_DEVICE void await_fetches() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kLeft) : "memory");
 }
+// The copy engine, by which the kernels of sm_90 and later move runs of bytes (bulk.cuh).
 #if __CUDA_ARCH__ >= 900
-#define EPT_HAS_COPIES
-#endif
-// The copy engine, by which the kernels of sm_90 move runs of bytes (bulk.cuh). The others never call it.
-EPT_DEVICE constexpr bool has_copies() {
-#ifdef EPT_HAS_COPIES
-  return true;
-#else
-  return false;
-#endif
-}
+EPT_DEVICE constexpr bool has_copies() { return true; }
 EPT_DEVICE uint32_t shared_at(const void *at) { return uint32_t(__cvta_generic_to_shared(at)); }
 // A barrier that one arrival completes, with the bytes that it announces.
 EPT_DEVICE void make_barrier(uint64_t *barrier) {
-#ifdef EPT_HAS_COPIES
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(shared_at(barrier)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
   asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
-#endif
 }
 // What this thread sees, its copies see.
-EPT_DEVICE void fence_copies() {
-#ifdef EPT_HAS_COPIES
-  asm volatile("fence.proxy.async.global;" : : : "memory");
-#endif
-}
-// Global to shared memory, and back; all three multiples of 16.
+EPT_DEVICE void fence_copies() { asm volatile("fence.proxy.async.global;" : : : "memory"); }
+// Global to shared memory, and back; both addresses and the length are multiples of 16.
 EPT_DEVICE void copy_in(char *to, const char *from, uint32_t bytes, uint64_t *barrier) {
-#ifdef EPT_HAS_COPIES
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                :
                : "r"(shared_at(barrier)), "r"(bytes)
@@ -85,11 +70,15 @@ EPT_DEVICE void copy_in(char *to, const char *from, uint32_t bytes, uint64_t *ba
                :
                : "r"(shared_at(to)), "l"(from), "r"(bytes), "r"(shared_at(barrier))
                : "memory");
-#endif
+}
+EPT_DEVICE void copy_out(char *to, const char *from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+               :
+               : "l"(to), "r"(shared_at(from)), "r"(bytes)
+               : "memory");
 }
 // The barrier's phases are counted from 0: returns when that of this parity is over.
 EPT_DEVICE void await_copy(uint64_t *barrier, uint32_t parity) {
-#ifdef EPT_HAS_COPIES
   uint32_t over = 0;
   while (!over)
     asm volatile(
@@ -99,33 +88,24 @@ EPT_DEVICE void await_copy(uint64_t *barrier, uint32_t parity) {
         : "=r"(over)
         : "r"(shared_at(barrier)), "r"(parity)
         : "memory");
-#endif
 }
-EPT_DEVICE void copy_out(char *to, const char *from, uint32_t bytes) {
-#ifdef EPT_HAS_COPIES
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
-               :
-               : "l"(to), "r"(shared_at(from)), "r"(bytes)
-               : "memory");
-#endif
-}
-// Those out since the last call are a group of this thread. Then: of all groups what was to be copied is read; all is
+// Copies out since the last call are a group of this thread. Then: of all groups what was to be copied is read; all is
 // written.
-EPT_DEVICE void end_copies() {
-#ifdef EPT_HAS_COPIES
-  asm volatile("cp.async.bulk.commit_group;" : : : "memory");
+EPT_DEVICE void end_copies() { asm volatile("cp.async.bulk.commit_group;" : : : "memory"); }
+EPT_DEVICE void await_copies_read() { asm volatile("cp.async.bulk.wait_group.read 0;" : : : "memory"); }
+EPT_DEVICE void await_copies() { asm volatile("cp.async.bulk.wait_group 0;" : : : "memory"); }
+#else
+// There is none, and nobody calls these.
+EPT_DEVICE constexpr bool has_copies() { return false; }
+EPT_DEVICE void make_barrier(uint64_t *) {}
+EPT_DEVICE void fence_copies() {}
+EPT_DEVICE void copy_in(char *, const char *, uint32_t, uint64_t *) {}
+EPT_DEVICE void copy_out(char *, const char *, uint32_t) {}
+EPT_DEVICE void await_copy(uint64_t *, uint32_t) {}
+EPT_DEVICE void end_copies() {}
+EPT_DEVICE void await_copies_read() {}
+EPT_DEVICE void await_copies() {}
 #endif
-}
-EPT_DEVICE void await_copies_read() {
-#ifdef EPT_HAS_COPIES
-  asm volatile("cp.async.bulk.wait_group.read 0;" : : : "memory");
-#endif
-}
-EPT_DEVICE void await_copies() {
-#ifdef EPT_HAS_COPIES
-  asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
-#endif
-}
 // Orders what a thread does for the other threads of its block. __threadfence_block() would be sequentially consistent,
 // which nobody here needs.
 EPT_DEVICE void fence_block() { asm volatile("fence.acq_rel.cta;" : : : "memory"); }

@@ -26,7 +26,7 @@ class StreamedSender : public DispatchSender {
     const uint32_t fault = fault_of(t);
     begin();
     const bool works = !is_faulted(fault) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    leave_half(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
     if (works) send_first();
     note(t, kDispatchSend, 5);
   }
