@@ -136,6 +136,7 @@ struct LaneState {
   uint64_t sent[2], received[2];  // generations of each phase; the last block of a half raises its own
   uint32_t blocks[kHalves];       // of the launch under way that have counted themselves out
   uint32_t ended[2][2];           // of a recv of each phase, by its generation mod 2: those whose rows are written
+  uint32_t taken[kHalves][2];     // by generation mod 2: pieces of work that warps have taken (taken.cuh)
   uint32_t fault;                 // ept_code as a positive number
   uint32_t membership[kSets];     // 0: nobody was ever masked, and `out` is looked at by nobody
 };

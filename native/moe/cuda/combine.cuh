@@ -9,6 +9,7 @@
 #include "moe/cuda/initiated.cuh"
 #include "moe/cuda/shared.h"
 #include "moe/cuda/sums.cuh"
+#include "moe/cuda/taken.cuh"
 
 namespace ept::moe::cuda {
 
@@ -29,57 +30,54 @@ class CombineSender {
   EPT_DEVICE void run() {
     note(t, kCombineSend, 0);
     const uint32_t fault = fault_of(t), membership = a.routing.membership[0], present = t.state->membership[kNext];
+    Taken taken(t, kCombineSend, generation, s.word);
+    taken.begin();
     begin();
     if (membership != present && threadIdx.x == 0)
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault | (membership ^ present)) && settle(t, kCombineSend, EPT_PHASE_COMBINE, generation);
     leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
-    if (works) send();
+    if (works) send(taken);
     note(t, kCombineSend, 3);
     note(t, kCombineSend, 5);
   }
 
  protected:
   EPT_DEVICE void begin() {
-    if (threadIdx.x == 0) *s.next = 0;
     for (uint32_t r = threadIdx.x; r <= world; r += blockDim.x) s.begin[r] = a.routing.begin[r];
     for (uint32_t r = blockDim.x - 1 - threadIdx.x; r < world; r += blockDim.x) {
-      s.received[r] = t.map.recv(EPT_PHASE_COMBINE, slot()) + a.routing.return_at[r];
-      s.message[r] = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
+      const uint64_t received = t.map.recv(EPT_PHASE_COMBINE, slot()) + a.routing.return_at[r];
+      char *window = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
+      const uint64_t at =
+          t.map.send(EPT_PHASE_COMBINE, slot()) + object.shape.combine_staging(r < t.rank ? r : r - 1).offset;
+      s.received[r] = received;
+      s.message[r] = window ? window + received : staged(t, r, at);
+      s.packing[r] = s.packed[r] = 0;
     }
   }
-  EPT_DEVICE void send() {
+  EPT_DEVICE void send(Taken &taken) {
     note(t, kCombineSend, 1);
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
       expect(t, EPT_PHASE_COMBINE, generation, r, t.map.recv(EPT_PHASE_COMBINE, slot()) + a.routing.combine_at[r]);
     cut = divisor(parts_of((s.begin[world] + gridDim.x - 1) / gridDim.x, warps(), groups, 6, kPair));
     parts = cut.by;
-    const Taking members = taking(t, kNext);
-    for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
-      s.pieces[r] = s.pending[r] = pieces_of(r) + (r % gridDim.x == blockIdx.x && members.has(r));
-      const uint64_t at =
-          t.map.send(EPT_PHASE_COMBINE, slot()) + object.shape.combine_staging(r < t.rank ? r : r - 1).offset;
-      s.message[r] = s.message[r] ? s.message[r] + s.received[r] : staged(t, r, at);
-    }
-    foresee();
-    __syncthreads();
+    const auto look = [&](uint32_t u) { return places_of(u); };
+    const uint32_t first = taken.first(pieces());
+    const Places its = look(first);  // on its way
     headers();
     if (blockIdx.x == 0 && warp_id() == warps() - 1)
       tally(
           t, object, EPT_PHASE_COMBINE, [&](uint32_t r) { return rows_of(r); },
           [&](uint32_t r) { return EPT_MOE_HEADER_BYTES + rows_of(r) * row_bytes; });
     note(t, kCombineSend, 2);
-    // Pieces are dealt to the blocks in turn, over all ranks together; a block's warps take them as they have time,
-    // since a row is the sum of one row or of many.
-    uint32_t before = 0, i = 1;  // rows of the ranks before, in the order of packing
-    for (;;) {
-      const uint32_t u = blockIdx.x + gridDim.x * take_one(s.next);
-      if (u >= s.begin[world] * parts) break;
+    uint32_t i = 1, before = 0;  // the rank that a piece goes to, in the order of packing, and rows of those before
+    work_at(taken, pieces(), first, its, look, [&](uint32_t u, const Places &of) {
       while (u >= (before + rows_of(turn(i))) * parts) before += rows_of(turn(i++));
       const uint32_t number = cut.of(u);
-      row(turn(i), number - before, u - number * parts);
-    }
+      row(turn(i), number - before, u - number * parts, of);
+      return true;
+    });
     post_initiated(
         t, kCombineSend, EPT_PHASE_COMBINE, generation,
         [&](uint32_t r) -> Packed {
@@ -87,60 +85,79 @@ class CombineSender {
         },
         true);
   }
-  // Places and weights of the rows that this block sums come to its multiprocessor: each piece begins by reading them.
-  EPT_DEVICE void foresee() const {
-    const uint32_t all = s.begin[world], u = blockIdx.x + gridDim.x * threadIdx.x;
-    if (u >= all * parts || (a.layout != kContiguous && a.layout != kMasked)) return;
-    const uint32_t turned = cut.of(u) + s.begin[t.rank + 1], number = turned < all ? turned : turned - all;
-    prefetch(reinterpret_cast<const char *>(a.routing.place + uint64_t(number) * top_k));
-    prefetch(reinterpret_cast<const char *>(a.routing.row_weights + uint64_t(number) * top_k));
+  // Pieces are parts of rows, of all ranks in the order of packing.
+  EPT_DEVICE uint32_t pieces() const { return s.begin[world] * parts; }
+  // Where the rows stand that a row is the sum of, and by what each is multiplied: a lane's k, where it has one.
+  struct Places {
+    int32_t place = -1;
+    float weight = 1.0f;
+  };
+  EPT_DEVICE bool sums() const { return a.layout == kContiguous || a.layout == kMasked; }
+  EPT_DEVICE Places places_of_row(uint64_t number) const {
+    Places its;
+    if (lane_id() >= top_k || !sums()) return its;
+    its.place = a.routing.place[number * top_k + lane_id()];
+    if (!a.weights_applied) its.weight = a.routing.row_weights[number * top_k + lane_id()];
+    return its;
+  }
+  EPT_DEVICE Places places_of(uint32_t u) const {
+    if (u >= pieces()) return Places();
+    const uint32_t all = s.begin[world], turned = cut.of(u) + s.begin[t.rank + 1];
+    return places_of_row(turned < all ? turned : turned - all);
   }
   EPT_DEVICE uint32_t turn(uint32_t i) const { return t.rank + i < world ? t.rank + i : t.rank + i - world; }
 
   EPT_DEVICE uint32_t slot() const { return uint32_t(generation & 1); }
-  // Of those of rank r, how many this block's warps take.
-  EPT_DEVICE uint32_t pieces_of(uint32_t rank) const {
-    uint32_t before = 0;
-    for (uint32_t i = 1; turn(i) != rank; i++) before += rows_of(turn(i));
-    return upto((before + rows_of(rank)) * parts) - upto(before * parts);
-  }
-  // Numbers below `end` that are this block's: u mod blocks == its number.
-  EPT_DEVICE uint32_t upto(uint32_t end) const { return end / gridDim.x + (end % gridDim.x > blockIdx.x ? 1 : 0); }
   EPT_DEVICE uint32_t rows_of(uint32_t rank) const { return s.begin[rank + 1] - s.begin[rank]; }
 
-  // Block r mod blocks writes the header for rank r: one piece of that message.
+  // One piece of the message to that rank, by one thread. Who packs its first row writes it too.
+  EPT_DEVICE void header(uint32_t r) {
+    begin_one(r);
+    ept_moe_header h = header_of(t, object, EPT_PHASE_COMBINE, generation, rows_of(r));
+    h.row_bytes = uint32_t(row_bytes);
+    h.payload_bytes = uint32_t(object.returned);
+    h.payload_format = object.returned_format;
+    if (a.row_weights.data) h.flags |= EPT_MOE_ROW_WEIGHTS;
+    put_header(s.message[r], h);
+    if (r == t.rank)
+      post_own(t, EPT_PHASE_COMBINE, generation);
+    else
+      packed_one(r);
+  }
+  // Of the messages without rows, that to rank r by block r mod blocks.
   EPT_DEVICE void headers() {
     const Taking members = taking(t, kNext);
-    for (uint32_t r = blockIdx.x + gridDim.x * warp_id(); r < world; r += gridDim.x * warps()) {
-      if (lane_id() != 0 || !members.has(r)) continue;
-      ept_moe_header h = header_of(t, object, EPT_PHASE_COMBINE, generation, rows_of(r));
-      h.row_bytes = uint32_t(row_bytes);
-      h.payload_bytes = uint32_t(object.returned);
-      h.payload_format = object.returned_format;
-      if (a.row_weights.data) h.flags |= EPT_MOE_ROW_WEIGHTS;
-      put_header(s.message[r], h);
-      if (r == t.rank)
-        post_own(t, EPT_PHASE_COMBINE, generation);
-      else
-        packed_one(r);
-    }
+    for (uint32_t r = blockIdx.x + gridDim.x * warp_id(); r < world; r += gridDim.x * warps())
+      if (lane_id() == 0 && rows_of(r) == 0 && members.has(r)) header(r);
     __syncwarp();
   }
 
-  // A piece of the message to `rank` is packed by the caller's warp. Each block tells the others once, for all of its.
+  // A piece of the message to `rank` is being packed by the caller's warp, and then it is. What a block has packed is
+  // told to the others when none of its warps is at a piece of that message: mostly once, since they are at others
+  // then.
+  EPT_DEVICE void begin_one(uint32_t rank) {
+    if (rank != t.rank) atomicAdd(&s.packing[rank], 1u);
+  }
   EPT_DEVICE void packed_one(uint32_t rank) {
     if (rank == t.rank) return;
     fence_block();
-    const uint32_t before = atomicSub(&s.pending[rank], 1u);
+    atomicAdd(&s.packed[rank], 1u);
+    if (atomicSub(&s.packing[rank], 1u) != 1) return;
+    const uint32_t pieces = atomicExch(&s.packed[rank], 0u);
     fence_block();
     const bool went = goes_in_pieces(t, rank);
-    if (before != 1 || !packed(t, rank, s.pieces[rank], rows_of(rank) * parts + 1, went)) return;
+    if (!pieces || !packed(t, rank, pieces, rows_of(rank) * parts + 1, went)) return;
     post(t, kCombineSend, EPT_PHASE_COMBINE, generation, rank, s.message[rank], s.received[rank],
          EPT_MOE_HEADER_BYTES + (went ? 0 : rows_of(rank) * row_bytes));
   }
 
-  EPT_DEVICE void row(uint32_t rank, uint32_t j, uint32_t part) {
-    fill(s.message[rank] + EPT_MOE_HEADER_BYTES + j * row_bytes, rank, j, part);
+  EPT_DEVICE void row(uint32_t rank, uint32_t j, uint32_t part, const Places &its) {
+    if (lane_id() == 0) {
+      begin_one(rank);
+      if (j == 0 && part == 0) header(rank);
+    }
+    __syncwarp();
+    fill(s.message[rank] + EPT_MOE_HEADER_BYTES + j * row_bytes, rank, j, part, its);
     __syncwarp();
     if (goes_in_pieces(t, rank)) put_filled(rank, j, part);
     if (lane_id() == 0) packed_one(rank);
@@ -163,18 +180,18 @@ class CombineSender {
   }
   // What a part of a row of `count` pieces is: of all that fill it, and of who puts it.
   EPT_DEVICE Span16 share(uint32_t count, uint32_t part) const { return span_of(count, part, cut, kPair); }
-  EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part) const {
+  EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part, const Places &its) {
     const uint64_t number = uint64_t(s.begin[rank]) + j;
-    if (a.layout == kRows || a.layout == kByRank) {
+    if (!sums()) {
       const uint64_t place = a.layout == kRows ? number : rank * a.leading + j;
       convert(to, a.out.at(place), part);
       if (a.row_weights.data && part == 0) put_beside(to, place);
     } else if (a.format == kBF16 && object.returned_format == uint32_t(kBF16))
-      sum<kBF16>(to, number, part);
+      sum<kBF16>(to, its, part);
     else if (element_size(a.format) == 2)
-      sum<kAny2>(to, number, part);
+      sum<kAny2>(to, its, part);
     else
-      sum<kF32>(to, number, part);
+      sum<kF32>(to, its, part);
   }
 
   // A row's weights, and what pads them. top_k is at most a warp's lanes.
@@ -192,7 +209,7 @@ class CombineSender {
     if (a.format == format) {  // every bit as it is
       const Span16 span = share(uint32_t(object.returned / 16), part);
       uint32_t asked = span.from + lane_id(), v = asked;
-      stream<kPair, false, kPairApart>(
+      stream<kPair, Read::kOnce, kPairApart>(
           s.ring, span.rounds(kPair),
           [&] {
             const Fetch here = pair_at(from, asked, span.to);
@@ -217,24 +234,16 @@ class CombineSender {
   }
 
   template <int32_t kFormat>
-  EPT_DEVICE void sum(char *to, uint64_t number, uint32_t part) const {
+  EPT_DEVICE void sum(char *to, const Places &its, uint32_t part) {
     constexpr uint32_t kSize = kFormat == kF32 ? 4 : 2;
     const int32_t from_format = known<kFormat>(a.format), format = known<kFormat>(int32_t(object.returned_format));
     const uint32_t out = element_size(format);
-    int32_t place = -1;
-    float weight = 1.0f;
-    if (lane_id() < top_k) {
-      place = a.routing.place[number * top_k + lane_id()];
-      if (!a.weights_applied) weight = a.routing.row_weights[number * top_k + lane_id()];
-    }
     // Those of lanes that have one, by k, to the first lanes.
-    const uint32_t places = __ballot_sync(kAll, int(place >= 0));
+    const uint32_t places = __ballot_sync(kAll, int(its.place >= 0));
     const auto n = uint32_t(__popc(places));
-    uint32_t rest = places, k = 0;
-    for (uint32_t i = 0; rest; i++, rest &= rest - 1)
-      if (i == lane_id()) k = uint32_t(__ffs(int(rest)) - 1);
-    place = from_lane(place, k);
-    weight = from_lane(weight, k);
+    const uint32_t k = moves_from(places);
+    const int32_t place = from_lane(its.place, k);
+    const float weight = from_lane(its.weight, k);
     const char *row = lane_id() < n ? a.out.at(uint64_t(uint32_t(place))) : nullptr;
     sum_rows<kSize, true>(
         s.ring, row, weight, n, share(groups, part), from_format,
@@ -283,14 +292,12 @@ class CombineReceiver {
   EPT_DEVICE void run() {
     note(t, kCombineRecv, 0);
     const uint32_t fault = fault_of(t);
-    if (threadIdx.x == 0) *s.next = 0;
-    // Of the tokens that this block sums, where their parts are.
-    const uint32_t number = parts.of(blockIdx.x + gridDim.x * threadIdx.x);
-    if (number < a.tokens) prefetch(reinterpret_cast<const char *>(a.routing.parts + uint64_t(number) * fan * 2));
+    Taken taken(t, kCombineRecv, generation, s.word);
+    taken.begin();
     look_up(t, EPT_PHASE_COMBINE, generation, s.sources);
     const bool works = !is_faulted(fault);
     leave_recv(t, kCombineRecv, EPT_PHASE_COMBINE, generation);
-    if (works) receive();
+    if (works) receive(taken);
     note(t, kCombineRecv, 3);
     const bool faulted = is_faulted(t);
     tell_end(t, EPT_PHASE_COMBINE, generation);
@@ -298,15 +305,30 @@ class CombineReceiver {
     note(t, kCombineRecv, 5);
   }
 
-  EPT_DEVICE void receive() {
+  // Where a token's parts are: a lane's, where it has one.
+  struct PartsOf {
+    int32_t rank = -1;
+    uint32_t row = 0;
+  };
+  EPT_DEVICE PartsOf parts_of_token(uint32_t u) const {
+    const uint32_t number = parts.of(u);
+    if (lane_id() >= fan || number >= a.tokens) return PartsOf();
+    const int32_t *its = a.routing.parts + (uint64_t(number) * fan + lane_id()) * 2;
+    return {its[0], uint32_t(its[1])};
+  }
+
+  // Pieces of work are parts of tokens.
+  EPT_DEVICE void receive(Taken &taken) {
     note(t, kCombineRecv, 1);
+    const auto look = [&](uint32_t u) { return parts_of_token(u); };
+    const uint32_t pieces = a.tokens * parts.by, first = taken.first(pieces);
+    const PartsOf its = look(first);  // on its way
     scout(t, kCombineRecv, EPT_PHASE_COMBINE, generation, s.sources, *this);
     note(t, kCombineRecv, 2);
-    for (;;) {
-      const uint32_t u = blockIdx.x + gridDim.x * take_one(s.next);
+    work_at(taken, pieces, first, its, look, [&](uint32_t u, const PartsOf &of) {
       const uint32_t number = parts.of(u);
-      if (number >= a.tokens || !token(number, u - number * parts.by)) return;
-    }
+      return token(number, u - number * parts.by, of);
+    });
   }
 
   EPT_DEVICE void blank_all() const {
@@ -345,24 +367,20 @@ class CombineReceiver {
   }
 
   // False: the lane is faulted.
-  EPT_DEVICE bool token(uint32_t number, uint32_t part) const {
+  EPT_DEVICE bool token(uint32_t number, uint32_t part, const PartsOf &its) {
     const char *from = nullptr;
     uint32_t beside = 0;
     bool rank_is_late = false;
-    if (lane_id() < fan) {
-      const int32_t *its = a.routing.parts + (uint64_t(number) * fan + lane_id()) * 2;
-      const int32_t rank = its[0], row = its[1];
-      if (rank >= 0) {
-        while (!shown(&s.sources.standing[rank], kReady)) {
-          if (fault_of(t)) {
-            rank_is_late = true;
-            break;
-          }
-          EPT_REST();
+    if (its.rank >= 0) {
+      while (!shown(&s.sources.standing[its.rank], kReady)) {
+        if (fault_of(t)) {
+          rank_is_late = true;
+          break;
         }
-        beside = peek(&s.beside[rank]);
-        from = at(uint32_t(rank)) + EPT_MOE_HEADER_BYTES + uint64_t(uint32_t(row)) * (row_bytes + beside);
+        EPT_REST();
       }
+      beside = peek(&s.beside[its.rank]);
+      from = at(uint32_t(its.rank)) + EPT_MOE_HEADER_BYTES + uint64_t(its.row) * (row_bytes + beside);
     }
     __syncwarp();
     if (__ballot_sync(kAll, int(rank_is_late))) return false;
@@ -381,7 +399,7 @@ class CombineReceiver {
     if (lane_id() >= object.top_k) return;
     *reinterpret_cast<float *>(a.row_weights.at(number) + lane_id() * a.row_weights.column) = acc;
   }
-  EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) const {
+  EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) {
     if (a.format == kBF16 && object.returned_format == uint32_t(kBF16))
       sum<kBF16>(number, part, from, n);
     else if (element_size(int32_t(object.returned_format)) == 2)
@@ -391,7 +409,7 @@ class CombineReceiver {
   }
   // kFormat: of what came.
   template <int32_t kFormat>
-  EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) const {
+  EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) {
     constexpr uint32_t kSize = kFormat == kF32 ? 4 : 2;
     const int32_t format = known<kFormat>(int32_t(object.returned_format));
     const int32_t to_format = kFormat == kBF16 ? kBF16 : a.format;

@@ -72,9 +72,10 @@ EPT_DEVICE Taking taking(const LaneTable &t, uint32_t set) {
   return {t.state->membership[set] ? t.out + set * t.world : nullptr};
 }
 // A message is read, or is about to be by who has begun already. One thread. Who raises a generation readies the next
-// one's count.
+// one's counts.
 EPT_DEVICE void raise_received(const LaneTable &t, uint32_t phase, uint64_t generation) {
   t.state->ended[phase][(generation + 1) & 1] = 0;
+  t.state->taken[phase == EPT_PHASE_DISPATCH ? kDispatchRecv : kCombineRecv][(generation + 1) & 1] = 0;
   t.state->received[phase] = generation + 1;
 }
 // The end of a half that waits for its blocks: all threads of the block call. True in the last block, for all its
@@ -134,6 +135,7 @@ EPT_DEVICE void leave_send(const LaneTable &t, uint32_t half, uint32_t phase, ui
   if (lane_id() != 0) return;
   t.state->membership[phase] = taken;
   t.state->blocks[half] = 0;
+  t.state->taken[half][(generation + 1) & 1] = 0;
   t.state->sent[phase] = generation + 1;
 }
 

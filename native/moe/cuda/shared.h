@@ -137,12 +137,11 @@ struct CombineShared {
   Piece *ring;         // [kAhead, threads]
   Sources sources;     // of the receiving half
   uint64_t *received;  // [world] where in that rank's memory it is to be
-  char **message;      // [world] where the message to that rank is packed; before, where its window begins
+  char **message;      // [world] where the message to that rank is packed
   uint32_t *begin;     // [world + 1] of the rows that came
-  uint32_t *pending;   // [world] of this block's pieces of the message to that rank
-  uint32_t *pieces;    // [world]
+  uint32_t *packing;   // [world] pieces of the message to that rank that warps of this block are at,
+  uint32_t *packed;    // [world] and that they have packed, and told nobody of yet
   uint32_t *beside;    // [world] bytes of row weights in a row of that source
-  uint32_t *next;      // of this block's units, the first that no warp has taken
   uint32_t *word;
 };
 EPT_HD inline CombineShared combine_shared(Carve &carve, uint32_t threads, uint32_t world) {
@@ -152,10 +151,9 @@ EPT_HD inline CombineShared combine_shared(Carve &carve, uint32_t threads, uint3
   s.received = carve.take<uint64_t>(world);
   s.message = carve.take<char *>(world);
   s.begin = carve.take<uint32_t>(world + 1);
-  s.pending = carve.take<uint32_t>(world);
-  s.pieces = carve.take<uint32_t>(world);
+  s.packing = carve.take<uint32_t>(world);
+  s.packed = carve.take<uint32_t>(world);
   s.beside = carve.take<uint32_t>(world);
-  s.next = carve.take<uint32_t>(1);
   s.word = carve.take<uint32_t>(1);
   return s;
 }

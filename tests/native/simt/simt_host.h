@@ -37,7 +37,7 @@ inline void store16(char *to, const Vector &v) {
   memcpy(to, &v, sizeof v);
 }
 // They come as late as they may: until then there is something else.
-template <bool kNear>
+template <Read>
 void fetch16(char *to, const char *from) {
   if (reinterpret_cast<uintptr_t>(to) % 16) ::simt::misaligned(to);
   if (reinterpret_cast<uintptr_t>(from) % 16) ::simt::misaligned(from);
@@ -142,6 +142,11 @@ inline unsigned long long atomicAdd(unsigned long long *at, unsigned long long m
 inline unsigned long long atomicMax(unsigned long long *at, unsigned long long value) {
   const unsigned long long before = *at;
   if (before < value) *at = value;
+  return before;
+}
+inline uint32_t atomicExch(uint32_t *at, uint32_t value) {
+  const uint32_t before = *at;
+  *at = value;
   return before;
 }
 inline uint32_t atomicSub(uint32_t *at, uint32_t less) { return atomicAdd(at, 0 - less); }
