@@ -143,6 +143,56 @@ void late() {
   }
 }
 
+// A block begins when all others of its launch have ended: they have done all of a combine's work by then.
+void late_block() {
+  check::running("a combine of which a block begins late");
+  using namespace ept::moe::cuda;
+  uint32_t waited = 0;
+  for (uint64_t seed = 1; seed <= 4; seed++) {
+    World world(moe_test::config_of(3, 6, 2, 64, 40), seed);
+    for (int32_t layout = 0; layout < 4; layout++) {
+      Step step = world.draw();
+      step.row_weights = step.late = false;
+      for (RankStep &s : step.ranks) {
+        s.layout = layout;
+        s.tokens = 40;
+        s.x.make(40 * 64 * 2, 0);
+        s.ids.resize(80);
+        for (size_t i = 0; i < s.ids.size(); i++) s.ids[i] = int64_t(i % 6);
+        s.weights.assign(80, 0.5f);
+        s.late.assign(80, 1);
+      }
+      const std::vector<Got> expected = world.on_cpu(step);
+      std::vector<Got> all(3);
+      std::vector<Bytes> routings(3);
+      for (uint32_t r = 0; r < 3; r++) world.send(step, r, routings[r]);
+      for (uint32_t r = 0; r < 3; r++) world.receive(step, r, routings[r], all[r], expected[r]);
+      world.gpu->machine.run();
+      const auto each = [&](auto launch, auto check) {
+        for (uint32_t r = 0; r < 3; r++) {
+          world.gpu->machine.hold([&] { check(r), waited++; });
+          launch(r);
+          world.gpu->machine.run();
+          world.gpu->machine.hold({});
+        }
+      };
+      each([&](uint32_t r) { world.send_sums(step, r, routings[r], all[r]); },
+           [&](uint32_t r) {
+             for (uint32_t peer = 0; peer < 3; peer++) {
+               const LaneTable &t = world.lanes[peer].lanes->table(step.lane);
+               const uint64_t generation = t.state->received[EPT_PHASE_COMBINE];
+               const uint32_t signal = signal_index(EPT_PHASE_COMBINE, uint32_t(generation & 1));
+               CHECK_EQ(t.words[r][signal], generation / 2 + 1 + t.offsets[r * kSignals + signal]);
+             }
+           });
+      each([&](uint32_t r) { world.receive_sums(step, r, routings[r], all[r]); },
+           [&](uint32_t r) { CHECK(memcmp(all[r].y.data(), expected[r].y.data(), all[r].y.size) == 0); });
+      for (uint32_t r = 0; r < 3; r++) CHECK(memcmp(all[r].y.data(), expected[r].y.data(), all[r].y.size) == 0);
+    }
+  }
+  CHECK(waited > 0);
+}
+
 // An output that is too small, and an id that is none: the lane is faulted, and says which.
 void refused() {
   check::running("outputs too small and ids out of range");
@@ -328,6 +378,7 @@ int main() {
   same_memory();
   abandoned();
   late();
+  late_block();
   refused();
   lies();
   return 0;

@@ -464,11 +464,10 @@ struct World {
     make(got, step.ranks[r], r, 0);
     receive(step, r, routing, got);
   }
-  void sum(Step &step, uint32_t r, Bytes &routing, Got &got) {
+  void send_sums(Step &step, uint32_t r, Bytes &routing, Got &got) {
     Error error;
     RankStep &s = step.ranks[r];
     const ept_combine_args args = combine_args(step, s, got, 0);
-    const ept_tensor y = sums(s, got, 0);
     void *on = stream(r, step.lane);
     float *late = nullptr;
     if (step.late) {
@@ -479,8 +478,16 @@ struct World {
       OK(ept_gpu_moe_late_weights(objects[r], step.lane, &weights, routing.data(), late, on, &error), error);
     }
     OK(ept_gpu_moe_combine_send(objects[r], &args, routing.data(), s.tokens, late, on, &error), error);
-    const ept_tensor beside = summed_weights(step, s, got, 0);
-    OK(ept_gpu_moe_combine_recv(objects[r], step.lane, &y, &beside, routing.data(), on, &error), error);
+  }
+  void receive_sums(Step &step, uint32_t r, Bytes &routing, Got &got) {
+    Error error;
+    const ept_tensor y = sums(step.ranks[r], got, 0), beside = summed_weights(step, step.ranks[r], got, 0);
+    OK(ept_gpu_moe_combine_recv(objects[r], step.lane, &y, &beside, routing.data(), stream(r, step.lane), &error),
+       error);
+  }
+  void sum(Step &step, uint32_t r, Bytes &routing, Got &got) {
+    send_sums(step, r, routing, got);
+    receive_sums(step, r, routing, got);
   }
 
   std::deque<Bytes> lates;

@@ -244,7 +244,13 @@ struct Deal {
   uint32_t units;       // and it in so many: one more, for what else is in it, where a warp would have none
 };
 EPT_HD constexpr Deal deal_of(uint32_t tokens, uint32_t blocks, uint32_t warps, uint32_t vectors) {
-  const uint32_t most = (tokens + blocks - 1) / blocks, parts = parts_of(most, warps, vectors, 2);
+  const uint32_t most = (tokens + blocks - 1) / blocks, least = parts_of(most, warps, vectors, 2);
+  // All warps wait for the one that has the most pieces; what a piece takes beside its bytes is a tenth of a row. So
+  // ten tokens of 16 warps are cut in thirds: two of these take less than two halves.
+  const auto takes = [&](uint32_t by) { return uint64_t((most * by + warps - 1) / warps) * (10 + by); };
+  uint32_t parts = least;
+  for (uint32_t by = least + 1; by <= 2 * least && by <= rounds_of(vectors); by++)
+    if (takes(by) * parts < takes(parts) * by) parts = by;
   return {tokens / blocks, tokens % blocks, divisor(parts), parts + (most * (parts + 1) <= warps ? 1 : 0)};
 }
 

@@ -209,7 +209,7 @@ class CombineSender {
     if (a.format == format) {  // every bit as it is
       const Span16 span = share(uint32_t(object.returned / 16), part);
       uint32_t asked = span.from + lane_id(), v = asked;
-      stream<kPair, Read::kOnce, kPairApart>(
+      stream<kPair, false, kPairApart>(
           s.ring, span.rounds(kPair),
           [&] {
             const Fetch here = pair_at(from, asked, span.to);

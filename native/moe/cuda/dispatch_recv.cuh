@@ -213,14 +213,14 @@ class DispatchReceiver : public DispatchPlaces {
       asked += kPair * kWarp;
       return here;
     };
-    start_stream<kPair, Read::kFar, kPairApart>(s.ring, next);
+    start_stream<kPair, false, kPairApart>(s.ring, next);
     const int32_t place = where();
     const uint32_t places = a.x.data ? __ballot_sync(kAll, int(place >= 0)) : 0;
     const auto n = uint32_t(__popc(places));
     char **to = s.to + warp_id() * kWarp;
     if (places >> lane_id() & 1) to[__popc(places & below())] = a.x.at(uint64_t(place));
     __syncwarp();
-    finish_stream<kPair, Read::kFar, kPairApart>(s.ring, span.rounds(kPair), next, [&](const Vector(&held)[kPair]) {
+    finish_stream<kPair, false, kPairApart>(s.ring, span.rounds(kPair), next, [&](const Vector(&held)[kPair]) {
       put_step(to, n, held, v, span.to);
       v += kPair * kWarp;
     });

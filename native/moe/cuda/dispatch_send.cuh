@@ -77,7 +77,7 @@ class DispatchSender : public DispatchPlan {
     static constexpr uint32_t kRounds = kFormat == kPacked || kFormat == kBF16 ? kPair : 1;
     static constexpr uint32_t kSize = kFormat == kPacked ? 1 : element_size(kFormat);
     static constexpr uint32_t kEach = kRounds * kSize, kApart = kWarp * kSize * 16;
-    static constexpr Read kRead = kSize > 1 ? Read::kNear : Read::kFar;
+    static constexpr bool kNear = kSize > 1;
   };
   // What a lane fetches next of a part of a row.
   template <int32_t kFormat>
@@ -114,7 +114,7 @@ class DispatchSender : public DispatchPlan {
   EPT_DEVICE void fetch(uint32_t token, uint32_t part) const {
     by_step([&](auto step) {
       using Its = decltype(step);
-      start_stream<Its::kEach, Its::kRead, Its::kApart, Its::kSize>(
+      start_stream<Its::kEach, Its::kNear, Its::kApart, Its::kSize>(
           s.ring, Asked<Its::kIts>(row_of(token), span_of(vectors, part, a.deal.parts), 0));
     });
   }
@@ -123,7 +123,7 @@ class DispatchSender : public DispatchPlan {
   EPT_DEVICE void finish(uint32_t token, const Span16 &span, Use use) const {
     using Its = Step<kFormat>;
     uint32_t v = span.from + lane_id();
-    finish_stream<Its::kEach, Its::kRead, Its::kApart, Its::kSize>(
+    finish_stream<Its::kEach, Its::kNear, Its::kApart, Its::kSize>(
         s.ring, span.rounds(Its::kRounds), Asked<kFormat>(row_of(token), span, kFirst<Its::kEach>),
         [&](const Vector(&held)[Its::kEach]) {
           use(held, v);

@@ -13,12 +13,6 @@
 
 #include "eptransport/device.cuh"
 
-namespace ept::moe::cuda {
-// How bytes come: through the multiprocessor's cache, where lanes share sectors; past it; or past it and for the last
-// time, so that the L2 gives them up before others.
-enum class Read { kNear, kFar, kOnce };
-}  // namespace ept::moe::cuda
-
 #ifdef __CUDACC__
 // At most 1,024 threads a block, so at most 64 registers a thread; two blocks of 512 fit a multiprocessor.
 #define EPT_KERNEL extern "C" __global__ void __launch_bounds__(1024, 1)
@@ -39,22 +33,14 @@ EPT_DEVICE Vector load16(const char *from) {
 EPT_DEVICE void store16(char *to, const Vector &v) {
   *reinterpret_cast<uint4 *>(to) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
-// Sixteen bytes that come into shared memory while the thread goes on.
-template <Read kRead>
+// Sixteen bytes that come into shared memory while the thread goes on. kNear: through the cache.
+template <bool kNear>
 EPT_DEVICE void fetch16(char *to, const char *from) {
   const auto shared = uint32_t(__cvta_generic_to_shared(to));
-  if constexpr (kRead == Read::kNear)
+  if (kNear)
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(from) : "memory");
-  else if constexpr (kRead == Read::kFar)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(from) : "memory");
   else
-    asm volatile(
-        "{\n .reg .b64 first;\n"
-        " createpolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
-        " cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, first;\n}"
-        :
-        : "r"(shared), "l"(from)
-        : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(from) : "memory");
 }
 // Those since the last call are a group; await_fetches: all groups of this thread but its last kLeft are in.
 EPT_DEVICE void end_fetches() { asm volatile("cp.async.commit_group;" : : : "memory"); }

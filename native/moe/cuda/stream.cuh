@@ -36,36 +36,36 @@ EPT_DEVICE uint32_t next_piece(uint32_t at) {
 }
 
 // next() is what a lane fetches in the next step. It is asked kFirst times more than there are steps, and has nothing
-// then.
-template <uint32_t kEach, Read kRead, uint32_t kApart, uint32_t kRun, class Next>
+// then. kNear: lanes share sectors of memory, which then come through the cache.
+template <uint32_t kEach, bool kNear, uint32_t kApart, uint32_t kRun, class Next>
 EPT_DEVICE void fetch_step(Piece *into, Next &next) {
   const Fetch step = next();
   EPT_UNROLL
   for (uint32_t i = 0; i < kEach; i++) {
     const uint32_t run = i / kRun * kApart;
     if (step.left > int32_t(run / 16))
-      fetch16<kRead>(reinterpret_cast<char *>(into + i * kWarp), step.from + run + i % kRun * 16);
+      fetch16<kNear>(reinterpret_cast<char *>(into + i * kWarp), step.from + run + i % kRun * 16);
   }
   end_fetches();
 }
 
 // Asks for the first kFirst steps; until finish_stream the thread fetches nothing else.
-template <uint32_t kEach, Read kRead, uint32_t kApart = 16, uint32_t kRun = 1, class Next>
+template <uint32_t kEach, bool kNear, uint32_t kApart = 16, uint32_t kRun = 1, class Next>
 EPT_DEVICE void start_stream(Piece *ring, Next &&next) {
   uint32_t into = own_piece();
   EPT_ROLLED
   for (uint32_t step = 0; step < kFirst<kEach>; step++, into += kEach * kWarp)
-    fetch_step<kEach, kRead, kApart, kRun>(ring + into, next);
+    fetch_step<kEach, kNear, kApart, kRun>(ring + into, next);
 }
 
 // next() goes on with step kFirst; use(vectors) takes those of a step, in the same order, of `steps`: the same number
 // in all lanes. What a lane didn't fetch is anything.
-template <uint32_t kEach, Read kRead, uint32_t kApart = 16, uint32_t kRun = 1, class Next, class Use>
+template <uint32_t kEach, bool kNear, uint32_t kApart = 16, uint32_t kRun = 1, class Next, class Use>
 EPT_DEVICE void finish_stream(Piece *ring, uint32_t steps, Next &&next, Use use) {
   uint32_t at = own_piece(), into = at + kFirst<kEach> * kEach * kWarp;  // the place that the last step was read from
   EPT_ROLLED
   for (uint32_t step = 0; step < steps; step++) {
-    fetch_step<kEach, kRead, kApart, kRun>(ring + into, next);
+    fetch_step<kEach, kNear, kApart, kRun>(ring + into, next);
     await_fetches<int(kFirst<kEach>)>();
     Vector held[kEach];
     EPT_UNROLL
@@ -82,10 +82,10 @@ EPT_DEVICE const Piece *step_at(Piece *ring, uint32_t step) {
   return ring + own_piece() + step % (kAhead / kEach) * (kEach * kWarp);
 }
 
-template <uint32_t kEach, Read kRead, uint32_t kApart = 16, class Next, class Use>
+template <uint32_t kEach, bool kNear, uint32_t kApart = 16, class Next, class Use>
 EPT_DEVICE void stream(Piece *ring, uint32_t steps, Next next, Use use) {
-  start_stream<kEach, kRead, kApart>(ring, next);
-  finish_stream<kEach, kRead, kApart>(ring, steps, next, use);
+  start_stream<kEach, kNear, kApart>(ring, next);
+  finish_stream<kEach, kNear, kApart>(ring, steps, next, use);
 }
 
 // Rows are moved by two vectors a lane and step, a warp's width apart: half of the instructions that a step takes

@@ -25,7 +25,7 @@ EPT_DEVICE void sum_rows(Piece *ring, const char *row, float weight, uint32_t n,
   float acc[kGroups][kGroup] = {};
   const uint32_t until = n ? span.to : 0;
   uint32_t ahead = span.from + lane_id(), ahead_row = 0, group = ahead, at = 0;
-  stream<kPair, Read::kOnce, kApart>(
+  stream<kPair, false, kApart>(
       ring, span.rounds(kGroups) * n,
       [&] {
         const char *from = from_lane(row, ahead_row);

@@ -17,22 +17,25 @@ namespace ept::moe::cuda {
 
 class Taken {
  public:
-  // `word`: of the block's shared memory, this object's until the barrier after first().
+  // `word`: of the block's shared memory, this object's until first() has returned.
   EPT_DEVICE Taken(const LaneTable &t, uint32_t half, uint64_t generation, uint32_t *word)
       : count_(&t.state->taken[half][generation & 1]), word_(word) {}
 
-  // All threads; the caller's barrier ends it.
+  // All threads of the block call both; what is asked for in the first comes until the second.
   EPT_DEVICE void begin() {
-    if (threadIdx.x == 0) *word_ = atomicAdd(count_, warps());
+    if (threadIdx.x == 0) next_ = atomicAdd(count_, warps());
   }
-  // Whole warps from here on. Numbers that are not below `pieces` are none.
+  // The warp's first piece of so many: numbers that are not below that are none. The same count in all blocks.
   EPT_DEVICE uint32_t first(uint32_t pieces) {
     const uint32_t all = gridDim.x * warps();
     none_ = pieces;
-    many_ = pieces >= 2 * all;
     some_ = pieces >= all;
+    many_ = pieces >= 2 * all;
+    if (!some_) return blockIdx.x + gridDim.x * warp_id();
+    if (threadIdx.x == 0) *word_ = next_;
+    __syncthreads();
     ask();
-    return some_ ? *word_ + warp_id() : blockIdx.x + gridDim.x * warp_id();
+    return *word_ + warp_id();
   }
   // The next one, if that is known before this one is done. An answer takes a third of the time of a piece, so where
   // each warp has several, it is asked for ahead; where not, that would take what others are about to begin.

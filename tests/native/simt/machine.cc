@@ -13,6 +13,7 @@ namespace simt {
 namespace {
 
 constexpr size_t kStack = 64 << 10;
+constexpr uint64_t kLate = 1 << 17;   // steps that a block may begin later than others, more than most kernels have
 constexpr uint32_t kAsked = 1 << 20;  // turns in which a warp's first thread asks for a copy
 
 uint64_t now_ns() {
@@ -157,13 +158,18 @@ void Machine::launch(const void *stream, Entry entry, std::vector<char> argument
 
 void Machine::begin(const void *stream) {
   Launch &launch = *streams_[stream].front();
+  const bool has_copies = random_() % 2;
+  // Another kernel has the multiprocessor that a block is to begin on.
+  const bool waits = launch.blocks > 1 && (held_ || random_() % 4 == 0);
+  const uint32_t late = waits ? uint32_t(random_() % launch.blocks) : launch.blocks;
+  if (waits) late_.push_back({&launch, held_ ? UINT64_MAX : steps_ + random_() % kLate, {}});
   for (uint32_t b = 0; b < launch.blocks; b++) {
     launch.states.push_back(std::make_unique<BlockState>());
     BlockState &state = *launch.states.back();
     state.warps.resize(launch.threads / kWarp);
     for (Meeting &warp : state.warps) prepare(warp, kWarp);
     prepare(state.all, launch.threads);
-    state.has_copies = random_() % 2;
+    state.has_copies = has_copies;
     state.shared.assign(launch.shared + 16, char(0xab));  // as on a GPU, nobody has zeroed it
     state.memory = state.shared.data() + (16 - reinterpret_cast<uintptr_t>(state.shared.data()) % 16) % 16;
     for (uint32_t t = 0; t < launch.threads; t++) {
@@ -182,17 +188,29 @@ void Machine::begin(const void *stream) {
       fiber->copies.clear();
       fiber->copy_groups = 0;
       fiber->context.prepare(enter, kStack);
-      runnable.push_back(fiber);
+      (b == late ? late_.back().fibers : runnable).push_back(fiber);
       launch.left++;
     }
   }
 }
 
+// When its time has come, or it is the last of its launch, or nothing else can go on.
+void Machine::begin_late() {
+  std::erase_if(late_, [&](const Late &block) {
+    const bool alone = block.launch->left == block.launch->threads;
+    if (steps_ < block.at && !alone && !runnable.empty()) return false;
+    if (alone && held_) held_();
+    runnable.insert(runnable.end(), block.fibers.begin(), block.fibers.end());
+    return true;
+  });
+}
+
 bool Machine::run(uint64_t deadline_ns) {
   for (auto &[stream, queue] : streams_)
     if (!queue.empty() && queue.front()->states.empty()) begin(stream);
-  for (uint32_t steps = 0; !runnable.empty(); steps++) {
-    if (deadline_ns != UINT64_MAX && steps % 1024 == 0 && now_ns() >= deadline_ns) return false;
+  for (; !runnable.empty() || !late_.empty(); steps_++) {
+    if (deadline_ns != UINT64_MAX && steps_ % 1024 == 0 && now_ns() >= deadline_ns) return false;
+    if (steps_ % 64 == 0 || runnable.empty()) begin_late();
     if (beside_) beside_();
     const size_t at = random_() % runnable.size();
     running = runnable[at];

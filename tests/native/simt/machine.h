@@ -94,6 +94,8 @@ class Machine {
   // After what was launched on that stream before.
   void launch(const void *stream, Entry entry, std::vector<char> argument, uint32_t blocks, uint32_t threads,
               uint64_t shared);
+  // From now on a block of each launch begins when all others have ended, and this was called. Empty: no more than any.
+  void hold(std::function<void()> then) { held_ = std::move(then); }
   // Called at each step of a fiber.
   void beside(std::function<void()> moves) { beside_ = std::move(moves); }
   // Until all that was launched has ended; one thread at a time. False: not by then (CLOCK_MONOTONIC, ns), and the next
@@ -101,9 +103,18 @@ class Machine {
   bool run(uint64_t deadline_ns = UINT64_MAX);
 
  private:
+  // A block that begins later than the others of its launch.
+  struct Late {
+    const Launch *launch;
+    uint64_t at;  // step
+    std::vector<Fiber *> fibers;
+  };
   void begin(const void *stream);
-  std::function<void()> beside_;
+  void begin_late();
+  std::function<void()> beside_, held_;
   std::mt19937_64 random_;
+  uint64_t steps_ = 0;
+  std::vector<Late> late_;
   std::map<const void *, std::deque<std::unique_ptr<Launch>>> streams_;
 };
 

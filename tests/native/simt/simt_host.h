@@ -37,7 +37,7 @@ inline void store16(char *to, const Vector &v) {
   memcpy(to, &v, sizeof v);
 }
 // They come as late as they may: until then there is something else.
-template <Read>
+template <bool kNear>
 void fetch16(char *to, const char *from) {
   if (reinterpret_cast<uintptr_t>(to) % 16) ::simt::misaligned(to);
   if (reinterpret_cast<uintptr_t>(from) % 16) ::simt::misaligned(from);
