@@ -140,9 +140,11 @@ class CombineSender {
   }
   EPT_DEVICE void packed_one(uint32_t rank) {
     if (rank == t.rank) return;
-    fence_block();
+    fence_block();  // who counts this piece has its bytes
     atomicAdd(&s.packed[rank], 1u);
+    fence_block();  // who finds nobody at a piece any more has counted this one
     if (atomicSub(&s.packing[rank], 1u) != 1) return;
+    fence_block();
     const uint32_t pieces = atomicExch(&s.packed[rank], 0u);
     fence_block();
     const bool went = goes_in_pieces(t, rank);
@@ -165,7 +167,7 @@ class CombineSender {
   }
   // What fill has written, and nothing else: other warps write the row's other parts, now or later.
   EPT_DEVICE void put_filled(uint32_t rank, uint32_t j, uint32_t part) const {
-    const bool copies = (a.layout == kRows || a.layout == kByRank) && a.format == int32_t(object.returned_format);
+    const bool copies = !sums() && a.format == int32_t(object.returned_format);
     const uint32_t each = copies ? 16 : kGroup * element_size(int32_t(object.returned_format));
     const uint32_t count = copies ? uint32_t(object.returned / 16) : groups;
     const Span16 span = share(count, part);
