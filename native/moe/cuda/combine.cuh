@@ -295,7 +295,7 @@ class CombineReceiver {
     note(t, kCombineRecv, 0);
     const uint32_t fault = fault_of(t);
     Taken taken(t, kCombineRecv, generation, s.word);
-    taken.begin();
+    taken.begin(pieces());
     // Of few tokens, where the parts of those are that this block sums first.
     const uint32_t number = parts.of(blockIdx.x + gridDim.x * threadIdx.x);
     if (number < a.tokens) prefetch(reinterpret_cast<const char *>(a.routing.parts + uint64_t(number) * fan * 2));
@@ -323,13 +323,14 @@ class CombineReceiver {
   }
 
   // Pieces of work are parts of tokens.
+  EPT_DEVICE uint32_t pieces() const { return a.tokens * parts.by; }
   EPT_DEVICE void receive(Taken &taken) {
     note(t, kCombineRecv, 1);
     const auto look = [&](uint32_t u) { return parts_of_token(u); };
-    const uint32_t pieces = a.tokens * parts.by, first = taken.first(pieces);
+    const uint32_t first = taken.first(pieces());
     scout(t, kCombineRecv, EPT_PHASE_COMBINE, generation, s.sources, *this);
     note(t, kCombineRecv, 2);
-    work_at(taken, pieces, first, look(first), look, [&](uint32_t u, const PartsOf &of) {
+    work_at(taken, pieces(), first, look(first), look, [&](uint32_t u, const PartsOf &of) {
       const uint32_t number = parts.of(u);
       return token(number, u - number * parts.by, of);
     });

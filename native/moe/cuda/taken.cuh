@@ -21,9 +21,10 @@ class Taken {
   EPT_DEVICE Taken(const LaneTable &t, uint32_t half, uint64_t generation, uint32_t *word)
       : count_(&t.state->taken[half][generation & 1]), word_(word) {}
 
-  // All threads of the block call both; what is asked for in the first comes until the second.
-  EPT_DEVICE void begin() {
-    if (threadIdx.x == 0) next_ = atomicAdd(count_, warps());
+  // All threads of the block call both; what is asked for in the first comes until the second. `most`: there are no
+  // more pieces than so many.
+  EPT_DEVICE void begin(uint32_t most = UINT32_MAX) {
+    if (threadIdx.x == 0 && most >= gridDim.x * warps()) next_ = atomicAdd(count_, warps());
   }
   // The warp's first piece of so many: numbers that are not below that are none. The same count in all blocks.
   EPT_DEVICE uint32_t first(uint32_t pieces) {
