@@ -44,15 +44,17 @@ class CombineSender {
   }
 
  protected:
+  // Of a dispatch that met a fault it is anything, and nobody goes there: so no pointer is moved by it.
   EPT_DEVICE void begin() {
     for (uint32_t r = threadIdx.x; r <= world; r += blockDim.x) s.begin[r] = a.routing.begin[r];
     for (uint32_t r = blockDim.x - 1 - threadIdx.x; r < world; r += blockDim.x) {
       const uint64_t received = t.map.recv(EPT_PHASE_COMBINE, slot()) + a.routing.return_at[r];
-      char *window = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
+      const char *window = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
       const uint64_t at =
           t.map.send(EPT_PHASE_COMBINE, slot()) + object.shape.combine_staging(r < t.rank ? r : r - 1).offset;
       s.received[r] = received;
-      s.message[r] = window ? window + received : staged(t, r, at);
+      s.message[r] =
+          window ? device::address<char>(uint64_t(reinterpret_cast<uintptr_t>(window)) + received) : staged(t, r, at);
       s.packing[r] = s.packed[r] = 0;
     }
   }
