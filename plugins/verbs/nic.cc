@@ -230,6 +230,7 @@ int32_t open_nic(Library *library, const Settings &settings, const Room &room, c
   nic->qkey &= INT32_MAX;  // the upper half is for privileged ones
   status = to_ready(library, nic->datagrams.get(), port.number, nic->qkey);
   if (status != 0) return refused(name, "readying a datagram queue pair", status);
+  nic->hears = heard;
   for (uint32_t i = 0; i < heard; ++i) nic->listen(i, ud_id + i);
   for (uint32_t i = kSaid; i-- > 0;) nic->free_said.push_back(i);
   return EPT_OK;
@@ -262,7 +263,7 @@ ibv_ah_attr Nic::way_to(const NicAddress &peer, const Settings &settings) const 
 }
 
 bool Nic::say(ibv_ah *to, const NicAddress &peer, const Message &message, uint64_t wr_id) {
-  if (free_said.empty() || !broken.empty()) return false;
+  if (free_said.empty() || muted || !broken.empty()) return false;
   const uint32_t buffer = free_said.back();
   uint8_t *bytes = said.bytes.get() + size_t{buffer} * kSaidBytes;
   memcpy(bytes, &message, message.size());
@@ -286,6 +287,25 @@ void Nic::listen(uint32_t buffer, uint64_t wr_id) {
                 heard.mr->lkey};
   ibv_recv_wr request{wr_id, nullptr, &range, 1}, *bad = nullptr;
   ibv_post_recv(datagrams.get(), &request, &bad);
+}
+
+void Nic::mute() {
+  if (muted || !broken.empty()) return;
+  muted = true;
+  ibv_qp_attr attributes{};
+  attributes.qp_state = IBV_QPS_ERR;
+  library->modify_qp(datagrams.get(), &attributes, IBV_QP_STATE);
+}
+
+void Nic::unmute() {
+  if (!muted || !broken.empty() || free_said.size() != kSaid || not_heard.size() != hears) return;
+  ibv_qp_attr attributes{};
+  attributes.qp_state = IBV_QPS_RESET;
+  if (library->modify_qp(datagrams.get(), &attributes, IBV_QP_STATE) != 0) return;
+  if (to_ready(library, datagrams.get(), port.number, qkey) != 0) return;
+  muted = false;
+  for (const auto &[buffer, wr_id] : not_heard) listen(buffer, wr_id);
+  not_heard.clear();
 }
 
 const uint8_t *Nic::datagram(uint32_t buffer) const { return heard.bytes.get() + size_t{buffer} * kHeardBytes + kGrh; }

@@ -118,6 +118,11 @@ struct Nic {
   Qp reader;     // by which they go; made when the first is
   uint32_t qkey = 0;
   std::vector<uint32_t> free_said;
+  // A datagram that finds no way (the link is down, and the event is not read yet) may fail their queue pair. Then it
+  // is muted, until all that was posted to it has come back, and made ready again: its number stays what peers know.
+  bool muted = false;
+  uint32_t hears = 0;                                    // receives of datagrams, when it is well
+  std::vector<std::pair<uint32_t, uint64_t>> not_heard;  // while it is muted: those that have come back; buffer, wr_id
 
   bool armed = false;         // asked for a notice, and none was taken since
   std::vector<ibv_wc> stash;  // taken by arm, for the next poll
@@ -128,6 +133,9 @@ struct Nic {
   // False: no buffer, or no room; it is said again later.
   bool say(ibv_ah *to, const NicAddress &peer, const Message &message, uint64_t wr_id);
   void listen(uint32_t buffer, uint64_t wr_id);
+  void mute();
+  // A request of datagrams has come back. Made ready, if it was the last that was missing; else nothing.
+  void unmute();
   // The message of a datagram that came into `buffer`.
   const uint8_t *datagram(uint32_t buffer) const;
   // visible.cc: reads a byte of this process's own memory. False: it could not be posted.

@@ -253,13 +253,24 @@ void ept_instance::read_queue(Nic *nic) {
 
 void ept_instance::completed(Nic *nic, const ibv_wc &completion) {
   const RequestId id = RequestId::of(completion.wr_id);
-  if (id.kind == Request::kSaid) return nic->free_said.push_back(id.low);
+  if (id.kind == Request::kSaid || id.kind == Request::kHeard) {
+    const bool fails = completion.status != IBV_WC_SUCCESS && !nic->muted && nic->broken.empty();
+    if (fails)
+      log(EPT_LOG_INFO, format("verbs: rank %u: datagrams broke on %s: %s (%d)", params.rank, nic->port.device.c_str(),
+                               library->wc_status_str(completion.status), completion.status));
+    if (fails) nic->mute();
+  }
+  if (id.kind == Request::kSaid) {
+    nic->free_said.push_back(id.low);
+    return nic->unmute();
+  }
   if (id.kind == Request::kHeard) {
     constexpr uint32_t kGrh = 40;
     if (completion.status == IBV_WC_SUCCESS && completion.byte_len >= kGrh)
       on_datagram(nic, id.low, completion.byte_len - kGrh);
-    if (completion.status != IBV_WC_WR_FLUSH_ERR) nic->listen(id.low, completion.wr_id);
-    return;
+    if (!nic->muted) return nic->listen(id.low, completion.wr_id);
+    nic->not_heard.emplace_back(id.low, completion.wr_id);
+    return nic->unmute();
   }
   if (id.slot == UINT16_MAX) return read_completed(nic, id, completion);
   Channel *channel = id.slot < slots.size() ? slots[id.slot] : nullptr;
