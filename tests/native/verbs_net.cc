@@ -259,6 +259,9 @@ class Functions final : public verbs::Library {
         CHECK(base->state != IBV_QPS_RESET);
         net_->fail(qp);
         break;
+      case IBV_QPS_RESET:
+        CHECK(ud && base->state == IBV_QPS_ERR && qp->receives.empty() && qp->sends.empty());
+        break;
       default:
         CHECK(!"a state that the plugin never asks for");
     }
@@ -372,6 +375,11 @@ void Net::step() {
 void Net::move_datagram(Qp *qp) {
   const Send send = std::move(qp->sends.front());
   qp->sends.pop_front();
+  if (chance(faults.failed_datagram)) {
+    ++failed_datagrams;
+    complete(qp, send.request.wr_id, IBV_WC_LOC_QP_OP_ERR, IBV_WC_SEND, true, send.index);
+    return fail(qp);
+  }
   complete(qp, send.request.wr_id, IBV_WC_SUCCESS, IBV_WC_SEND, true, send.index);
   const auto found = qps.find(send.request.wr.ud.remote_qpn);
   if (found == qps.end() || dead_paths.count(qp->nic) != 0 || chance(faults.lost_datagram)) return;

@@ -85,9 +85,10 @@ struct Faults {
   uint32_t lost_request = 0;  // its queue pair breaks, and it was not executed, or half of its bytes were
   uint32_t lost_answer = 0;   // its queue pair breaks, and it was executed
   uint32_t lost_datagram = 0, twice = 0;
-  uint32_t refused_post = 0;  // ibv_post_send says ENOMEM
-  uint32_t lazy = 500;        // nothing moves in this step
-  bool rnr = false;           // a missing receive is no fault of the plugin's
+  uint32_t failed_datagram = 0;  // its queue pair fails: the link is down, and no event has told
+  uint32_t refused_post = 0;     // ibv_post_send says ENOMEM
+  uint32_t lazy = 500;           // nothing moves in this step
+  bool rnr = false;              // a missing receive is no fault of the plugin's
 };
 
 struct Net {
@@ -117,7 +118,8 @@ struct Net {
   std::deque<Posted> on_the_way;
   uint64_t reads = 0;
   uint32_t next_number = 100;
-  uint64_t rnr = 0, inlined = 0, relaxed = 0, executed = 0, breaks = 0, doorbells = 0, requests = 0;
+  uint64_t rnr = 0, inlined = 0, relaxed = 0, executed = 0, breaks = 0, failed_datagrams = 0, doorbells = 0,
+           requests = 0;
   uint32_t most_unsignalled = 0;
 
   void complete(Qp *qp, uint64_t wr_id, ibv_wc_status status, ibv_wc_opcode opcode, bool send, uint64_t index);

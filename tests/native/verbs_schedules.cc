@@ -56,6 +56,7 @@ void run(uint64_t seed, Totals *totals) {
     net.faults.lost_request = draw(20);
     net.faults.lost_answer = draw(20);
     net.faults.lost_datagram = draw(400);
+    net.faults.failed_datagram = draw(50);
     net.faults.twice = draw(200);
     net.faults.refused_post = draw(10);
   }
