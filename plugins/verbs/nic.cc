@@ -289,12 +289,13 @@ void Nic::listen(uint32_t buffer, uint64_t wr_id) {
   ibv_post_recv(datagrams.get(), &request, &bad);
 }
 
-void Nic::mute() {
-  if (muted || !broken.empty()) return;
+bool Nic::mute() {
+  if (muted || !broken.empty()) return false;
   muted = true;
   ibv_qp_attr attributes{};
   attributes.qp_state = IBV_QPS_ERR;
   library->modify_qp(datagrams.get(), &attributes, IBV_QP_STATE);
+  return true;
 }
 
 void Nic::unmute() {

@@ -6,10 +6,14 @@
 //    nobody can overrun it, whatever fails: in an error each posted request completes, signalled or not.
 //  - Datagrams hold nothing that is not said again, so none is waited for: no free buffer means that it is not said
 //  now.
+//  - One that finds no way (the link is down, and the event is not read yet) may fail their queue pair. It is muted
+//  then, until all that was posted to it has come back, so that no completion of before names a buffer that was posted
+//  since; and made ready again under its number, which is what peers know.
 #pragma once
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "library.h"
@@ -118,8 +122,6 @@ struct Nic {
   Qp reader;     // by which they go; made when the first is
   uint32_t qkey = 0;
   std::vector<uint32_t> free_said;
-  // A datagram that finds no way (the link is down, and the event is not read yet) may fail their queue pair. Then it
-  // is muted, until all that was posted to it has come back, and made ready again: its number stays what peers know.
   bool muted = false;
   uint32_t hears = 0;                                    // receives of datagrams, when it is well
   std::vector<std::pair<uint32_t, uint64_t>> not_heard;  // while it is muted: those that have come back; buffer, wr_id
@@ -133,7 +135,8 @@ struct Nic {
   // False: no buffer, or no room; it is said again later.
   bool say(ibv_ah *to, const NicAddress &peer, const Message &message, uint64_t wr_id);
   void listen(uint32_t buffer, uint64_t wr_id);
-  void mute();
+  // A request of datagrams failed: their queue pair gives back all that is posted. True: it was well until now.
+  bool mute();
   // A request of datagrams has come back. Made ready, if it was the last that was missing; else nothing.
   void unmute();
   // The message of a datagram that came into `buffer`.

@@ -253,13 +253,10 @@ void ept_instance::read_queue(Nic *nic) {
 
 void ept_instance::completed(Nic *nic, const ibv_wc &completion) {
   const RequestId id = RequestId::of(completion.wr_id);
-  if (id.kind == Request::kSaid || id.kind == Request::kHeard) {
-    const bool fails = completion.status != IBV_WC_SUCCESS && !nic->muted && nic->broken.empty();
-    if (fails)
-      log(EPT_LOG_INFO, format("verbs: rank %u: datagrams broke on %s: %s (%d)", params.rank, nic->port.device.c_str(),
-                               library->wc_status_str(completion.status), completion.status));
-    if (fails) nic->mute();
-  }
+  const bool datagram = id.kind == Request::kSaid || id.kind == Request::kHeard;
+  if (datagram && completion.status != IBV_WC_SUCCESS && nic->mute())
+    log(EPT_LOG_INFO, format("verbs: rank %u: datagrams broke on %s: %s (%d)", params.rank, nic->port.device.c_str(),
+                             library->wc_status_str(completion.status), completion.status));
   if (id.kind == Request::kSaid) {
     nic->free_said.push_back(id.low);
     return nic->unmute();

@@ -143,6 +143,16 @@ void late() {
   }
 }
 
+// Tokens of two experts each, of zeros.
+void routed(RankStep &s, int32_t layout, uint32_t hidden, const std::vector<int64_t> &ids) {
+  s.layout = layout;
+  s.tokens = uint32_t(ids.size() / 2);
+  s.x.make(uint64_t(s.tokens) * hidden * 2, 0);
+  s.ids = ids;
+  s.weights.assign(ids.size(), 1);
+  s.late.assign(ids.size(), 1);
+}
+
 // A block begins when all others of its launch have ended: they have done all of a combine's work by then.
 void late_block() {
   check::running("a combine of which a block begins late");
@@ -153,15 +163,9 @@ void late_block() {
     for (int32_t layout = 0; layout < 4; layout++) {
       Step step = world.draw();
       step.row_weights = step.late = false;
-      for (RankStep &s : step.ranks) {
-        s.layout = layout;
-        s.tokens = 40;
-        s.x.make(40 * 64 * 2, 0);
-        s.ids.resize(80);
-        for (size_t i = 0; i < s.ids.size(); i++) s.ids[i] = int64_t(i % 6);
-        s.weights.assign(80, 0.5f);
-        s.late.assign(80, 1);
-      }
+      std::vector<int64_t> ids(80);
+      for (size_t i = 0; i < ids.size(); i++) ids[i] = int64_t(i % 6);
+      for (RankStep &s : step.ranks) routed(s, layout, 64, ids);
       const std::vector<Got> expected = world.on_cpu(step);
       std::vector<Got> all(3);
       std::vector<Bytes> routings(3);
@@ -201,13 +205,8 @@ void refused() {
     Step step = world.draw();
     step.row_weights = false;
     for (RankStep &s : step.ranks) {
-      s.layout = layout % 4;
+      routed(s, layout % 4, 32, std::vector<int64_t>(12, 3));  // of rank 1
       s.slack = 0;
-      s.tokens = 6;
-      s.x.make(6 * 32 * 2, 0);
-      s.ids.assign(12, 3);  // of rank 1
-      s.weights.assign(12, 1);
-      s.late.assign(12, 1);
     }
     const std::vector<Got> expected = world.on_cpu(step);
     if (layout == 4) step.ranks[0].ids[5] = 4;
@@ -242,14 +241,8 @@ void lies() {
     for (int lie = 0; lie < 5; lie++) {
       Step step = world.draw();
       step.row_weights = false;
-      for (RankStep &s : step.ranks) {
-        s.layout = layout;
-        s.tokens = 6;
-        s.x.make(6 * 32 * 2, 0);
-        s.ids.assign(12, 3);  // of rank 1, which has two experts
-        s.weights.assign(12, 1);
-        s.late.assign(12, 1);
-      }
+      // Of rank 1, which has two experts.
+      for (RankStep &s : step.ranks) routed(s, layout, 32, std::vector<int64_t>(12, 3));
       const std::vector<Got> expected = world.on_cpu(step);
       std::vector<Got> all(2);
       std::vector<Bytes> routings(2);

@@ -44,7 +44,7 @@ class CombineSender {
   }
 
  protected:
-  // Of a dispatch that met a fault it is anything, and nobody goes there: so no pointer is moved by it.
+  // What a dispatch that met a fault leaves is anything, and nobody goes there: so no pointer is moved by it.
   EPT_DEVICE void begin() {
     for (uint32_t r = threadIdx.x; r <= world; r += blockDim.x) s.begin[r] = a.routing.begin[r];
     for (uint32_t r = blockDim.x - 1 - threadIdx.x; r < world; r += blockDim.x) {
@@ -184,7 +184,7 @@ class CombineSender {
   }
   // What a part of a row of `count` pieces is: of all that fill it, and of who puts it.
   EPT_DEVICE Span16 share(uint32_t count, uint32_t part) const { return span_of(count, part, cut, kPair); }
-  EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part, const Places &its) {
+  EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part, const Places &its) const {
     const uint64_t number = uint64_t(s.begin[rank]) + j;
     if (!sums()) {
       const uint64_t place = a.layout == kRows ? number : rank * a.leading + j;
@@ -238,7 +238,7 @@ class CombineSender {
   }
 
   template <int32_t kFormat>
-  EPT_DEVICE void sum(char *to, const Places &its, uint32_t part) {
+  EPT_DEVICE void sum(char *to, const Places &its, uint32_t part) const {
     constexpr uint32_t kSize = kFormat == kF32 ? 4 : 2;
     const int32_t from_format = known<kFormat>(a.format), format = known<kFormat>(int32_t(object.returned_format));
     const uint32_t out = element_size(format);
@@ -374,7 +374,7 @@ class CombineReceiver {
   }
 
   // False: the lane is faulted.
-  EPT_DEVICE bool token(uint32_t number, uint32_t part, const PartsOf &its) {
+  EPT_DEVICE bool token(uint32_t number, uint32_t part, const PartsOf &its) const {
     const char *from = nullptr;
     uint32_t beside = 0;
     bool rank_is_late = false;
@@ -406,7 +406,7 @@ class CombineReceiver {
     if (lane_id() >= object.top_k) return;
     *reinterpret_cast<float *>(a.row_weights.at(number) + lane_id() * a.row_weights.column) = acc;
   }
-  EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) {
+  EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) const {
     if (a.format == kBF16 && object.returned_format == uint32_t(kBF16))
       sum<kBF16>(number, part, from, n);
     else if (element_size(int32_t(object.returned_format)) == 2)
@@ -416,7 +416,7 @@ class CombineReceiver {
   }
   // kFormat: of what came.
   template <int32_t kFormat>
-  EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) {
+  EPT_DEVICE void sum(uint32_t number, uint32_t part, const char *from, uint32_t n) const {
     constexpr uint32_t kSize = kFormat == kF32 ? 4 : 2;
     const int32_t format = known<kFormat>(int32_t(object.returned_format));
     const int32_t to_format = kFormat == kBF16 ? kBF16 : a.format;

@@ -118,7 +118,7 @@ class StreamedCombineSender : public CombineSender {
       for (uint32_t row = first_row(me, n, rank, world); row < until; row += n) pack(rank, row);
     }
   }
-  EPT_DEVICE void pack(uint32_t rank, uint32_t row) {
+  EPT_DEVICE void pack(uint32_t rank, uint32_t row) const {
     fill(out.row_at(rank, row), rank, row, 0, places_of_row(uint64_t(s.begin[rank]) + row));
     out.packed(lane_id() == 0 ? int32_t(rank) : -1, row);
   }
