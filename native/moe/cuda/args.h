@@ -60,6 +60,12 @@ EPT_HD constexpr uint32_t parts_of(uint32_t rows, uint32_t warps, uint32_t vecto
   return parts < 1 ? 1 : parts;
 }
 
+// Whether `rows` of a dispatch's recv, all blocks' together, are claimed one by one (dispatch_claims.cuh): where each
+// warp has two or more.
+EPT_HD constexpr bool are_claimed(uint64_t rows, uint32_t warps, uint32_t blocks) {
+  return rows >= uint64_t(2) * warps * blocks;
+}
+
 // Gives out one piece of memory in parts, in the same order on both sides.
 class Carve {
  public:
@@ -155,6 +161,7 @@ struct LaneTable {
   const ept_path *paths;   // [world]
   uint64_t *const *words;  // [world] where the signals of that source stand: uint64_t[kSignals]
   uint32_t *done;          // [world] pieces of the message to that rank that are packed; 0 between launches
+  uint32_t *claimed;       // [2, world] by generation mod 2: rows of that source's dispatch that are claimed
   uint64_t *tickets;       // [world, kSignals] of the proxy's last put from its staging, + 1; 0: none. Of a path of
                            // kind GPU: how many puts there were
   // [world, kSignals] Of position 0: what that source's counts are ahead of generation / 2. Of position 1 and of

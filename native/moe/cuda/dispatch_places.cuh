@@ -51,11 +51,16 @@ class DispatchPlaces {
     const uint32_t each = a.blocks.of(s.rows[source]), more = s.rows[source] - each * gridDim.x;
     SourceRun &run = s.runs[source];
     run.first = first;
+    run.step = gridDim.x;
     run.rows = each + (first < more ? 1 : 0);
     const uint32_t rows = a.blocks.of(s.rows[source] * world + gridDim.x - 1), least = has_copies() ? 1 : 4;
     run.parts = divisor(parts_of(rows, warps(), vectors, least, kPair));
-    run.from = is_listed(source) ? there + message_of(source) + object.shape.dispatch_header()
-                                 : s.sources.in[source] + message_of(source) + ept_dispatch_header_bytes(local);
+    find_rows(source, there);
+  }
+  EPT_DEVICE void find_rows(uint32_t source, const char *there) const {
+    s.runs[source].from = is_listed(source)
+                              ? there + message_of(source) + object.shape.dispatch_header()
+                              : s.sources.in[source] + message_of(source) + ept_dispatch_header_bytes(local);
   }
   // Where in a lane's memory the message of that source stands; in the source's own, the rows that its lists name.
   EPT_DEVICE uint64_t message_of(uint32_t source) const {
@@ -76,7 +81,7 @@ class DispatchPlaces {
   // came to map it later.
   EPT_DEVICE uint32_t number_of(uint32_t source, uint32_t nth) const {
     const SourceRun &run = s.runs[source];
-    return t.lists && nth < kListed ? run.numbers[nth] : list_of(source)[run.first + nth * gridDim.x];
+    return t.lists && nth < kListed ? run.numbers[nth] : list_of(source)[run.first + nth * run.step];
   }
   EPT_DEVICE bool is_weighed(uint32_t source) const { return !(s.runs[source].flags & EPT_MOE_NO_WEIGHTS); }
   EPT_DEVICE uint32_t units(uint32_t source) const { return s.runs[source].rows * s.runs[source].parts.by; }

@@ -18,11 +18,16 @@ class DispatchReceiver : public DispatchPlaces {
       : DispatchPlaces(args, shared), bulk(shared.ring, shared.arrived) {}
 
   EPT_DEVICE void run() {
+    run([&] { receive(); });
+  }
+  // receive(): all threads of the block, where the lane has no fault.
+  template <class Receive>
+  EPT_DEVICE void run(Receive receive) {
     note(t, kDispatchRecv, 0);
     const uint32_t fault = fault_of(t);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
       s.rows[r] = s.begin[r] = 0;
-      s.runs[r].rows = 0;
+      s.runs[r].rows = s.runs[r].claims = 0;
       s.next[r] = 0;
     }
     look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
@@ -60,8 +65,13 @@ class DispatchReceiver : public DispatchPlaces {
         },
         [&](uint32_t source) { return units(source); },
         [&](uint32_t source, uint32_t unit) {
-          copy(source, unit);
-          note_source(t, EPT_PHASE_DISPATCH, source, true);
+          Row row = dealt(source, unit);
+          if (!row.at) return;
+          const Span16 span = span_of(row);
+          fetch(row, span);
+          const int32_t place = placed(row);
+          move(row, span, place, [] {});
+          finish(row, place);
         });
     note(t, kDispatchRecv, 4);
     if (whole) blanks();
@@ -107,11 +117,8 @@ class DispatchReceiver : public DispatchPlaces {
     if (blockIdx.x == 0) note_source(t, EPT_PHASE_DISPATCH, source, false);
     // These are under way with the header.
     const uint32_t numbers = t.lists ? first_listed(source) : 0;
-    const char *there = world > 1 ? memory_of(t, source) : nullptr;
-    if (!read_dispatch_header(t, object, kDispatchRecv, generation, membership, source, a.scale_bytes, a.payload_format,
-                              a.scale_format, s, there))
-      return false;
-    __syncwarp();
+    const char *there = memory(source);
+    if (!read_header(source, there)) return false;
     if (lane_id() < kListed) s.runs[source].numbers[lane_id()] = numbers;
     share(source, there);
     return true;
@@ -148,107 +155,157 @@ class DispatchReceiver : public DispatchPlaces {
   }
 
  protected:
-  EPT_DEVICE void copy(uint32_t source, uint32_t unit) {
-    const SourceRun &run = s.runs[source];
-    const uint32_t nth = run.parts.of(unit), part = unit - nth * run.parts.by, j = run.first + nth * gridDim.x;
-    const uint32_t its = is_listed(source) ? number_of(source, nth) : j;
-    if (its >= object.max_tokens) return (void)refuse(source, kRow, object.max_tokens, its);
-    const char *row = run.from + uint64_t(its) * row_bytes;
-    Beside beside;
-    int32_t place = -1;
-    move(row, span_of(vectors, part, run.parts, kPair), part + 1 == run.parts.by, [&] {
-      if (per_expert && lane_id() < top_k) beside.pair = pair_of(source, row, lane_id());
-      if (part == 0) ask(source, row, beside);
-      if (per_expert)
-        place = place_of(source, beside.pair);
-      else if (lane_id() == 0)
-        place = int32_t((a.layout == kByRank ? source * leading : run.begin) + j);
-      return place;
-    });
-    if (part != 0) return;
-    if (is_listed(source) && beside.token != its) return (void)refuse(source, kRow, its, beside.token);
-    if (per_expert && lane_id() < top_k) keep_place(source, j, lane_id(), place, beside.pair);
-    rest(source, row, beside, place);
+  EPT_DEVICE const char *memory(uint32_t source) const { return world > 1 ? memory_of(t, source) : nullptr; }
+  EPT_DEVICE bool read_header(uint32_t source, const char *there) const {
+    const bool good = read_dispatch_header(t, object, kDispatchRecv, generation, membership, source, a.scale_bytes,
+                                           a.payload_format, a.scale_format, s, there);
+    __syncwarp();
+    return good;
   }
 
-  // where() gives the lane a place of the row, or -1, while the first of it comes.
-  template <class Where>
-  EPT_DEVICE void move(const char *row, const Span16 &span, bool last, Where where) {
-    if (has_copies())
-      runs(row, span, last, where);
-    else
-      payload(row, span, where);
+  // A part of a row that a warp moves, and what part 0 has beside its payload: that is asked for before the payload,
+  // and so is there after it. With a wait of its own it took as long as the payload of half a row.
+  struct Row {
+    const char *at = nullptr;  // NULL: there is none
+    uint32_t source = 0, j = 0, its = 0, part = 0;
+    uint32_t token = 0, scales[2] = {};  // scales: numbers lane and lane + kWarp
+    Pair pair;                           // number lane
+  };
+  // Unit `unit` of those that this block has of the source.
+  EPT_DEVICE Row dealt(uint32_t source, uint32_t unit) const {
+    const SourceRun &run = s.runs[source];
+    const uint32_t nth = run.parts.of(unit), j = run.first + nth * run.step;
+    Row row;
+    row.part = unit - nth * run.parts.by;
+    find(row, source, j, is_listed(source) ? number_of(source, nth) : j);
+    return row;
   }
-  // Scales stand behind the payload, and move with its last part where they stand together in the output too.
-  EPT_DEVICE bool scales_in_runs() const { return has_copies() && a.scale_runs; }
-  // By the copy engine.
-  template <class Where>
-  EPT_DEVICE void runs(const char *row, const Span16 &span, bool last, Where where) {
-    const uint32_t payload = a.x.data ? (span.to - span.from) * 16 : 0;
-    const uint32_t from = a.x.data ? span.from * 16 : uint32_t(ept_row_scales(object.payload));
-    const uint32_t all = payload + (last && scales_in_runs() ? a.scale_bytes : 0);
-    uint32_t done = 0, bytes = smaller(all, BulkRun::kMost);
-    if (bytes) bulk.fetch(row + from, bytes);
-    const int32_t place = where();
-    char *x = place >= 0 && payload ? a.x.at(uint64_t(place)) + from : nullptr;
-    char *scales = place >= 0 && all > payload ? a.scales.at(uint64_t(place)) : nullptr;
-    while (bytes) {
-      const char *run = bulk.await();
-      const uint32_t its = done < payload ? smaller(bytes, payload - done) : 0;
-      if (x && its) bulk.put(x + done, run, its);
-      if (scales && its < bytes) bulk.put(scales + (done + its - payload), run + its, bytes - its);
-      bulk.end_puts();
-      done += bytes;
-      bytes = smaller(all - done, BulkRun::kMost);
-      if (bytes) bulk.fetch(row + from + done, bytes);
+  // Row j of the source, which stands as row `its`.
+  EPT_DEVICE void find(Row &row, uint32_t source, uint32_t j, uint32_t its) const {
+    row.source = source, row.j = j, row.its = its;
+    if (its < object.max_tokens)
+      row.at = s.runs[source].from + uint64_t(its) * row_bytes;
+    else
+      (void)refuse(source, kRow, object.max_tokens, its);
+  }
+  // It comes.
+  EPT_DEVICE void fetch(Row &row, const Span16 &span) {
+    if (has_copies())
+      start(row.at, stretch_of(row, span));
+    else
+      start(row.at, span);
+    if (per_expert && lane_id() < top_k) row.pair = pair_of(row.source, row.at, lane_id());
+    if (row.part == 0) ask(row);
+  }
+  // The place of the row that is the lane's, or -1.
+  EPT_DEVICE int32_t placed(const Row &row) const {
+    if (per_expert) return place_of(row.source, row.pair);
+    if (lane_id() != 0) return -1;
+    return int32_t((a.layout == kByRank ? row.source * leading : s.runs[row.source].begin) + row.j);
+  }
+  // A row that comes, to its places. amid(): when most of it has.
+  template <class Amid>
+  EPT_DEVICE void move(const Row &row, const Span16 &span, int32_t place, Amid amid) {
+    if (has_copies()) {
+      runs(row.at, stretch_of(row, span), place, amid);
+    } else {
+      payload(row.at, span, place);
+      amid();
     }
   }
-  // By threads.
-  template <class Where>
-  EPT_DEVICE void payload(const char *row, const Span16 &span, Where where) const {
-    const uint32_t until = a.x.data ? span.to : 0;
-    uint32_t asked = span.from + lane_id(), v = asked;
-    const auto next = [&] {
-      const Fetch here = pair_at(row, asked, until);
-      asked += kPair * kWarp;
+  EPT_DEVICE void finish(const Row &row, int32_t place) const {
+    if (row.part == 0 && is_listed(row.source) && row.token != row.its) {
+      (void)refuse(row.source, kRow, row.its, row.token);
+    } else if (row.part == 0) {
+      if (per_expert && lane_id() < top_k) keep_place(row.source, row.j, lane_id(), place, row.pair);
+      rest(row, place);
+    }
+    note_source(t, EPT_PHASE_DISPATCH, row.source, true);
+  }
+
+  // Scales stand behind the payload, and move with its last part where they stand together in the output too.
+  EPT_DEVICE bool scales_in_runs() const { return has_copies() && a.scale_runs; }
+  // Bytes of a row: so many of its payload, and what follows them.
+  struct Stretch {
+    uint32_t from, payload, all;
+  };
+  EPT_DEVICE Stretch stretch_of(const Span16 &span, bool last) const {
+    const uint32_t payload = a.x.data ? (span.to - span.from) * 16 : 0;
+    const uint32_t from = a.x.data ? span.from * 16 : uint32_t(ept_row_scales(object.payload));
+    return {from, payload, payload + (last && scales_in_runs() ? a.scale_bytes : 0)};
+  }
+  EPT_DEVICE Span16 span_of(const Row &row) const {
+    return cuda::span_of(vectors, row.part, s.runs[row.source].parts, kPair);
+  }
+  EPT_DEVICE Stretch stretch_of(const Row &row, const Span16 &span) const {
+    return stretch_of(span, row.part + 1 == s.runs[row.source].parts.by);
+  }
+  // By the copy engine: the first run of it.
+  EPT_DEVICE void start(const char *row, const Stretch &its) const {
+    if (its.all) bulk.fetch(row + its.from, smaller(its.all, BulkRun::kMost));
+  }
+  // All runs of it, of which the first comes. amid(): before the last is waited for.
+  template <class Amid>
+  EPT_DEVICE void runs(const char *row, const Stretch &its, int32_t place, Amid amid) {
+    char *x = place >= 0 && its.payload ? a.x.at(uint64_t(place)) + its.from : nullptr;
+    char *scales = place >= 0 && its.all > its.payload ? a.scales.at(uint64_t(place)) : nullptr;
+    for (uint32_t done = 0;;) {
+      const uint32_t bytes = smaller(its.all - done, BulkRun::kMost);
+      if (done + bytes == its.all) amid();
+      if (!bytes) return;
+      const char *run = bulk.await();
+      const uint32_t of_x = done < its.payload ? smaller(bytes, its.payload - done) : 0;
+      if (x && of_x) bulk.put(x + done, run, of_x);
+      if (scales && of_x < bytes) bulk.put(scales + (done + of_x - its.payload), run + of_x, bytes - of_x);
+      bulk.end_puts();
+      done += bytes;
+      if (done == its.all) return;
+      bulk.fetch(row + its.from + done, smaller(its.all - done, BulkRun::kMost));
+    }
+  }
+  // By threads: its first steps, and, when they come, all of it.
+  EPT_DEVICE auto pairs_of(const char *row, const Span16 &span, uint32_t step) const {
+    return [row, until = a.x.data ? span.to : 0, v = span.from + step * kPair * kWarp + lane_id()]() mutable {
+      const Fetch here = pair_at(row, v, until);
+      v += kPair * kWarp;
       return here;
     };
-    start_stream<kPair, false, kPairApart>(s.ring, next);
-    const int32_t place = where();
+  }
+  EPT_DEVICE void start(const char *row, const Span16 &span) const {
+    start_stream<kPair, false, kPairApart>(s.ring, pairs_of(row, span, 0));
+  }
+  EPT_DEVICE void payload(const char *row, const Span16 &span, int32_t place) const {
     const uint32_t places = a.x.data ? __ballot_sync(kAll, int(place >= 0)) : 0;
     const auto n = uint32_t(__popc(places));
     char **to = s.to + warp_id() * kWarp;
     if (places >> lane_id() & 1) to[__popc(places & below())] = a.x.at(uint64_t(place));
     __syncwarp();
-    finish_stream<kPair, false, kPairApart>(s.ring, span.rounds(kPair), next, [&](const Vector(&held)[kPair]) {
-      put_step(to, n, held, v, span.to);
-      v += kPair * kWarp;
-    });
+    uint32_t v = span.from + lane_id();
+    finish_stream<kPair, false, kPairApart>(s.ring, span.rounds(kPair), pairs_of(row, span, kFirst<kPair>),
+                                            [&](const Vector(&held)[kPair]) {
+                                              put_step(to, n, held, v, span.to);
+                                              v += kPair * kWarp;
+                                            });
     __syncwarp();
   }
 
-  // What a row has beside its payload, as this lane knows it. It is asked for before the payload, and so is there after
-  // it: with a wait of its own it took as long as the payload of half a row.
-  struct Beside {
-    uint32_t token = 0, scales[2] = {};  // scales: numbers lane and lane + kWarp
-    Pair pair;                           // number lane
-  };
-  EPT_DEVICE void ask(uint32_t source, const char *row, Beside &its) const {
-    if (!per_expert && lane_id() < top_k) its.pair = pair_of(source, row, lane_id());
-    its.token = *reinterpret_cast<const uint32_t *>(row + ept_row_token(object.payload, a.scale_bytes));
+  EPT_DEVICE void ask(Row &row) const {
+    if (!per_expert && lane_id() < top_k) row.pair = pair_of(row.source, row.at, lane_id());
+    row.token = *reinterpret_cast<const uint32_t *>(row.at + ept_row_token(object.payload, a.scale_bytes));
     if (scales_in_runs()) return;
-    const char *scales = row + ept_row_scales(object.payload);
+    const char *scales = row.at + ept_row_scales(object.payload);
     EPT_UNROLL
-    for (uint32_t i = 0; i < 2; i++) its.scales[i] = scale_at(scales, lane_id() + i * kWarp);
+    for (uint32_t i = 0; i < 2; i++) row.scales[i] = scale_at(scales, lane_id() + i * kWarp);
   }
 
   // Scales, and who the row is of and for.
-  EPT_DEVICE void rest(uint32_t source, const char *row, const Beside &its, int32_t place) const {
+  EPT_DEVICE void rest(const Row &its, int32_t place) const {
+    const uint32_t source = its.source;
     const uint32_t places = __ballot_sync(kAll, int(place >= 0));
     if (its.token >= object.max_tokens && lane_id() == 0)
       raise_fault(t, uint32_t(-EPT_E_MISMATCH), kDispatchRecv, int32_t(source), kRow, generation, object.max_tokens,
                   its.token);
-    if (a.scales.data && !scales_in_runs()) scatter(row + ept_row_scales(object.payload), its, place, places);
+    if (a.scales.data && !scales_in_runs()) scatter(its.at + ept_row_scales(object.payload), its, place, places);
     // A place a lane.
     if (place >= 0 && a.source.data) {
       char *to = a.source.at(uint64_t(place));
@@ -279,7 +336,7 @@ class DispatchReceiver : public DispatchPlaces {
     return i < a.scale_bytes ? uint8_t(scales[i]) : 0;
   }
   // A row's scales to its places.
-  EPT_DEVICE void scatter(const char *scales, const Beside &its, int32_t place, uint32_t places) const {
+  EPT_DEVICE void scatter(const char *scales, const Row &its, int32_t place, uint32_t places) const {
     const uint32_t count = by_words() ? a.scale_bytes / 4 : a.scale_bytes;
     char *to = place >= 0 ? a.scales.at(uint64_t(place)) : nullptr;
     EPT_ROLLED

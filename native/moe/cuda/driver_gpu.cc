@@ -17,9 +17,9 @@
 namespace ept::moe::cuda {
 
 const char *const kernel_names[kKernels] = {
-    "moe_dispatch_send", "moe_dispatch_wait",     "moe_dispatch_recv", "moe_combine_send",    "moe_combine_recv",
-    "moe_drain",         "moe_take_members",      "moe_late_send",     "moe_late_recv",       "moe_quiet",
-    "moe_trial",         "moe_streamed_dispatch", "moe_streamed_late", "moe_streamed_combine"};
+    "moe_dispatch_send", "moe_dispatch_wait", "moe_dispatch_recv",     "moe_dispatch_claims", "moe_combine_send",
+    "moe_combine_recv",  "moe_drain",         "moe_take_members",      "moe_late_send",       "moe_late_recv",
+    "moe_quiet",         "moe_trial",         "moe_streamed_dispatch", "moe_streamed_late",   "moe_streamed_combine"};
 
 namespace {
 

@@ -23,6 +23,7 @@ enum Kernel : uint32_t {
   kKernelDispatchSend,
   kKernelDispatchWait,
   kKernelDispatchRecv,
+  kKernelDispatchClaims,
   kKernelCombineSend,
   kKernelCombineRecv,
   kKernelDrain,

@@ -249,6 +249,7 @@ void Lanes::lay(char *begin) {
     kept.lands = carve.take<uint64_t>(uint64_t(world_) * EPT_PHASES * EPT_MOE_SLOTS);
     kept.state = carve.take<LaneState>(1);
     kept.done = carve.take<uint32_t>(world_);
+    kept.claimed = carve.take<uint32_t>(uint64_t(world_) * 2);
     kept.out = carve.take<uint8_t>(uint64_t(world_) * kSets);
   }
   no_words_ = carve.take<uint64_t>(kSignals);
@@ -308,6 +309,7 @@ void Lanes::start() {
     t.paths = paths_[l];
     t.words = words_[l];
     t.done = kept_[l].done;
+    t.claimed = kept_[l].claimed;
     t.tickets = kept_[l].tickets;
     t.offsets = kept_[l].offsets;
     t.heard = kept_[l].heard;

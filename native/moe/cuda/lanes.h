@@ -127,7 +127,7 @@ class Lanes final : public Follower {
   // What kernels keep of a lane from step to step.
   struct Kept {
     LaneState *state;
-    uint32_t *done;
+    uint32_t *done, *claimed;
     uint64_t *tickets, *offsets, *heard, *lands;
     uint8_t *out;
   };

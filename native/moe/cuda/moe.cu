@@ -2,6 +2,7 @@
 //
 // moe.cu: the kernels of dispatch and combine, one module.
 #include "moe/cuda/combine.cuh"
+#include "moe/cuda/dispatch_claims.cuh"
 #include "moe/cuda/dispatch_recv.cuh"
 #include "moe/cuda/dispatch_send.cuh"
 #include "moe/cuda/lane_kernels.cuh"

@@ -71,11 +71,13 @@ struct Taking {
 EPT_DEVICE Taking taking(const LaneTable &t, uint32_t set) {
   return {t.state->membership[set] ? t.out + set * t.world : nullptr};
 }
+EPT_DEVICE uint32_t *claimed(const LaneTable &t, uint64_t generation) { return t.claimed + (generation & 1) * t.world; }
 // A message is read, or is about to be by who has begun already. One thread. Who raises a generation readies the next
 // one's counts.
 EPT_DEVICE void raise_received(const LaneTable &t, uint32_t phase, uint64_t generation) {
   t.state->ended[phase][(generation + 1) & 1] = 0;
   t.state->taken[phase == EPT_PHASE_DISPATCH ? kDispatchRecv : kCombineRecv][(generation + 1) & 1] = 0;
+  for (uint32_t r = 0; r < t.world && phase == EPT_PHASE_DISPATCH; r++) claimed(t, generation + 1)[r] = 0;
   t.state->received[phase] = generation + 1;
 }
 // The end of a half that waits for its blocks: all threads of the block call. True in the last block, for all its

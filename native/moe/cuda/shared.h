@@ -86,12 +86,13 @@ constexpr uint32_t kListed = 8;
 
 // What a block copies a source's rows by. They stand together, so that a row's warp reckons one place in shared memory.
 struct SourceRun {
-  const char *from;           // where the source's row 0 stands
-  uint32_t first, rows;       // of this block: so many, from the first on each as many further as there are blocks
-  Divisor parts;              // in so many pieces each
-  uint32_t begin;             // of the source's rows in the order of all rows
-  uint32_t flags;             // of the header
-  uint32_t numbers[kListed];  // of the first rows, if they are listed
+  const char *from;            // where the source's row 0 stands
+  uint32_t first, rows, step;  // of this block: so many, from the first on each so much further
+  Divisor parts;               // in so many pieces each
+  uint32_t claims;             // 1: there may be rows beside those that nobody has claimed yet (dispatch_claims.cuh)
+  uint32_t begin;              // of the source's rows in the order of all rows
+  uint32_t flags;              // of the header
+  uint32_t numbers[kListed];   // of the first rows, if they are listed
 };
 
 struct RecvShared {

@@ -274,7 +274,10 @@ void dispatch_recv(GpuObject &moe, uint32_t lane, const ept_dispatch_outputs &o,
     streamed_dispatch(moe, lane, false, &a, stream);
     return;
   }
-  launch(moe, kKernelDispatchRecv, moe.lanes->blocks(), moe.lanes->threads(), shared_of_receive(moe), stream, &a);
+  const uint32_t blocks = moe.lanes->blocks(), threads = moe.lanes->threads();
+  const bool claims = are_claimed(uint64_t(config.world) * config.max_tokens, threads / kWarp, blocks);
+  launch(moe, claims ? kKernelDispatchClaims : kKernelDispatchRecv, blocks, threads, shared_of_receive(moe), stream,
+         &a);
 }
 
 void late_weights(GpuObject &moe, uint32_t lane, const ept_tensor &weights, void *routing, float *late, void *stream) {

@@ -255,13 +255,20 @@ class StreamedReceiver : public DispatchReceiver {
     }
     if (lane_id() == 0) s.runs[source].flags = w.flags[source];  // the same, whoever writes it
     __syncwarp();
-    Beside beside;
-    move(row, {0, vectors}, true, [&] {
-      if (per_expert && lane_id() < top_k) beside.pair = pair_of(source, row, lane_id());
-      ask(source, row, beside);
-      return at;
-    });
-    rest(source, row, beside, at);
+    Row its;
+    its.at = row, its.source = source, its.j = j;
+    const Span16 all = {0, vectors};
+    if (has_copies())
+      start(row, stretch_of(all, true));
+    else
+      start(row, all);
+    if (per_expert && lane_id() < top_k) its.pair = pair_of(source, row, lane_id());
+    ask(its);
+    if (has_copies())
+      runs(row, stretch_of(all, true), at, [] {});
+    else
+      payload(row, all, at);
+    rest(its, at);
   }
 
   const ChunkState &w;

@@ -23,7 +23,7 @@ constexpr uint64_t kMore = 5'000'000'000;  // after its deadline a kernel takes 
 struct GpuTrial::Tables {
   LaneState *state;
   uint64_t *tickets, *offsets;
-  uint32_t *done;
+  uint32_t *done, *claimed;
   ept_path *paths;
   uint64_t **words;
 };
@@ -59,6 +59,7 @@ GpuTrial::GpuTrial(Opened opened, const ept_gpu_config &config, Arena &tried, co
         each.tickets = from.take<uint64_t>(uint64_t(arena_.world) * kSignals);
         each.offsets = from.take<uint64_t>(uint64_t(arena_.world) * kSignals);
         each.done = from.take<uint32_t>(arena_.world);
+        each.claimed = from.take<uint32_t>(uint64_t(arena_.world) * 2);
         each.paths = from.take<ept_path>(arena_.world);
         each.words = from.take<uint64_t *>(arena_.world);
       }
@@ -114,6 +115,7 @@ void GpuTrial::fill(Way way, const Tables &at) {
   t.paths = at.paths;
   t.words = at.words;
   t.done = at.done;
+  t.claimed = at.claimed;
   t.tickets = at.tickets;
   t.offsets = at.offsets;
   t.state = at.state;

@@ -27,10 +27,11 @@ simt::Kernel made() {
 }  // namespace
 
 using namespace ept::moe::cuda;
-const simt::Kernel simt::kernels[14] = {
+const simt::Kernel simt::kernels[15] = {
     made<DispatchSend, moe_dispatch_send>(),
     made<DispatchWait, moe_dispatch_wait>(),
     made<DispatchRecv, moe_dispatch_recv>(),
+    made<DispatchRecv, moe_dispatch_claims>(),
     made<CombineSend, moe_combine_send>(),
     made<CombineRecv, moe_combine_recv>(),
     made<Drain, moe_drain>(),

@@ -11,6 +11,6 @@ struct Kernel {
   void (*run)(const void *argument);
   size_t argument_bytes;
 };
-extern const Kernel kernels[14];
+extern const Kernel kernels[15];
 
 }  // namespace simt

@@ -158,7 +158,7 @@ void Machine::launch(const void *stream, Entry entry, std::vector<char> argument
 
 void Machine::begin(const void *stream) {
   Launch &launch = *streams_[stream].front();
-  const bool has_copies = random_() % 2;
+  const bool has_copies = copies_.value_or(random_() % 2);
   // Another kernel has the multiprocessor that a block is to begin on.
   const bool waits = launch.blocks > 1 && (held_ || random_() % 4 == 0);
   const uint32_t late = waits ? uint32_t(random_() % launch.blocks) : launch.blocks;

@@ -14,6 +14,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -48,7 +49,7 @@ struct Copy {
 struct BlockState {
   std::vector<Meeting> warps;
   Meeting all;
-  bool has_copies = false;  // drawn: a GPU has the engine, or not
+  bool has_copies = false;  // a GPU has the engine, or not
   std::map<uint64_t *, std::deque<Copy>> arriving;
   std::vector<char> shared;  // with 16 bytes to align by
   char *memory = nullptr;
@@ -96,6 +97,8 @@ class Machine {
               uint64_t shared);
   // From now on a block of each launch begins when all others have ended, and this was called. Empty: no more than any.
   void hold(std::function<void()> then) { held_ = std::move(then); }
+  // From now on each launch has a copy engine, or none; before, that is drawn.
+  void copies(bool has) { copies_ = has; }
   // Called at each step of a fiber.
   void beside(std::function<void()> moves) { beside_ = std::move(moves); }
   // Until all that was launched has ended; one thread at a time. False: not by then (CLOCK_MONOTONIC, ns), and the next
@@ -113,6 +116,7 @@ class Machine {
   void begin_late();
   std::function<void()> beside_, held_;
   std::mt19937_64 random_;
+  std::optional<bool> copies_;
   uint64_t steps_ = 0;
   std::vector<Late> late_;
   std::map<const void *, std::deque<std::unique_ptr<Launch>>> streams_;
