@@ -40,7 +40,7 @@ const ept_setting kSettings[] = {
     {sizeof(ept_setting), EPT_SETTING_INT, "max_regions", "1048576", 1, INT32_MAX,
      "Exports that may be valid at a time."},
     {sizeof(ept_setting), EPT_SETTING_STRING, "threads", "0", 0, 0,
-     "Threads beside the engine's that move long payloads, 0 to 64; auto: 4 with 4 cores a rank or more, else 0."},
+     "Threads beside the engine's that move long payloads, 0 to 64; auto: 6 with 4 cores a rank or more, else 0."},
 };
 constexpr size_t kSettingCount = sizeof kSettings / sizeof *kSettings;
 
