@@ -170,6 +170,7 @@ struct ept_instance {
   // nic_events.cc
   void read_events(verbs::Nic *nic);
   void nic_failed(verbs::Nic *nic, const std::string &why);
+  void unmute(verbs::Nic *nic);
 
   // visible.cc
   int32_t visible(uint32_t rank, uint64_t cookie);

@@ -298,15 +298,16 @@ bool Nic::mute() {
   return true;
 }
 
-void Nic::unmute() {
-  if (!muted || !broken.empty() || free_said.size() != kSaid || not_heard.size() != hears) return;
+bool Nic::unmute() {
+  if (!muted || !broken.empty() || free_said.size() != kSaid || not_heard.size() != hears) return true;
   ibv_qp_attr attributes{};
   attributes.qp_state = IBV_QPS_RESET;
-  if (library->modify_qp(datagrams.get(), &attributes, IBV_QP_STATE) != 0) return;
-  if (to_ready(library, datagrams.get(), port.number, qkey) != 0) return;
+  if (library->modify_qp(datagrams.get(), &attributes, IBV_QP_STATE) != 0) return false;
+  if (to_ready(library, datagrams.get(), port.number, qkey) != 0) return false;
   muted = false;
   for (const auto &[buffer, wr_id] : not_heard) listen(buffer, wr_id);
   not_heard.clear();
+  return true;
 }
 
 const uint8_t *Nic::datagram(uint32_t buffer) const { return heard.bytes.get() + size_t{buffer} * kHeardBytes + kGrh; }

@@ -137,8 +137,8 @@ struct Nic {
   void listen(uint32_t buffer, uint64_t wr_id);
   // A request of datagrams failed: their queue pair gives back all that is posted. True: it was well until now.
   bool mute();
-  // A request of datagrams has come back. Made ready, if it was the last that was missing; else nothing.
-  void unmute();
+  // A request of datagrams has come back. Made ready, if it was the last that was missing. False: the NIC refused that.
+  bool unmute();
   // The message of a datagram that came into `buffer`.
   const uint8_t *datagram(uint32_t buffer) const;
   // visible.cc: reads a byte of this process's own memory. False: it could not be posted.

@@ -251,6 +251,11 @@ void ept_instance::read_queue(Nic *nic) {
   }
 }
 
+// Without it no channel of the NIC could be made anew, and its peers would wait until they are given up as silent.
+void ept_instance::unmute(Nic *nic) {
+  if (!nic->unmute()) nic_failed(nic, "its queue pair for datagrams broke, and the NIC makes it ready no more");
+}
+
 void ept_instance::completed(Nic *nic, const ibv_wc &completion) {
   const RequestId id = RequestId::of(completion.wr_id);
   const bool datagram = id.kind == Request::kSaid || id.kind == Request::kHeard;
@@ -259,7 +264,7 @@ void ept_instance::completed(Nic *nic, const ibv_wc &completion) {
                              library->wc_status_str(completion.status), completion.status));
   if (id.kind == Request::kSaid) {
     nic->free_said.push_back(id.low);
-    return nic->unmute();
+    return unmute(nic);
   }
   if (id.kind == Request::kHeard) {
     constexpr uint32_t kGrh = 40;
@@ -267,7 +272,7 @@ void ept_instance::completed(Nic *nic, const ibv_wc &completion) {
       on_datagram(nic, id.low, completion.byte_len - kGrh);
     if (!nic->muted) return nic->listen(id.low, completion.wr_id);
     nic->not_heard.emplace_back(id.low, completion.wr_id);
-    return nic->unmute();
+    return unmute(nic);
   }
   if (id.slot == UINT16_MAX) return read_completed(nic, id, completion);
   Channel *channel = id.slot < slots.size() ? slots[id.slot] : nullptr;

@@ -260,6 +260,7 @@ class Functions final : public verbs::Library {
         net_->fail(qp);
         break;
       case IBV_QPS_RESET:
+        if (net_->faults.refused_reset) return ENOMEM;
         CHECK(ud && base->state == IBV_QPS_ERR && qp->receives.empty() && qp->sends.empty());
         break;
       default:

@@ -87,6 +87,7 @@ struct Faults {
   uint32_t lost_datagram = 0, twice = 0;
   uint32_t failed_datagram = 0;  // its queue pair fails: the link is down, and no event has told
   uint32_t refused_post = 0;     // ibv_post_send says ENOMEM
+  bool refused_reset = false;    // so does ibv_modify_qp for one of datagrams that shall be made ready again
   uint32_t lazy = 500;           // nothing moves in this step
   bool rnr = false;              // a missing receive is no fault of the plugin's
 };

@@ -379,6 +379,30 @@ void a_failed_queue() {
   CHECK(lost >= 2);
 }
 
+// Who can say nothing any more, and so make no channel anew, says so at once, and not when its peers seem dead.
+void a_mute_nic() {
+  Net net(9, 1);
+  Group group(2);
+  Window window(group[0], group[1], 64);
+  net.faults.failed_datagram = 1000;
+  net.faults.refused_reset = true;
+  for (auto &[number, qp] : net.qps)
+    if (qp->base.qp_type == IBV_QPT_RC) net.fail(qp);
+  int lost = 0;
+  const uint64_t start = time_ns;
+  for (int i = 0; i < 10'000; ++i) {
+    time_ns += 50'000;
+    for (size_t rank = 0; rank < 2; ++rank)
+      for (const plugin::Event &event : group[rank].poll()) {
+        if (event.kind != EPT_EVENT_PEER || event.code == EPT_LATER) continue;
+        CHECK_EQ(event.code, EPT_E_PEER_LOST);
+        CHECK(time_ns - start < group[0].id.dead_ns / 2);
+        ++lost;
+      }
+  }
+  CHECK_EQ(lost, 2);
+}
+
 // What a stranger says changes nothing but a counter: each byte of a true message flipped.
 void strangers() {
   Net net(8, 1);
@@ -425,6 +449,7 @@ int main() {
   gpu_memory();
   a_fence();
   a_failed_queue();
+  a_mute_nic();
   strangers();
   return 0;
 }
