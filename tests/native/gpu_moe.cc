@@ -143,6 +143,31 @@ void late() {
   }
 }
 
+// Where no number of blocks is asked for, a rank has one on each multiprocessor of its share, and two less where the
+// share is large (lanes.cc); without shares one on each of the GPU.
+void shares() {
+  check::running("blocks of ranks that have a share of the GPU");
+  using namespace ept::moe::cuda;
+  struct Case {
+    uint32_t room, shares, blocks;
+  };
+  for (const Case &c : {Case{16, 8, 16}, {31, 4, 31}, {32, 4, 30}, {66, 2, 64}, {66, 1, 66}, {132, 1, 132}}) {
+    Group group(1);
+    const auto gpu = std::make_shared<simt::HostGpu>(1, c.room);
+    gpu->shared_by = c.shares;
+    ept_gpu_config how{};
+    how.size = sizeof how;
+    how.timeout_ns = moe_test::kSecond;
+    how.mapped = true;
+    uint32_t number = 0;
+    ept_moe_config config = moe_test::config_of(1, 4, 2, 32, 6);
+    config.lanes = 1;
+    const auto lanes =
+        join(group.arenas[0]->arena, how, config, nullptr, [&](int32_t) { return Opened{gpu, nullptr}; }, &number);
+    CHECK_EQ(lanes->blocks(), c.blocks);
+  }
+}
+
 // Tokens of two experts each, of zeros.
 void routed(RankStep &s, int32_t layout, uint32_t hidden, const std::vector<int64_t> &ids) {
   s.layout = layout;
@@ -387,6 +412,7 @@ int main() {
   abandoned();
   late();
   late_block();
+  shares();
   refused();
   lies();
   return 0;

@@ -24,6 +24,7 @@ class HostGpu final : public ept::moe::cuda::Gpu {
   int32_t ordinal() const override { return 0; }
   std::string identity() const override { return "GPU of fibers   "; }
   uint32_t connections() const override { return streams; }
+  uint32_t shares() const override { return shared_by; }
   uint32_t room(uint32_t threads, uint64_t shared) const override {
     return uint32_t(room_ * ept::moe::cuda::least_shared(threads) / shared);
   }
@@ -79,7 +80,8 @@ class HostGpu final : public ept::moe::cuda::Gpu {
     return shared.size();
   }
   std::atomic<uint32_t> allocations = 0;
-  uint32_t streams = 32;  // kept apart
+  uint32_t streams = 32;   // kept apart
+  uint32_t shared_by = 1;  // processes that have a share of it each
   bool orders = true;
   std::atomic<uint32_t> pins = 0;      // of host memory, so far
   std::atomic<int32_t> pinned = 0;     // of which still are
