@@ -65,6 +65,7 @@ class ClaimingReceiver : public DispatchReceiver {
     const uint32_t step = scouts(world), source = warp_id() + lane_id() * step;
     if (warp_id() < step && source < world) first_ = atomicAdd(&claimed(t, generation)[source], beginners(source));
   }
+  // Of more sources than a scout has lanes no row is claimed so early: a number that no row has.
   EPT_DEVICE uint32_t first_claimed(uint32_t source) const {
     const uint32_t whose = __ballot_sync(kAll, int(warp_id() + lane_id() * scouts(world) == source));
     return from_lane(whose ? first_ : 0xffffffffu - kListed, uint32_t(__ffs(int(whose)) - 1) % kWarp);
