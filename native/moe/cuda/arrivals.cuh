@@ -94,6 +94,17 @@ EPT_DEVICE void scout(const LaneTable &t, uint32_t half, uint32_t phase, uint64_
   }
 }
 
+// A warp that has no work of a source that is ready, before it looks once more. False: the lane is faulted.
+EPT_DEVICE bool may_look(const LaneTable &t, uint32_t looks) {
+  if (looks % kLooks) {
+    Hardware::spin();
+    return true;
+  }
+  if (from_lane(lane_id() == 0 ? fault_of(t) : 0, 0)) return false;
+  EPT_REST();
+  return true;
+}
+
 // All warps: work(source, unit) for each unit of each source as it is ready. units(source) may be asked then.
 // all_in(): all headers are in. Each warp begins with another source, so that they help all. False: the lane is
 // faulted.
@@ -123,12 +134,7 @@ EPT_DEVICE bool work_as_they_come(const LaneTable &t, const uint32_t *standing, 
     }
     if (in) all_in();
     if (all) return true;
-    if (looks % kLooks) {
-      Hardware::spin();
-      continue;
-    }
-    if (from_lane(lane_id() == 0 ? fault_of(t) : 0, 0)) return false;
-    EPT_REST();
+    if (!may_look(t, looks)) return false;
   }
 }
 

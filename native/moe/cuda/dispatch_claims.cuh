@@ -100,12 +100,7 @@ class ClaimingReceiver : public DispatchReceiver {
         if (from_lane(peek(s.totals), 0) == 2) (void)blank_some();
       }
       if (all_) return true;
-      if (looks % kLooks) {
-        Hardware::spin();
-        continue;
-      }
-      if (from_lane(lane_id() == 0 ? fault_of(t) : 0, 0)) return false;
-      EPT_REST();
+      if (!may_look(t, looks)) return false;
     }
   }
   // Of a source that is ready, from that on where the last one was; or none, and all_ and in_ say whether all sources
