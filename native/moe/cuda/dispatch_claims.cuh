@@ -21,20 +21,14 @@ class ClaimingReceiver : public DispatchReceiver {
  public:
   EPT_DEVICE ClaimingReceiver(const DispatchRecv &args, const RecvShared &shared) : DispatchReceiver(args, shared) {}
 
-  EPT_DEVICE void run() {
-    DispatchReceiver::run([&] {
-      note(t, kDispatchRecv, 1);
-      claim_first();
-      scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, *this);
-      note(t, kDispatchRecv, 2);
-      const bool whole = rows();
-      note(t, kDispatchRecv, 4);
-      if (whole) blanks();
-    });
+  EPT_DEVICE void run() { DispatchReceiver::run(*this); }
+
+  // A row is claimed for each warp before the header of the source that it begins with is in: by the source's scout, a
+  // lane a source.
+  EPT_DEVICE void claim_first() {
+    const uint32_t step = scouts(world), source = warp_id() + lane_id() * step;
+    if (warp_id() < step && source < world) first_ = atomicAdd(&claimed(t, generation)[source], beginners(source));
   }
-
-  // ---- what the scouts ask, beside DispatchReceiver's ----
-
   EPT_DEVICE bool header(uint32_t source) {
     if (blockIdx.x == 0) note_source(t, EPT_PHASE_DISPATCH, source, false);
     // Numbers of rows that are dealt, and of those that this block has claimed, are under way with the header.
@@ -54,16 +48,30 @@ class ClaimingReceiver : public DispatchReceiver {
     if (lane_id() == 0) s.runs[source].claims = claims;
     return true;
   }
+  // False: the lane is faulted. The next row is claimed and found while this one comes, and comes while what stands
+  // beside this one's payload is done.
+  EPT_DEVICE bool rows() {
+    for (uint32_t looks = 1;; looks++) {
+      Row row = next();
+      if (row.at) fetch(row, span_of(row));
+      while (row.at) {
+        const int32_t place = placed(row);
+        Row then;
+        move(row, span_of(row), place, [&] { then = next(); });
+        if (then.at) fetch(then, span_of(then));
+        finish(row, place);
+        row = then;
+      }
+      if (in_) all_in();
+      if (all_) return true;
+      if (!may_look(t, looks)) return false;
+    }
+  }
 
  private:
-  // So many warps of a block begin with that source, and a row is claimed for each before its header is in: by the
-  // source's scout, a lane a source.
+  // So many warps of a block begin with that source.
   EPT_DEVICE uint32_t beginners(uint32_t source) const {
     return source < warps() ? (warps() - 1 - source) / world + 1 : 0;
-  }
-  EPT_DEVICE void claim_first() {
-    const uint32_t step = scouts(world), source = warp_id() + lane_id() * step;
-    if (warp_id() < step && source < world) first_ = atomicAdd(&claimed(t, generation)[source], beginners(source));
   }
   // Of more sources than a scout has lanes no row is claimed so early: a number that no row has.
   EPT_DEVICE uint32_t first_claimed(uint32_t source) const {
@@ -81,28 +89,6 @@ class ClaimingReceiver : public DispatchReceiver {
     find_rows(source, there);
   }
 
-  // False: the lane is faulted. The next row is claimed and found while this one comes, and comes while what stands
-  // beside this one's payload is done.
-  EPT_DEVICE bool rows() {
-    for (uint32_t looks = 1;; looks++) {
-      Row row = next();
-      if (row.at) fetch(row, span_of(row));
-      while (row.at) {
-        const int32_t place = placed(row);
-        Row then;
-        move(row, span_of(row), place, [&] { then = next(); });
-        if (then.at) fetch(then, span_of(then));
-        finish(row, place);
-        row = then;
-      }
-      if (in_) {
-        add_up();
-        if (from_lane(peek(s.totals), 0) == 2) (void)blank_some();
-      }
-      if (all_) return true;
-      if (!may_look(t, looks)) return false;
-    }
-  }
   // Of a source that is ready, from that on where the last one was; or none, and all_ and in_ say whether all sources
   // are ready, and their headers in.
   EPT_DEVICE Row next() {

@@ -17,12 +17,30 @@ class DispatchReceiver : public DispatchPlaces {
   EPT_DEVICE DispatchReceiver(const DispatchRecv &args, const RecvShared &shared)
       : DispatchPlaces(args, shared), bulk(shared.ring, shared.arrived) {}
 
-  EPT_DEVICE void run() {
-    run([&] { receive(); });
+  EPT_DEVICE void run() { run(*this); }
+
+  // What differs where rows are claimed (dispatch_claims.cuh), beside header():
+
+  EPT_DEVICE void claim_first() {}
+  // False: the lane is faulted.
+  EPT_DEVICE bool rows() {
+    return work_as_they_come(
+        t, s.sources.standing, s.next, [&] { all_in(); }, [&](uint32_t source) { return units(source); },
+        [&](uint32_t source, uint32_t unit) {
+          Row row = dealt(source, unit);
+          if (!row.at) return;
+          const Span16 span = span_of(row);
+          fetch(row, span);
+          const int32_t place = placed(row);
+          move(row, span, place, [] {});
+          finish(row, place);
+        });
   }
-  // receive(): all threads of the block, where the lane has no fault.
-  template <class Receive>
-  EPT_DEVICE void run(Receive receive) {
+
+ protected:
+  // `self`: this, as what it is.
+  template <class Self>
+  EPT_DEVICE void run(Self &self) {
     note(t, kDispatchRecv, 0);
     const uint32_t fault = fault_of(t);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
@@ -39,7 +57,7 @@ class DispatchReceiver : public DispatchPlaces {
     for (uint32_t r = threadIdx.x; r < world && !all; r += blockDim.x) s.return_at[r] = 0;
     const bool works = !is_faulted(fault);
     leave_recv(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation);
-    if (works) receive();
+    if (works) receive(self);
     const uint32_t met = fault_of(t);  // on its way while rows are written
     bulk.end();
     note(t, kDispatchRecv, 3);
@@ -53,28 +71,20 @@ class DispatchReceiver : public DispatchPlaces {
     note(t, kDispatchRecv, 5);
   }
 
-  EPT_DEVICE void receive() {
+  template <class Self>
+  EPT_DEVICE void receive(Self &self) {
     note(t, kDispatchRecv, 1);
-    scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, *this);
+    self.claim_first();
+    scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, self);
     note(t, kDispatchRecv, 2);
-    const bool whole = work_as_they_come(
-        t, s.sources.standing, s.next,
-        [&] {
-          add_up();
-          if (from_lane(peek(s.totals), 0) == 2) (void)blank_some();
-        },
-        [&](uint32_t source) { return units(source); },
-        [&](uint32_t source, uint32_t unit) {
-          Row row = dealt(source, unit);
-          if (!row.at) return;
-          const Span16 span = span_of(row);
-          fetch(row, span);
-          const int32_t place = placed(row);
-          move(row, span, place, [] {});
-          finish(row, place);
-        });
+    const bool whole = self.rows();
     note(t, kDispatchRecv, 4);
     if (whole) blanks();
+  }
+  // All headers are in, and this warp has no row.
+  EPT_DEVICE void all_in() const {
+    add_up();
+    if (from_lane(peek(s.totals), 0) == 2) (void)blank_some();
   }
 
   // Outputs as if nothing had come: what a faulted lane gives. One block.
@@ -111,6 +121,7 @@ class DispatchReceiver : public DispatchPlaces {
     Hardware::release_system(&a.mirror->epoch, epoch);
   }
 
+ public:
   // ---- what the scouts ask ----
 
   EPT_DEVICE bool header(uint32_t source) {
@@ -229,16 +240,14 @@ class DispatchReceiver : public DispatchPlaces {
   struct Stretch {
     uint32_t from, payload, all;
   };
-  EPT_DEVICE Stretch stretch_of(const Span16 &span, bool last) const {
+  EPT_DEVICE Stretch stretch_of(const Row &row, const Span16 &span) const {
+    const bool last = row.part + 1 == s.runs[row.source].parts.by;
     const uint32_t payload = a.x.data ? (span.to - span.from) * 16 : 0;
     const uint32_t from = a.x.data ? span.from * 16 : uint32_t(ept_row_scales(object.payload));
     return {from, payload, payload + (last && scales_in_runs() ? a.scale_bytes : 0)};
   }
   EPT_DEVICE Span16 span_of(const Row &row) const {
     return cuda::span_of(vectors, row.part, s.runs[row.source].parts, kPair);
-  }
-  EPT_DEVICE Stretch stretch_of(const Row &row, const Span16 &span) const {
-    return stretch_of(span, row.part + 1 == s.runs[row.source].parts.by);
   }
   // By the copy engine: the first run of it.
   EPT_DEVICE void start(const char *row, const Stretch &its) const {

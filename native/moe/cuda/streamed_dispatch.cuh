@@ -253,21 +253,13 @@ class StreamedReceiver : public DispatchReceiver {
     } else if (lane_id() == 0) {
       at = int32_t(a.layout == kByRank ? source * leading + j : kept);
     }
-    if (lane_id() == 0) s.runs[source].flags = w.flags[source];  // the same, whoever writes it
+    if (lane_id() == 0) s.runs[source].flags = w.flags[source], s.runs[source].parts = divisor(1);  // whoever writes it
     __syncwarp();
     Row its;
     its.at = row, its.source = source, its.j = j;
     const Span16 all = {0, vectors};
-    if (has_copies())
-      start(row, stretch_of(all, true));
-    else
-      start(row, all);
-    if (per_expert && lane_id() < top_k) its.pair = pair_of(source, row, lane_id());
-    ask(its);
-    if (has_copies())
-      runs(row, stretch_of(all, true), at, [] {});
-    else
-      payload(row, all, at);
+    fetch(its, all);
+    move(its, all, at, [] {});
     rest(its, at);
   }
 
