@@ -241,6 +241,7 @@ void late_block() {
 void refused() {
   check::running("outputs too small and ids out of range");
   World world(moe_test::config_of(2, 4, 2, 32, 6), 13);
+  world.have_patience(moe_test::kSecond);
   for (int32_t layout = 0; layout < 5; layout++) {
     Step step = world.draw();
     step.row_weights = false;
@@ -252,8 +253,11 @@ void refused() {
     if (layout == 4) step.ranks[0].ids[5] = 4;
     std::vector<Got> all(2);
     std::vector<Bytes> routings(2);
+    // Of a rank that finds an id that is none, all blocks send: one that begins late, too.
+    world.gpu->machine.hold([] {});
     for (uint32_t r = 0; r < 2; r++) world.send(step, r, routings[r]);
     world.gpu->machine.run();
+    world.gpu->machine.hold({});
     for (uint32_t r = 0; r < 2; r++) {
       all[r].arrival = expected[r].arrival;
       if (layout < 4 && r == 1) {
@@ -267,6 +271,8 @@ void refused() {
     Error error;
     CHECK_EQ(ept_gpu_moe_check(world.objects[layout < 4], step.lane, &error), EPT_E_FAULT);
     CHECK_HAS(error.text, layout < 4 ? "the outputs hold" : "topk_ids has 4; an id is -1 (none) or 0 to 3");
+    OK(ept_gpu_moe_check(world.objects[layout == 4], step.lane, &error),
+       error);  // and the other has all that it waits for
     world.reset();
   }
 }
@@ -383,7 +389,8 @@ int main() {
   padded.alignment = 8;
   steps("4 ranks, 9 experts, padded groups, more than one tile", padded, 4, 2);
   steps("1 rank", config_of(1, 5, 2, 40, 12), 3, 3);
-  steps("more tokens than a block has lanes, and more experts", config_of(2, 70, 9, 16, 150), 2, 7);
+  steps("more ranks than a warp has lanes", config_of(33, 35, 9, 16, 3), 1, 15);
+  steps("more tokens than a block has lanes, and more experts", config_of(2, 70, 9, 16, 400), 3, 7);
   ept_moe_config f32 = config_of(3, 2, 2, 12, 5);
   f32.dtype = f32.dispatch_dtype = f32.combine_dtype = EPT_DTYPE_F32;
   steps("fp32, fewer experts than ranks, hidden of no 8", f32, 4, 4);

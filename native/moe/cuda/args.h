@@ -42,8 +42,12 @@ EPT_HD constexpr Divisor divisor(uint32_t by) { return {by, by ? 0xffffffffu / b
 
 EPT_HD constexpr uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
-// A row is moved in vectors of 16 bytes, a warp's worth of them at a time: a round.
+// A row is moved in vectors of 16 bytes, a warp's worth of them at a time: a round. Mostly by two vectors a lane and
+// step, a warp's width apart: half of the instructions that a step takes beside its loads and stores.
 EPT_HD constexpr uint32_t rounds_of(uint32_t vectors) { return (vectors + kWarp - 1) / kWarp; }
+constexpr uint32_t kPair = 2;
+// Sums are made of so many elements a lane, 16 bytes of the 2-byte formats; what is left of a row is done one by one.
+constexpr uint32_t kGroup = 8;
 // Into how many parts rows are cut so that each of `warps` has about `each` pieces or more: `rows` of them a block. The
 // more pieces, the less warps wait for the one that has one more; but each begins with a wait for memory, so that no
 // part is shorter than kLeast rounds, unless there would be a warp without work. `together`: rounds that are moved in
@@ -246,19 +250,29 @@ EPT_HD inline RoutingArrays routing_arrays(Carve &carve, const Shape &shape, uin
 
 // How a launch deals out tokens, and pieces of their rows: what the host knows, no block works out.
 struct Deal {
-  uint32_t each, more;  // tokens of a block; as many of the first blocks have one more
-  Divisor parts;        // a row's payload is packed in so many pieces
-  uint32_t units;       // and it in so many: one more, for what else is in it, where a warp would have none
+  Divisor tiles;           // of a warp's lanes' tokens each
+  uint32_t shares, share;  // of a tile's ids so many shares, of so many of each token's
+  uint32_t each, more;     // tokens of a block; as many of the first blocks have one more
+  Divisor parts;           // a row's payload is packed in so many pieces
+  uint32_t units;          // and it in so many: one more, for what else is in it, where a warp would have none
 };
-EPT_HD constexpr Deal deal_of(uint32_t tokens, uint32_t blocks, uint32_t warps, uint32_t vectors) {
-  const uint32_t most = (tokens + blocks - 1) / blocks, least = parts_of(most, warps, vectors, 2);
+EPT_HD constexpr Deal deal_of(uint32_t tokens, uint32_t blocks, uint32_t warps, uint32_t vectors, uint32_t top_k) {
+  const uint32_t most = (tokens + blocks - 1) / blocks, least = parts_of(most, warps, vectors, 2, kPair);
   // All warps wait for the one that has the most pieces; what a piece takes beside its bytes is a tenth of a row. So
   // ten tokens of 16 warps are cut in thirds: two of these take less than two halves.
   const auto takes = [&](uint32_t by) { return uint64_t((most * by + warps - 1) / warps) * (10 + by); };
   uint32_t parts = least;
-  for (uint32_t by = least + 1; by <= 2 * least && by <= rounds_of(vectors); by++)
+  for (uint32_t by = least + 1; by <= 2 * least && by <= (rounds_of(vectors) + kPair - 1) / kPair; by++)
     if (takes(by) * parts < takes(parts) * by) parts = by;
-  return {tokens / blocks, tokens % blocks, divisor(parts), parts + (most * (parts + 1) <= warps ? 1 : 0)};
+  const uint32_t tiles = (tokens + kWarp - 1) / kWarp,
+                 shares = smaller(tiles && tiles < warps ? warps / tiles : 1, top_k);
+  return {divisor(tiles),
+          shares,
+          (top_k + shares - 1) / shares,
+          tokens / blocks,
+          tokens % blocks,
+          divisor(parts),
+          parts + (most * (parts + 1) <= warps ? 1 : 0)};
 }
 
 struct DispatchSend {
@@ -354,6 +368,7 @@ struct CombineRecv {
   int64_t y_stride;  // bytes
   uint32_t tokens;
   int32_t format;
+  Divisor parts;        // that a token is summed in
   Strided row_weights;  // [tokens, top_k] sums of what came beside the rows; data NULL: not wanted
 };
 

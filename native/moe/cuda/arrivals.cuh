@@ -16,15 +16,42 @@ enum Standing : uint32_t { kAway = 0, kHeaderIn = 1, kReady = 2 };
 // Looks at shared memory between two at the lane's fault, which is in memory.
 constexpr uint32_t kLooks = 16;
 
+// Where a source's messages come and its signals stand, whichever generation it is.
+struct Origin {
+  const char *in = nullptr;
+  const uint64_t *words = nullptr;
+  uint64_t offsets[EPT_MOE_SLOTS] = {};
+};
+EPT_DEVICE Origin ask_origin(const LaneTable &t, uint32_t phase, uint32_t source) {
+  Origin its;
+  if (source >= t.world) return its;
+  its.in = t.in[source];
+  its.words = t.words[source];
+  EPT_UNROLL
+  for (uint32_t slot = 0; slot < EPT_MOE_SLOTS; slot++)
+    its.offsets[slot] = t.offsets[source * kSignals + signal_index(phase, slot)];
+  return its;
+}
+// What a half that receives must know first, asked for together; each is waited for where it is used.
+struct AtFirst {
+  EPT_DEVICE AtFirst(const LaneTable &t, uint32_t phase)
+      : state(t.state), fault(fault_of(t)), origin(ask_origin(t, phase, threadIdx.x)) {}
+  const StateThen state;
+  const uint32_t fault;
+  const Origin origin;  // of source threadIdx.x
+};
+
 // Before the block's first barrier; all threads. A rank that takes no part is ready, with nothing.
-EPT_DEVICE void look_up(const LaneTable &t, uint32_t phase, uint64_t generation, const Sources &s) {
-  const uint32_t signal = signal_index(phase, uint32_t(generation & 1));
-  const Taking members = taking(t, phase);
+EPT_DEVICE void look_up(const LaneTable &t, uint32_t phase, uint64_t generation, uint32_t membership,
+                        const Origin &first, const Sources &s) {
+  const auto slot = uint32_t(generation & 1);
+  const Taking members{membership ? t.out + phase * t.world : nullptr};
   for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
+    const Origin its = r == threadIdx.x ? first : ask_origin(t, phase, r);
     s.standing[r] = members.has(r) ? kAway : kReady;
-    s.in[r] = t.in[r];
-    s.word[r] = t.words[r] + signal;
-    s.target[r] = generation / 2 + 1 + t.offsets[r * kSignals + signal];
+    s.in[r] = its.in;
+    s.word[r] = its.words + signal_index(phase, slot);
+    s.target[r] = generation / 2 + 1 + (slot ? its.offsets[1] : its.offsets[0]);
   }
 }
 

@@ -21,15 +21,19 @@ class CombineSender {
         t(args.lane),
         s(shared),
         object(args.object),
-        generation(args.lane.state->sent[EPT_PHASE_COMBINE]),
         world(fixed_or(EPT_FIXED_WORLD, args.lane.world)),
         top_k(fixed_or(EPT_FIXED_TOP_K, args.object.top_k)),
         row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, args.row_weights.data != nullptr)),
-        groups(fixed_or(EPT_FIXED_HIDDEN, args.object.hidden) / kGroup) {}
+        groups(fixed_or(EPT_FIXED_HIDDEN, args.object.hidden) / kGroup),
+        state(args.lane.state),
+        fault(fault_of(args.lane)),
+        source(ask_source(threadIdx.x)),
+        membership(args.routing.membership[0]),
+        generation(state.sent(EPT_PHASE_COMBINE)),
+        present(state.membership(kNext)) {}
 
   EPT_DEVICE void run() {
     note(t, kCombineSend, 0);
-    const uint32_t fault = fault_of(t), membership = a.routing.membership[0], present = t.state->membership[kNext];
     Taken taken(t, kCombineSend, generation, s.word);
     taken.begin();
     begin();
@@ -37,7 +41,7 @@ class CombineSender {
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault | (membership ^ present)) && settle(t, kCombineSend, EPT_PHASE_COMBINE, generation);
-    leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
+    (void)leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
     if (works) send(taken);
     note(t, kCombineSend, 3);
     note(t, kCombineSend, 5);
@@ -46,17 +50,36 @@ class CombineSender {
  protected:
   // What a dispatch that met a fault leaves is anything, and nobody goes there: so no pointer is moved by it.
   EPT_DEVICE void begin() {
-    for (uint32_t r = threadIdx.x; r <= world; r += blockDim.x) s.begin[r] = a.routing.begin[r];
-    for (uint32_t r = blockDim.x - 1 - threadIdx.x; r < world; r += blockDim.x) {
-      const uint64_t received = t.map.recv(EPT_PHASE_COMBINE, slot()) + a.routing.return_at[r];
-      const char *window = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
+    for (uint32_t r = threadIdx.x; r <= world; r += blockDim.x) {
+      const Source its = r == threadIdx.x ? source : ask_source(r);
+      s.begin[r] = its.begin;
+      if (r == world) break;
+      const uint64_t received = t.map.recv(EPT_PHASE_COMBINE, slot()) + its.return_at;
       const uint64_t at =
           t.map.send(EPT_PHASE_COMBINE, slot()) + object.shape.combine_staging(r < t.rank ? r : r - 1).offset;
+      const bool mapped = r == t.rank || its.kind == EPT_DEVICE_MAPPED;
       s.received[r] = received;
-      s.message[r] =
-          window ? device::address<char>(uint64_t(reinterpret_cast<uintptr_t>(window)) + received) : staged(t, r, at);
+      s.message[r] = device::address<char>(mapped ? its.window + received : its.staging + at);
       s.packing[r] = s.packed[r] = 0;
     }
+  }
+  // What is known of a rank before the step: where its rows begin, where it wants their sums, and its path.
+  struct Source {
+    uint32_t begin = 0, kind = 0;
+    uint64_t return_at = 0, window = 0, staging = 0;
+  };
+  EPT_DEVICE Source ask_source(uint32_t r) const {
+    Source its;
+    if (r > world) return its;
+    its.begin = a.routing.begin[r];
+    if (r == world) return its;
+    its.return_at = a.routing.return_at[r];
+    const ept_path &path = t.paths[r];
+    its.kind = path.kind;
+    its.window = path.window;
+    its.staging = path.source;
+    if (r == t.rank) its.window = reinterpret_cast<uintptr_t>(t.in[r]);
+    return its;
   }
   EPT_DEVICE void send(Taken &taken) {
     note(t, kCombineSend, 1);
@@ -267,42 +290,46 @@ class CombineSender {
   const LaneTable &t;
   const CombineShared &s;
   const ObjectTable &object;
-  const uint64_t generation;
   const uint32_t world, top_k;
   const uint64_t row_bytes;
   const uint32_t groups;
   uint32_t parts = 1;  // that a row is summed in
   Divisor cut = divisor(1);
+  // In the order in which it is asked for; what is to be waited for last.
+  const StateThen state;
+  const uint32_t fault;       // when this block began
+  const Source source;        // number threadIdx.x
+  const uint32_t membership;  // of the dispatch that is summed
+  const uint64_t generation;
+  const uint32_t present;  // the membership now
 };
 
 // Tokens in order; each waits for the ranks that have a part of it, in rank order.
 class CombineReceiver {
  public:
-  // `whole_rows`: a warp has a token by itself.
-  EPT_DEVICE CombineReceiver(const CombineRecv &args, const CombineShared &shared, bool whole_rows = false)
+  EPT_DEVICE CombineReceiver(const CombineRecv &args, const CombineShared &shared)
       : a(args),
         t(args.lane),
         s(shared),
         object(args.object),
-        generation(args.lane.state->received[EPT_PHASE_COMBINE]),
-        membership(args.lane.state->membership[EPT_PHASE_COMBINE]),
+        at_first(args.lane, EPT_PHASE_COMBINE),
+        generation(at_first.state.received(EPT_PHASE_COMBINE)),
+        membership(at_first.state.membership(EPT_PHASE_COMBINE)),
         world(fixed_or(EPT_FIXED_WORLD, args.lane.world)),
         fan(uint32_t(args.object.shape.fan())),
         row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, 0)),
         groups(fixed_or(EPT_FIXED_HIDDEN, args.object.hidden) / kGroup),
-        parts(
-            divisor(whole_rows ? 1 : parts_of((args.tokens + gridDim.x - 1) / gridDim.x, warps(), groups, 4, kPair))) {}
+        parts(args.parts) {}
 
   EPT_DEVICE void run() {
     note(t, kCombineRecv, 0);
-    const uint32_t fault = fault_of(t);
     Taken taken(t, kCombineRecv, generation, s.word);
     taken.begin(pieces());
     // Of few tokens, where the parts of those are that this block sums first.
     const uint32_t number = parts.of(blockIdx.x + gridDim.x * threadIdx.x);
     if (number < a.tokens) prefetch(reinterpret_cast<const char *>(a.routing.parts + uint64_t(number) * fan * 2));
-    look_up(t, EPT_PHASE_COMBINE, generation, s.sources);
-    const bool works = !is_faulted(fault);
+    look_up(t, EPT_PHASE_COMBINE, generation, membership, at_first.origin, s.sources);
+    const bool works = !is_faulted(at_first.fault);
     leave_recv(t, kCombineRecv, EPT_PHASE_COMBINE, generation);
     if (works) receive(taken);
     note(t, kCombineRecv, 3);
@@ -439,6 +466,7 @@ class CombineReceiver {
   const LaneTable &t;
   const CombineShared &s;
   const ObjectTable &object;
+  const AtFirst at_first;
   const uint64_t generation;
   const uint32_t membership;
   const uint32_t world, fan;

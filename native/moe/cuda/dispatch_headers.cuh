@@ -72,8 +72,9 @@ class Waiter {
       : a(args),
         t(args.lane),
         s(shared),
-        generation(args.lane.state->received[EPT_PHASE_DISPATCH]),
-        membership(args.lane.state->membership[EPT_PHASE_DISPATCH]) {}
+        at_first(args.lane, EPT_PHASE_DISPATCH),
+        generation(at_first.state.received(EPT_PHASE_DISPATCH)),
+        membership(at_first.state.membership(EPT_PHASE_DISPATCH)) {}
   EPT_DEVICE bool header(uint32_t source) {
     return read_dispatch_header(t, a.object, kDispatchRecv, generation, membership, source, a.scale_bytes,
                                 a.payload_format, a.scale_format, s, memory_of(t, source));
@@ -83,7 +84,7 @@ class Waiter {
   EPT_DEVICE void run() {
     for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) s.rows[r] = 0;
     for (uint32_t i = threadIdx.x; i < t.world * a.object.local; i += blockDim.x) s.counts[i] = 0;
-    look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
+    look_up(t, EPT_PHASE_DISPATCH, generation, membership, at_first.origin, s.sources);
     __syncthreads();
     scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, *this);
     __syncthreads();
@@ -107,6 +108,7 @@ class Waiter {
   const DispatchWait &a;
   const LaneTable &t;
   const RecvShared &s;
+  const AtFirst at_first;
   const uint64_t generation;
   const uint32_t membership;
 };

@@ -26,8 +26,9 @@ class DispatchPlaces {
         t(args.lane),
         s(shared),
         object(args.object),
-        generation(args.lane.state->received[EPT_PHASE_DISPATCH]),
-        membership(args.lane.state->membership[EPT_PHASE_DISPATCH]),
+        at_first(args.lane, EPT_PHASE_DISPATCH),
+        generation(at_first.state.received(EPT_PHASE_DISPATCH)),
+        membership(at_first.state.membership(EPT_PHASE_DISPATCH)),
         world(fixed_or(EPT_FIXED_WORLD, args.lane.world)),
         top_k(fixed_or(EPT_FIXED_TOP_K, args.object.top_k)),
         local(fixed_or(EPT_FIXED_LOCAL, args.object.local)),
@@ -167,6 +168,7 @@ class DispatchPlaces {
   const LaneTable &t;
   const RecvShared &s;
   const ObjectTable &object;
+  const AtFirst at_first;
   const uint64_t generation;
   const uint32_t membership, world, top_k, local;
   const uint32_t leading;  // rows of all outputs fit 32 bits: the host has seen to it

@@ -5,8 +5,8 @@
 // tokens.
 //
 // A token's row number at rank r is the count of earlier tokens that go to r: by tiles of 32 tokens, a tile a warp, the
-// tokens of a tile that go to r are one ballot. So numbers are the same in every block and on every run; and who packs
-// a row counts them itself, since one more phase of all warps costs more than counting twice.
+// tokens of a tile that go to r are one ballot, and how many go there from the tiles before stands beside it. So
+// numbers are the same in every block and on every run, and a warp finds all of a token's at once, a rank a lane.
 //
 // An ordinal (wire.h) is counted in the same way: how many pairs of an expert stand before this block's tokens needs no
 // order, so all warps count them, by atomics in shared memory; one warp goes through the block's own pairs.
@@ -26,7 +26,6 @@ class DispatchPlan {
       : a(args),
         t(args.lane),
         s(shared),
-        generation(args.lane.state->sent[EPT_PHASE_DISPATCH]),
         world(fixed_or(EPT_FIXED_WORLD, args.lane.world)),
         top_k(fixed_or(EPT_FIXED_TOP_K, args.object.top_k)),
         fan(uint32_t(args.object.shape.fan())),
@@ -35,11 +34,17 @@ class DispatchPlan {
         parts(args.deal.parts.by),
         units(args.deal.units),
         first(blockIdx.x * args.deal.each + (blockIdx.x < args.deal.more ? blockIdx.x : args.deal.more)),
-        end(first + args.deal.each + (blockIdx.x < args.deal.more ? 1 : 0)) {}
+        end(first + args.deal.each + (blockIdx.x < args.deal.more ? 1 : 0)),
+        state(args.lane.state),
+        fault(fault_of(args.lane)),
+        needed(ask_first()),
+        generation(state.sent(EPT_PHASE_DISPATCH)),
+        present(state.membership(kNext)) {}
 
  protected:
-  EPT_DEVICE void tell_bad_ids() const {
-    if (blockIdx.x == 0 && threadIdx.x == 0 && s.bad[0])
+  // By the warp that leaves last: all messages go, since peers wait for them.
+  EPT_DEVICE void tell_bad_ids(bool last) const {
+    if (last && lane_id() == 0 && s.bad[0])
       raise_fault(t, uint32_t(-EPT_E_INVALID), kDispatchSend, -1, kIds, generation, a.object.experts, s.bad[1]);
   }
 
@@ -55,33 +60,38 @@ class DispatchPlan {
   EPT_DEVICE bool valid(int64_t id) const { return id >= 0 && id < int64_t(a.object.experts); }
   // Of an expert that is there, its number in tables of all experts.
   EPT_DEVICE uint32_t slot_of(uint32_t where) const { return s.first[where >> 16] + (where & 0xffff); }
-  // take(k, id) for all of a token's, -1 where there is no such token. Loads of eight are under way together.
-  template <class Take>
-  EPT_DEVICE void each_id(uint32_t token, Take take) const {
-    constexpr uint32_t kTogether = 8;
-    const char *at = ids_of(token);
-    const int64_t step = a.ids_strides[1] * (a.ids_64 ? 8 : 4);
-    EPT_ROLLED
-    for (uint32_t base = 0; base < top_k; base += kTogether) {
-      int64_t ids[kTogether];
-      EPT_UNROLL
-      for (uint32_t i = 0; i < kTogether; i++, at += step)
-        ids[i] = base + i < top_k && token < a.tokens ? id_at(at) : -1;
-      EPT_UNROLL
-      for (uint32_t i = 0; i < kTogether; i++)
-        if (base + i < top_k) take(base + i, ids[i]);
-    }
+  // The ids of a token from k on, until `to`; -1 where there is none. All are under way together.
+  struct Ids {
+    static constexpr uint32_t kMost = 2;
+    int64_t id[kMost];
+  };
+  EPT_DEVICE void ask_ids(Ids &ids, uint32_t token, uint32_t k, uint32_t to) const {
+    EPT_UNROLL
+    for (uint32_t i = 0; i < Ids::kMost; i++)
+      ids.id[i] = k + i < to && token < a.tokens ? id_at(id_of(token, k + i)) : -1;
   }
-  // Of ranks [from, from + 64) those that a token goes to.
-  EPT_DEVICE uint64_t ranks(uint32_t token, uint32_t from) const {
-    uint64_t mask = 0;
-    each_id(token, [&](uint32_t, int64_t expert) {
-      const uint32_t rank = valid(expert) ? s.where[expert] >> 16 : 0xffffffffu;
-      if (rank - from < 64) mask |= 1ull << (rank - from);
-    });
+  // A tile's ids are looked at by several warps, where there are more warps than tiles: each has a lane a token, and
+  // some of its ids.
+  struct Share {
+    uint32_t tile, token, from, to;
+  };
+  EPT_DEVICE Share share_of(uint32_t unit) const {
+    const uint32_t nth = a.deal.tiles.of(unit), tile = unit - nth * tiles(), from = nth * a.deal.share;
+    return {tile, tile * kWarp + lane_id(), from, smaller(from + a.deal.share, top_k)};
+  }
+  // Of ranks [first, first + kWarp) those that a token goes to, by some of its ids.
+  EPT_DEVICE uint32_t ranks(const Share &its, uint32_t first) const {
+    uint32_t mask = 0;
+    EPT_ROLLED
+    for (uint32_t k = its.from; k < its.to; k++) {
+      const int64_t expert = its.token < a.tokens ? id_at(id_of(its.token, k)) : -1;
+      const uint32_t rank = valid(expert) ? s.where[expert] >> 16 : kNowhere;
+      if (rank - first < kWarp) mask |= 1u << (rank - first);
+    }
     return mask;
   }
-  EPT_DEVICE uint32_t tiles() const { return (a.tokens + kWarp - 1) / kWarp; }
+  EPT_DEVICE Taking members() const { return {present ? t.out + kNext * world : nullptr}; }
+  EPT_DEVICE uint32_t tiles() const { return a.deal.tiles.by; }
   EPT_DEVICE uint64_t header_bytes(uint32_t rank) const {
     return ept_dispatch_header_bytes(s.first[rank + 1] - s.first[rank]);
   }
@@ -90,62 +100,115 @@ class DispatchPlan {
     return t.map.recv(EPT_PHASE_DISPATCH, slot()) + a.object.shape.dispatch_region(t.rank).offset;
   }
 
+  // What is known of a rank before the step: its path, and where its experts and those of the next one begin.
+  struct Peer {
+    int32_t kind = 0;
+    uint32_t memory = 0, first = 0, next = 0;
+    uint64_t window = 0;
+  };
+  // What a block needs first, and what follows from nothing else.
+  struct Needed {
+    uint32_t where;  // of expert threadIdx.x
+    Ids ids;         // of this warp's first share
+    Peer peer;       // of the rank that is this thread's from the last
+  };
+  EPT_DEVICE Needed ask_first() const {
+    Needed its;
+    its.where = threadIdx.x < a.object.experts ? a.object.where[threadIdx.x] : 0;
+    its.peer = ask_peer(from_last_thread());
+    const Share first = share_of(warp_id());
+    ask_ids(its.ids, first.token, first.from, first.to);
+    return its;
+  }
+  EPT_DEVICE uint32_t from_last_thread() const { return blockDim.x - 1 - threadIdx.x; }
   // Tables; the last warps take the short ones. The caller's barrier ends it.
-  EPT_DEVICE void begin(uint32_t set = kNext) {
-    const Taking members = taking(t, set);
+  EPT_DEVICE void begin(const Taking &members) {
     for (uint32_t e = threadIdx.x; e < a.object.experts; e += blockDim.x) {
-      const uint32_t where = a.object.where[e];
+      const uint32_t where = e == threadIdx.x ? needed.where : a.object.where[e];
       s.where[e] = members.has(where >> 16) ? where : kNowhere;
       s.counts[e] = s.before[e] = 0;
     }
-    if (set == kNext && blockIdx.x == 0 && threadIdx.x == 0) a.routing.membership[0] = t.state->membership[kNext];
-    const uint32_t back = blockDim.x - 1 - threadIdx.x;
-    for (uint32_t r = back; r < world; r += blockDim.x) {
-      s.rows_at[r] = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
-      const bool listed = t.lists && (r == t.rank || (s.rows_at[r] && t.paths[r].memory));
-      s.lists[r] = listed ? a.routing.own : nullptr;
-    }
-    for (uint32_t r = back < kWarp ? world + 1 : back - kWarp; r <= world; r += blockDim.x - kWarp)
-      s.first[r] = a.object.first[r];
+    for (uint32_t i = threadIdx.x; i < tiles() * world; i += blockDim.x) s.tiles[i] = {};
+    const uint32_t back = from_last_thread();
+    for (uint32_t r = back; r <= world; r += blockDim.x) set(r, r == back ? needed.peer : ask_peer(r));
     if (threadIdx.x < 2) s.bad[threadIdx.x] = 0;
     if (threadIdx.x == 0) *s.ordered = 0;
   }
 
-  // Which tokens of each tile go to each rank, and how many all in all; rows of each expert, where `all`, and of those
-  // before this block's. A barrier ends it, which sums_up comes before.
-  template <class SumUp>
-  EPT_DEVICE void count(bool all, SumUp sums_up) {
+  // Which tokens of each tile go to each rank; rows of each expert, where `all`, and of those before this block's. A
+  // barrier ends it.
+  EPT_DEVICE void scan(bool all) {
     EPT_ROLLED
-    for (uint32_t tile = warp_id(); tile < tiles(); tile += warps()) {
-      const uint32_t token = tile * kWarp + lane_id();
-      uint64_t mask = 0;
-      each_id(token, [&](uint32_t, int64_t expert) {
-        if (valid(expert)) {
-          const uint32_t where = s.where[expert], rank = where >> 16;
-          if (where == kNowhere) return;
-          if (all) atomicAdd(&s.counts[slot_of(where)], 1u);
-          if (token < first) atomicAdd(&s.before[slot_of(where)], 1u);
-          if (rank < 64) mask |= 1ull << rank;
-        } else if (expert != -1) {  // nobody can be told before the messages go: it counts as none, and faults the lane
-          s.bad[1] = uint32_t(expert);
-          s.bad[0] = 1;
-        }
-      });
-      for (uint32_t from = 0; from < world; from += 64) {
-        if (from) mask = ranks(token, from);
+    for (uint32_t unit = warp_id(); unit < tiles() * a.deal.shares; unit += warps()) {
+      const Share its = share_of(unit);
+      uint32_t mask = 0;
+      if (unit != warp_id()) ask_ids(needed.ids, its.token, its.from, its.to);
+      EPT_ROLLED
+      for (uint32_t k = its.from; k < its.to; k += Ids::kMost) {
+        const Ids ids = needed.ids;
+        if (k + Ids::kMost < its.to) ask_ids(needed.ids, its.token, k + Ids::kMost, its.to);
+        mask |= count(ids, all, its.token < first);
+      }
+      EPT_ROLLED
+      for (uint32_t from = 0; from < world; from += kWarp) {
+        if (from) mask = ranks(its, from);
+        const uint32_t n = smaller(world - from, kWarp);
+        uint32_t mine = 0;
         EPT_ROLLED
-        for (uint32_t r = from; r < world && r < from + 64; r++) {
-          const uint32_t those = __ballot_sync(kAll, int(mask >> (r - from) & 1));
-          if (lane_id() == 0) s.tiles[tile * world + r] = those;
+        for (uint32_t r = 0; r < n; r++) {
+          const uint32_t those = __ballot_sync(kAll, int(mask >> r & 1));
+          if (lane_id() == r) mine = those;
         }
+        if (mine) atomicOr(&s.tiles[its.tile * world + from + lane_id()].those, mine);
       }
     }
-    __syncthreads();
-    for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
-      s.rows_to[r] = rows_before(tiles(), r);
-      sums_up(r);
+  }
+  // Some ids of a lane's token; returns which of the first kWarp ranks they are of. Each look at a table is made for
+  // all of them before the next, since an answer takes longer than its instructions.
+  EPT_DEVICE uint32_t count(const Ids &ids, bool all, bool before) const {
+    uint32_t where[Ids::kMost], slot[Ids::kMost], mask = 0;
+    EPT_UNROLL
+    for (uint32_t i = 0; i < Ids::kMost; i++) {
+      where[i] = kNowhere;
+      if (valid(ids.id[i]))
+        where[i] = s.where[ids.id[i]];
+      else if (ids.id[i] != -1)  // nobody can be told before the messages go: it counts as none, and faults the lane
+        s.bad[1] = uint32_t(ids.id[i]), s.bad[0] = 1;
     }
-    __syncthreads();
+    EPT_UNROLL
+    for (uint32_t i = 0; i < Ids::kMost; i++) {
+      slot[i] = where[i] == kNowhere ? 0 : slot_of(where[i]);
+      if (where[i] >> 16 < kWarp) mask |= 1u << (where[i] >> 16);
+    }
+    EPT_UNROLL
+    for (uint32_t i = 0; i < Ids::kMost; i++) {
+      if (where[i] == kNowhere) continue;
+      if (all) atomicAdd(&s.counts[slot[i]], 1u);
+      if (before) atomicAdd(&s.before[slot[i]], 1u);
+    }
+    return mask;
+  }
+  // How many rows go to each rank, and from the tiles before each. summed(rank): that is there. A barrier ends it.
+  template <class Summed>
+  EPT_DEVICE void sum(Summed summed) const {
+    constexpr uint32_t kTogether = 4;
+    for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
+      uint32_t rows = 0;
+      EPT_ROLLED
+      for (uint32_t first = 0; first < tiles(); first += kTogether) {
+        uint32_t those[kTogether];
+        EPT_UNROLL
+        for (uint32_t i = 0; i < kTogether; i++)
+          those[i] = first + i < tiles() ? s.tiles[(first + i) * world + r].those : 0;
+        EPT_UNROLL
+        for (uint32_t i = 0; i < kTogether; i++) {
+          if (first + i < tiles()) s.tiles[(first + i) * world + r].before = rows;
+          rows += uint32_t(__popc(those[i]));
+        }
+      }
+      s.rows_to[r] = rows;
+      summed(r);
+    }
   }
   // Ordinals of this block's pairs, by one warp: those of a round that are for one expert find each other by a match,
   // and the first of them moves the expert's count on.
@@ -167,68 +230,76 @@ class DispatchPlan {
     }
     show(s.ordered, 1);
   }
-  // To that rank, of tokens of the tiles before that one.
-  EPT_DEVICE uint32_t rows_before(uint32_t tile, uint32_t rank) const {
-    uint32_t rows = 0;
-    EPT_ROLLED
-    for (uint32_t i = 0; i < tile; i++) rows += uint32_t(__popc(s.tiles[i * world + rank]));
-    return rows;
+  // Of the tokens before that one, those that go to that rank.
+  EPT_DEVICE uint32_t rows_before(uint32_t token, uint32_t rank) const {
+    if (token >= a.tokens) return s.rows_to[rank];
+    const TileRows its = s.tiles[token / kWarp * world + rank];
+    return its.before + uint32_t(__popc(its.those & ((1u << token % kWarp) - 1)));
   }
-  // Of this block's tokens, those that go to that rank.
-  EPT_DEVICE uint32_t own_rows(uint32_t rank) const {
-    uint32_t rows = 0;
+  // Of this block's.
+  EPT_DEVICE uint32_t own_rows(uint32_t rank) const { return rows_before(end, rank) - rows_before(first, rank); }
+  // act(rank, row, goes) for all ranks, by a lane each, and all lanes of the warp: whether the token goes there, and as
+  // which of its rows.
+  template <class Act>
+  EPT_DEVICE void each_rank(uint32_t token, Act act) const {
+    const uint32_t at = token % kWarp;
     EPT_ROLLED
-    for (uint32_t token = first; token < end;) {
-      const uint32_t tile = token / kWarp, last = (tile + 1) * kWarp, until = end < last ? end : last;
-      const uint32_t bits = until - token == kWarp ? kAll : (1u << (until - token)) - 1;
-      rows += uint32_t(__popc(s.tiles[tile * world + rank] >> (token % kWarp) & bits));
-      token = until;
+    for (uint32_t from = 0; from < world; from += kWarp) {
+      const uint32_t r = from + lane_id();
+      TileRows its{};
+      if (r < world) its = s.tiles[token / kWarp * world + r];
+      act(r, its.before + uint32_t(__popc(its.those & ((1u << at) - 1))), (its.those >> at & 1) != 0);
     }
-    return rows;
-  }
-  // The ranks that a token goes to, by rank, in the first lanes, and its row there; returns how many there are, and
-  // leaves `rank` as it is in the other lanes.
-  EPT_DEVICE uint32_t ranks_of(uint32_t token, int32_t &rank, uint32_t &row) const {
-    const uint32_t tile = token / kWarp, at = token % kWarp;
-    uint32_t n = 0;
-    EPT_ROLLED
-    for (uint32_t base = 0; base < world; base += kWarp) {
-      const uint32_t r = base + lane_id(), those = r < world ? s.tiles[tile * world + r] : 0;
-      const uint32_t goes = those >> at & 1;
-      const uint32_t before = goes ? rows_before(tile, r) + uint32_t(__popc(those & ((1u << at) - 1))) : 0;
-      __syncwarp();
-      EPT_ROLLED
-      for (uint32_t left = __ballot_sync(kAll, int(goes)); left; left &= left - 1, n++) {
-        const uint32_t lane = uint32_t(__ffs(int(left)) - 1), its = from_lane(before, lane);
-        if (lane_id() == n) rank = int32_t(base + lane), row = its;
-      }
-    }
-    return n;
   }
 
-  // What is kept of the first n lanes' ranks and rows of a token.
-  EPT_DEVICE void keep(uint32_t token, uint32_t n, int32_t rank, uint32_t row) const {
-    if (lane_id() >= fan) return;
-    int32_t *to = a.routing.parts + (uint64_t(token) * fan + lane_id()) * 2;
-    to[0] = lane_id() < n ? rank : -1;
-    to[1] = int32_t(row);
+  // What is kept of a token's ranks and rows.
+  EPT_DEVICE void keep(uint32_t token) const {
+    int32_t *to = a.routing.parts + uint64_t(token) * fan * 2;
+    uint32_t n = 0;
+    each_rank(token, [&](uint32_t r, uint32_t row, bool goes) {
+      const uint32_t those = __ballot_sync(kAll, int(goes));
+      if (goes) {
+        int32_t *its = to + (n + uint32_t(__popc(those & below()))) * 2;
+        its[0] = int32_t(r);
+        its[1] = int32_t(row);
+      }
+      n += uint32_t(__popc(those));
+    });
+    if (lane_id() >= n && lane_id() < fan) to[lane_id() * 2] = -1;
   }
 
   // The last blocks have a token less, or none: they do what one block does for all.
   EPT_DEVICE uint32_t from_last() const { return gridDim.x - 1 - blockIdx.x; }
 
+  EPT_DEVICE Peer ask_peer(uint32_t r) const {
+    Peer its;
+    if (r > world) return its;
+    its.first = a.object.first[r];
+    if (r == world) return its;
+    its.next = a.object.first[r + 1];
+    const ept_path &path = t.paths[r];
+    its.kind = path.kind;
+    its.memory = path.memory;
+    its.window = path.window;
+    if (r == t.rank) its.window = reinterpret_cast<uintptr_t>(t.in[r]);
+    return its;
+  }
   // Where the rows for a rank go: a place that follows from its window, or that place() will find; and where its list
   // does. Of the message to this rank itself the list stands apart, since the rows that all lists name stand there.
-  EPT_DEVICE void find(uint32_t r) const {
-    if (!s.rows_at[r]) return;
-    s.rows_at[r] += received() + before_rows(r);
-    if (s.lists[r] && r != t.rank) s.lists[r] = reinterpret_cast<uint32_t *>(s.rows_at[r]);
+  EPT_DEVICE void set(uint32_t r, const Peer &its) const {
+    s.first[r] = its.first;
+    if (r == world) return;
+    const bool own = r == t.rank, mapped = own || its.kind == EPT_DEVICE_MAPPED;
+    const bool listed = t.lists && mapped && (own || its.memory);
+    char *at = mapped ? device::address<char>(its.window + received() + before_rows(r, its.next - its.first)) : nullptr;
+    s.rows_at[r] = at;
+    s.lists[r] = !listed ? nullptr : own ? a.routing.own : reinterpret_cast<uint32_t *>(at);
   }
   // Bytes of a message before that place.
-  EPT_DEVICE uint64_t before_rows(uint32_t r) const {
-    return t.lists && r == t.rank ? a.object.shape.dispatch_header() : header_bytes(r);
+  EPT_DEVICE uint64_t before_rows(uint32_t r, uint32_t experts) const {
+    return t.lists && r == t.rank ? a.object.shape.dispatch_header() : ept_dispatch_header_bytes(experts);
   }
-  EPT_DEVICE char *message_to(uint32_t r) const { return s.rows_at[r] - before_rows(r); }
+  EPT_DEVICE char *message_to(uint32_t r) const { return s.rows_at[r] - before_rows(r, s.first[r + 1] - s.first[r]); }
 
   // Whether this rank packs messages in memory of its own, one behind another.
   EPT_DEVICE bool stages() const { return t.proxied || t.initiates; }
@@ -266,11 +337,16 @@ class DispatchPlan {
   const DispatchSend &a;
   const LaneTable &t;
   const SendShared &s;
-  const uint64_t generation;
   const uint32_t world, top_k, fan;
   const uint32_t row_bytes, vectors;
   const uint32_t parts, units;  // Deal
   const uint32_t first, end;    // this block's tokens
+  // In the order in which it is asked for; what is to be waited for last.
+  const StateThen state;
+  const uint32_t fault;  // when this block began
+  Needed needed;
+  const uint64_t generation;
+  const uint32_t present;  // the membership of the next dispatch
 };
 
 }  // namespace ept::moe::cuda

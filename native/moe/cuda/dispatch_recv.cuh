@@ -42,20 +42,19 @@ class DispatchReceiver : public DispatchPlaces {
   template <class Self>
   EPT_DEVICE void run(Self &self) {
     note(t, kDispatchRecv, 0);
-    const uint32_t fault = fault_of(t);
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) {
       s.rows[r] = s.begin[r] = 0;
       s.runs[r].rows = s.runs[r].claims = 0;
       s.next[r] = 0;
     }
-    look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
+    look_up(t, EPT_PHASE_DISPATCH, generation, membership, at_first.origin, s.sources);
     if (threadIdx.x == 0) *s.totals = *s.next_blank = 0;
     bulk.begin();
-    const bool all = !taking(t, EPT_PHASE_DISPATCH).out;
+    const bool all = membership == 0;
     // Of a rank that takes no part nobody else writes them.
     for (uint32_t i = threadIdx.x; i < world * local && !all; i += blockDim.x) s.counts[i] = 0;
     for (uint32_t r = threadIdx.x; r < world && !all; r += blockDim.x) s.return_at[r] = 0;
-    const bool works = !is_faulted(fault);
+    const bool works = !is_faulted(at_first.fault);
     leave_recv(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation);
     if (works) receive(self);
     const uint32_t met = fault_of(t);  // on its way while rows are written

@@ -21,27 +21,28 @@ class DispatchSender : public DispatchPlan {
 
   EPT_DEVICE void run() {
     note(t, kDispatchSend, 0);
-    const uint32_t fault = fault_of(t);
-    start();
-    begin();
+    begin(members());
+    if (blockIdx.x == 0 && threadIdx.x == 0) a.routing.membership[0] = present;
     const bool works = !is_faulted(fault) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    if (works) send();
+    const bool last = leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    if (works) send(last);
     note(t, kDispatchSend, 5);
   }
 
  protected:
-  EPT_DEVICE void send() {
+  EPT_DEVICE void send(bool last) {
     note(t, kDispatchSend, 1);
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
       expect(t, EPT_PHASE_DISPATCH, generation, r,
              t.map.recv(EPT_PHASE_DISPATCH, slot()) + a.object.shape.dispatch_region(r).offset);
-    const Taking members = taking(t, kNext);
-    count(from_last() < world, [&](uint32_t r) {
-      const bool heads = r % gridDim.x == from_last() && members.has(r);
+    scan(from_last() < world);
+    start();
+    __syncthreads();
+    sum([&](uint32_t r) {
+      const bool heads = r % gridDim.x == from_last() && members().has(r);
       s.pieces[r] = s.pending[r] = own_rows(r) * units + (heads ? 1 : 0);
-      find(r);
     });
+    __syncthreads();
     place();
     if (warp_id() == (warps() > 1 ? warps() - 2 : 0)) order();
     // Else place() is for the last warp alone, which writes this block's header.
@@ -54,20 +55,25 @@ class DispatchSender : public DispatchPlan {
       return {message_to(r), received(), header + uint64_t(s.rows_to[r]) * row_bytes, s.rows_to[r] * units + 1};
     });
     note(t, kDispatchSend, 3);
-    tell_bad_ids();
+    tell_bad_ids(last);
   }
 
-  // What needs no plan: this warp's first row comes already, and the ids of its first tile.
+  // What needs no plan: weights, and this warp's first piece, come already. Of its steps the ring holds the first, so
+  // all of it is asked into the cache.
   EPT_DEVICE void start() const {
-    const uint32_t token = warp_id() * kWarp + lane_id();
-    if (token < a.tokens) prefetch(ids_of(token));
-    if (a.weights && token < a.tokens)
-      prefetch(reinterpret_cast<const char *>(a.weights + token * a.weights_strides[0]));
+    const uint32_t token = first + threadIdx.x;
+    if (a.weights && token < end) prefetch(reinterpret_cast<const char *>(a.weights + token * a.weights_strides[0]));
     const uint32_t u = warp_id();
     if (u >= (end - first) * parts) return;
     const uint32_t nth = a.deal.parts.of(u);
     fetch(first + nth, u - nth * parts);
+    const Span16 span = span_of(vectors, u - nth * parts, a.deal.parts, kPair);
+    const uint32_t size = a.quantise ? element_size(a.x_format) * 16 : 16;
+    const char *row = row_of(first + nth);
+    for (uint32_t at = span.from * size + lane_id() * kLine; at < span.to * size; at += kWarp * kLine)
+      prefetch_far(row + at);
   }
+  static constexpr uint32_t kLine = 128;  // bytes of a line of the cache
   // How a row of a format is read: kRounds of a warp in a step, in each of which a lane has kSize vectors of the row,
   // and one of the message. kPacked: it goes as it is.
   static constexpr int32_t kPacked = -1;
@@ -115,7 +121,7 @@ class DispatchSender : public DispatchPlan {
     by_step([&](auto step) {
       using Its = decltype(step);
       start_stream<Its::kEach, Its::kNear, Its::kApart, Its::kSize>(
-          s.ring, Asked<Its::kIts>(row_of(token), span_of(vectors, part, a.deal.parts), 0));
+          s.ring, Asked<Its::kIts>(row_of(token), span_of(vectors, part, a.deal.parts, kPair), 0));
     });
   }
   // use(held, v): v is the lane's vector of the message in the first round of a step.
@@ -133,10 +139,9 @@ class DispatchSender : public DispatchPlan {
 
   // Block r mod blocks, from the last, writes the header for rank r: one piece of that message.
   EPT_DEVICE void headers() {
-    const Taking members = taking(t, kNext);
     EPT_ROLLED
     for (uint32_t r = from_last() + gridDim.x * (warps() - 1 - warp_id()); r < world; r += gridDim.x * warps()) {
-      if (!members.has(r)) continue;
+      if (!members().has(r)) continue;
       const uint32_t local = s.first[r + 1] - s.first[r];
       const uint64_t bytes = header_bytes(r);
       char *to = message_to(r);
@@ -182,77 +187,72 @@ class DispatchSender : public DispatchPlan {
       row(first + nth, u - nth * parts, u == warp_id());
     }
     EPT_ROLLED
-    for (uint32_t token = first + warps() - 1 - warp_id(); units > parts && token < end; token += warps()) about(token);
+    for (uint32_t u = warp_id(); units > parts && u < pieces + (end - first); u += warps())
+      if (u >= pieces) about(first + u - pieces);
   }
 
   EPT_DEVICE void row(uint32_t token, uint32_t part, bool started) {
     if (!started) fetch(token, part);
-    const Plan its = plan(token);
-    payload(token, part, its.to, its.places);
-    if (part == 0 && units == parts) about(token, its);
-    packed_part(its);
+    payload(token, part, put_places(token));
+    if (part == 0 && units == parts) beside(token);
+    packed_part(token);
   }
   // What a row has beside its payload, by a warp that has none of that.
   EPT_DEVICE void about(uint32_t token) {
-    const Plan its = plan(token);
-    about(token, its);
-    packed_part(its);
+    beside(token);
+    packed_part(token);
   }
 
-  // Of a lane, a rank that has the token, as which of its rows, and where that is listed; and a place that the row is
-  // stored at, and for which rank.
-  struct Plan {
-    int32_t rank = -1;
-    uint32_t row = 0;
-    uint32_t *list = nullptr;
-    char *to = nullptr;
-    uint32_t whose = 0;
-    uint32_t ranks = 0, places = 0;  // so many of the first lanes have one
-  };
-  // Of the place that all ranks read.
+  // take(has, where, whose) for all places that a token's row is stored at, by a lane each, and all lanes of the warp.
+  // Ranks that a list tells of it share one, of `kEveryone`.
   static constexpr uint32_t kEveryone = 0xffffffffu;
-  EPT_DEVICE Plan plan(uint32_t token) const {
-    Plan its;
-    its.ranks = ranks_of(token, its.rank, its.row);
-    its.places = its.ranks;
-    its.whose = uint32_t(its.rank);
-    if (its.rank >= 0) {
-      its.list = s.lists[its.rank];
-      its.to = s.rows_at[its.rank] + uint64_t(its.row) * row_bytes;
-    }
-    if (t.lists) once(token, its);
-    return its;
+  template <class Take>
+  EPT_DEVICE void each_place(uint32_t token, Take take) const {
+    bool told = false;
+    each_rank(token, [&](uint32_t r, uint32_t row, bool goes) {
+      const bool listed = goes && s.lists[r];
+      const uint32_t those = __ballot_sync(kAll, int(listed));
+      const bool leads = !told && listed && !(those & below());
+      told = told || those;
+      char *where = nullptr;
+      if (goes) where = s.rows_at[leads ? t.rank : r] + uint64_t(leads ? token : row) * row_bytes;
+      take(leads || (goes && !listed), where, leads ? kEveryone : r);
+    });
   }
-  // The ranks that a list tells of the token share the first lane's place; those of the others follow.
-  EPT_DEVICE void once(uint32_t token, Plan &its) const {
-    const uint32_t listed = __ballot_sync(kAll, int(its.list != nullptr));
-    if (!listed) return;
-    const uint32_t others = __ballot_sync(kAll, int(its.rank >= 0 && !its.list));
-    its.places = 1 + uint32_t(__popc(others));
-    if (others) {
-      const uint32_t from = moves_from(others, 1);
-      its.to = from_lane(its.to, from);
-      its.whose = from_lane(its.whose, from);
-    }
-    if (lane_id() == 0) its.to = s.rows_at[t.rank] + uint64_t(token) * row_bytes, its.whose = kEveryone;
+  // Those of the warp's token side by side in shared memory; returns how many.
+  EPT_DEVICE uint32_t put_places(uint32_t token) const {
+    char **to = s.to + warp_id() * kWarp;
+    uint32_t n = 0;
+    each_place(token, [&](bool has, char *where, uint32_t) {
+      const uint32_t those = __ballot_sync(kAll, int(has));
+      if (has) to[n + uint32_t(__popc(those & below()))] = where;
+      n += uint32_t(__popc(those));
+    });
+    __syncwarp();
+    return n;
   }
-  EPT_DEVICE void about(uint32_t token, const Plan &its) const {
-    keep(token, its.ranks, its.rank, its.row);
-    if (its.list) its.list[its.row] = token;
+  EPT_DEVICE void beside(uint32_t token) const {
+    keep(token);
+    each_rank(token, [&](uint32_t r, uint32_t row, bool goes) {
+      if (goes && s.lists[r]) s.lists[r][row] = token;
+    });
     while (look(s.ordered) == 0) EPT_REST();
-    rest(token, its.whose, its.to, its.places);
+    rest(token, [&](auto write) {
+      each_place(token,
+                 [&](bool has, char *where, uint32_t whose) { write(__ballot_sync(kAll, int(has)), where, whose); });
+    });
   }
-  EPT_DEVICE void packed_part(const Plan &its) {
+  EPT_DEVICE void packed_part(uint32_t token) {
     __syncwarp();
-    if (its.rank >= 0) packed_one(uint32_t(its.rank));
-    __syncwarp();
+    each_rank(token, [&](uint32_t r, uint32_t, bool goes) {
+      if (goes) packed_one(r);
+      __syncwarp();
+    });
   }
 
-  // A part of a row, which comes since fetch(), to the first n lanes' places.
-  EPT_DEVICE void payload(uint32_t token, uint32_t part, char *to, uint32_t n) const {
-    s.to[threadIdx.x] = to;
-    __syncwarp();
-    const Span16 span = span_of(vectors, part, a.deal.parts);
+  // A part of a row, which comes since fetch(), to the first n of places().
+  EPT_DEVICE void payload(uint32_t token, uint32_t part, uint32_t n) const {
+    const Span16 span = span_of(vectors, part, a.deal.parts, kPair);
     by_step([&](auto step) {
       if constexpr (decltype(step)::kIts == kPacked)
         finish<kPacked>(token, span,
@@ -353,9 +353,11 @@ class DispatchSender : public DispatchPlan {
     }
   }
 
-  // What is kept of a token; the caller's scales, what pads them, and what says whose row it is. The first n lanes have
-  // its places. At that of everyone a pair's expert stands with its rank, and at others alone, if it is of that rank.
-  EPT_DEVICE void rest(uint32_t token, uint32_t whose, char *to, uint32_t n) const {
+  // What is kept of a token's pairs; the caller's scales, what pads them, and what says whose row it is. places(write):
+  // write(those, where, whose) by all lanes, of which `those` have a place. At that of everyone a pair's expert stands
+  // with its rank, and at others alone, if it is of that rank.
+  template <class Places>
+  EPT_DEVICE void rest(uint32_t token, Places places) const {
     const auto scales_at = uint32_t(ept_row_scales(a.object.payload));
     const auto tail_at = uint32_t(ept_row_token(a.object.payload, a.scale_bytes));
     const uint32_t padding = tail_at - scales_at - a.scale_bytes;
@@ -365,40 +367,48 @@ class DispatchSender : public DispatchPlan {
       const uint32_t w = base + lane_id();
       const bool pair = w >= 2 && w < 2 + 3 * top_k, counts = w >= 2 + top_k, weighs = w >= 2 + 2 * top_k;
       const uint32_t k = w - 2 - (weighs ? 2 * top_k : counts ? top_k : 0);
-      uint32_t where = 0xffffffffu, value = w == 0 ? token : 0;
-      if (pair) {
-        const int64_t expert = id_at(id_of(token, k));
-        if (valid(expert)) where = s.where[expert];
-        if (weighs) {
-          if (a.weights) value = bits_of(a.weights[token * a.weights_strides[0] + k * a.weights_strides[1]]);
-          a.routing.weights[uint64_t(token) * top_k + k] = float_of(value);
-        } else if (counts) {
-          value = a.routing.ordinals[uint64_t(token) * top_k + k];
-        } else {
-          a.routing.ids[uint64_t(token) * top_k + k] = valid(expert) ? int32_t(expert) : -1;
-          value = where & 0xffff;
+      const uint64_t kept = uint64_t(token) * top_k + k;
+      // Both words that a lane needs are asked for before the first is used.
+      const uint32_t *from = nullptr;
+      if (pair && weighs && a.weights)
+        from = reinterpret_cast<const uint32_t *>(a.weights + token * a.weights_strides[0] + k * a.weights_strides[1]);
+      if (pair && counts && !weighs) from = a.routing.ordinals + kept;
+      int64_t expert = -1;
+      if (pair) expert = id_at(id_of(token, k));
+      uint32_t value = w == 0 ? token : 0;
+      if (from) value = *from;
+      const uint32_t where = valid(expert) ? s.where[expert] : kNowhere;
+      if (pair && weighs) a.routing.weights[kept] = float_of(value);
+      if (pair && !counts) {
+        a.routing.ids[kept] = valid(expert) ? int32_t(expert) : -1;
+        value = where & 0xffff;
+      }
+      places([&](uint32_t those, char *to, uint32_t whose) {
+        EPT_ROLLED
+        for (; those; those &= those - 1) {
+          const uint32_t p = uint32_t(__ffs(int(those)) - 1);
+          char *there = from_lane(to, p);
+          const uint32_t peer = from_lane(whose, p);
+          const bool every = peer == kEveryone, at = !pair || every || where >> 16 == peer;
+          const uint32_t said = every && pair && !counts ? where : value;
+          if (w < words) reinterpret_cast<uint32_t *>(there + tail_at)[w] = at ? said : counts ? 0 : 0xffffffffu;
+        }
+      });
+    }
+    if (!padding && !a.scales.data) return;
+    places([&](uint32_t those, char *to, uint32_t) {
+      EPT_ROLLED
+      for (; those; those &= those - 1) {
+        char *there = from_lane(to, uint32_t(__ffs(int(those)) - 1)) + scales_at;
+        if (lane_id() < padding) there[a.scale_bytes + lane_id()] = 0;
+        if (!a.scales.data) continue;
+        EPT_ROLLED
+        for (uint32_t i = lane_id(); i * a.scale_size < a.scale_bytes; i += kWarp) {
+          const char *from = a.scales.at(token) + i * a.scales.column;
+          for (uint32_t b = 0; b < a.scale_size; b++) there[i * a.scale_size + b] = from[b];
         }
       }
-      EPT_ROLLED
-      for (uint32_t p = 0; p < n; p++) {
-        char *there = from_lane(to, p);
-        const uint32_t peer = from_lane(whose, p);
-        const bool every = peer == kEveryone, at = !pair || every || where >> 16 == peer;
-        const uint32_t said = every && pair && !counts ? where : value;
-        if (w < words) reinterpret_cast<uint32_t *>(there + tail_at)[w] = at ? said : counts ? 0 : 0xffffffffu;
-      }
-    }
-    EPT_ROLLED
-    for (uint32_t p = 0; p < n && (padding || a.scales.data); p++) {
-      char *there = from_lane(to, p) + scales_at;
-      if (lane_id() < padding) there[a.scale_bytes + lane_id()] = 0;
-      if (!a.scales.data) continue;
-      EPT_ROLLED
-      for (uint32_t i = lane_id(); i * a.scale_size < a.scale_bytes; i += kWarp) {
-        const char *from = a.scales.at(token) + i * a.scales.column;
-        for (uint32_t b = 0; b < a.scale_size; b++) there[i * a.scale_size + b] = from[b];
-      }
-    }
+    });
   }
 };
 

@@ -59,6 +59,32 @@ EPT_SELDOM void raise_fault(const LaneTable &t, uint32_t code, uint32_t half, in
   if (t.group_fault) *t.group_fault = -int32_t(code);
 }
 
+// A lane's state as it stands when a kernel begins, a word a lane: it is asked for at once and waited for where a word
+// of it is. Read by all lanes alike it would be the same in all, which the compiler moves to a uniform register, and so
+// waits for before the kernel asks for anything else: a way to memory, 0.4 us of a half.
+class StateThen {
+ public:
+  EPT_DEVICE explicit StateThen(const LaneState *state)
+      : state_(state), word_(lane_id() < kWords ? words(state)[lane_id()] : 0) {}
+  // All lanes of the warp.
+  EPT_DEVICE uint64_t sent(uint32_t phase) const { return number(words(&state_->sent[phase])); }
+  EPT_DEVICE uint64_t received(uint32_t phase) const { return number(words(&state_->received[phase])); }
+  EPT_DEVICE uint32_t membership(uint32_t set) const { return word(&state_->membership[set]); }
+
+ private:
+  static constexpr uint32_t kWords = sizeof(LaneState) / 4;
+  static_assert(kWords <= kWarp);
+  template <class T>
+  EPT_DEVICE static const uint32_t *words(const T *at) {
+    return reinterpret_cast<const uint32_t *>(at);
+  }
+  EPT_DEVICE uint32_t word(const uint32_t *at) const { return from_lane(word_, uint32_t(at - words(state_))); }
+  EPT_DEVICE uint64_t number(const uint32_t *at) const { return word(at) | uint64_t(word(at + 1)) << 32; }
+
+  const LaneState *const state_;
+  const uint32_t word_;
+};
+
 // The same answer for the whole block, all of whose threads call.
 EPT_DEVICE bool is_faulted(uint32_t fault) { return __syncthreads_or(fault != 0) != 0; }
 EPT_DEVICE bool is_faulted(const LaneTable &t) { return is_faulted(fault_of(t)); }
@@ -123,22 +149,24 @@ EPT_DEVICE bool all_ended(const LaneTable &t, uint32_t phase, uint64_t generatio
 
 // A send's end, told at its beginning, since its blocks need nothing of one another when they end: each counts itself
 // out as soon as all its threads have read what the last one changes (generation and settle(), which asks what is
-// open), by a warp that mostly has nothing else to do then. All threads call, after a barrier.
-EPT_DEVICE void leave_send(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
-  if (warp_id() != (warps() - 1) / 2) return;
+// open), by a warp that mostly has nothing else to do then. All threads call, after a barrier. True in that warp of the
+// last block, and so when all have begun: a fault that it sets hinders none of this launch.
+EPT_DEVICE bool leave_send(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t generation) {
+  if (warp_id() != (warps() - 1) / 2) return false;
   const uint32_t before = lane_id() == 0 ? device::count_in(&t.state->blocks[half], 1) : 0;
-  if (from_lane(before, 0) != gridDim.x - 1) return;
+  if (from_lane(before, 0) != gridDim.x - 1) return false;
   // What it takes (kNext) is what its phase has.
   const uint32_t taken = t.state->membership[kNext];
   const bool moves = t.state->membership[phase] != taken;
   for (uint32_t r = lane_id(); r < t.world && moves; r += kWarp)
     t.out[phase * t.world + r] = t.out[kNext * t.world + r];
   __syncwarp();
-  if (lane_id() != 0) return;
+  if (lane_id() != 0) return true;
   t.state->membership[phase] = taken;
   t.state->blocks[half] = 0;
   t.state->taken[half][(generation + 1) & 1] = 0;
   t.state->sent[phase] = generation + 1;
+  return true;
 }
 
 // ---- out ----

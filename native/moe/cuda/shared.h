@@ -41,6 +41,11 @@ EPT_HD inline Sources sources(Carve &carve, uint32_t world) {
   return s;
 }
 
+// Of a tile's tokens those that go to a rank, and how many of the tokens of the tiles before do.
+struct alignas(8) TileRows {
+  uint32_t those, before;
+};
+
 struct SendShared {
   Piece *ring;           // [kAhead, threads]
   char **to;             // [threads] of a warp its token's places; a broadcast costs less than two shuffles
@@ -53,7 +58,7 @@ struct SendShared {
   uint32_t *before;      // [experts], likewise: of tokens before this block's, and of its own whose ordinals are there
   uint32_t *ordered;     // 1: those of all its own are
   uint32_t *first;       // [world + 1] ObjectTable's
-  uint32_t *tiles;       // [tiles, world] bits: tokens of a tile that go to a rank
+  TileRows *tiles;       // [tiles, world]
   uint32_t *rows_to;     // [world]
   uint32_t *pieces;      // [world] pieces of this block's part of the message to that rank
   uint32_t *pending;     // [world] of which not yet packed
@@ -72,7 +77,7 @@ EPT_HD inline SendShared send_shared(Carve &carve, uint32_t threads, uint32_t wo
   s.before = carve.take<uint32_t>(experts);
   s.ordered = carve.take<uint32_t>(1);
   s.first = carve.take<uint32_t>(world + 1);
-  s.tiles = carve.take<uint32_t>(uint64_t(tokens + kWarp - 1) / kWarp * world);
+  s.tiles = carve.take<TileRows>(uint64_t(tokens + kWarp - 1) / kWarp * world);
   s.rows_to = carve.take<uint32_t>(world);
   s.pieces = carve.take<uint32_t>(world);
   s.pending = carve.take<uint32_t>(world);

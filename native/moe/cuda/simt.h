@@ -110,6 +110,7 @@ EPT_DEVICE void await_copies() {}
 // which nobody here needs.
 EPT_DEVICE void fence_block() { asm volatile("fence.acq_rel.cta;" : : : "memory"); }
 EPT_DEVICE void prefetch(const char *at) { asm volatile("prefetch.global.L1 [%0];" : : "l"(at)); }
+EPT_DEVICE void prefetch_far(const char *at) { asm volatile("prefetch.global.L2 [%0];" : : "l"(at)); }
 // Two elements of 2 bytes, to nearest even; a NaN is the canonical one, which sums are anyway.
 EPT_DEVICE uint32_t bf16_pair(float low, float high) {
   uint32_t pair;

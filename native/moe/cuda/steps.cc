@@ -182,7 +182,7 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
   a.ue8m0 = config.scale_format == EPT_SCALES_UE8M0;
   moe.carried[args.lane] = carried;
   const uint32_t warps = moe.lanes->threads() / kWarp;
-  a.deal = deal_of(a.tokens, moe.lanes->blocks(), warps, uint32_t(moe.table.payload / 16));
+  a.deal = deal_of(a.tokens, moe.lanes->blocks(), warps, uint32_t(moe.table.payload / 16), config.top_k);
   if (moe.streams()) a.deal.parts = divisor(1), a.deal.units = 1;  // a warp has a token by itself
   if (!moe.streams()) {
     const auto shared = [&](uint32_t threads) {
@@ -370,10 +370,13 @@ void combine_recv(GpuObject &moe, uint32_t lane, const ept_tensor &y, const ept_
     a.row_weights = strided(*row_weights, 1);
   }
   if (moe.streams()) {
+    a.parts = divisor(1);  // a warp has a token by itself
     streamed_combine(moe, lane, false, &a, stream);
     return;
   }
-  const uint32_t threads = moe.lanes->combine_threads(a.tokens);
+  const uint32_t threads = moe.lanes->combine_threads(a.tokens), blocks = moe.lanes->blocks();
+  const uint32_t groups = moe.object.config.hidden / kGroup;
+  a.parts = divisor(parts_of((a.tokens + blocks - 1) / blocks, threads / kWarp, groups, 4, kPair));
   const uint64_t shared = shared_bytes([&](Carve &carve) { combine_shared(carve, threads, moe.object.config.world); });
   launch(moe, kKernelCombineRecv, moe.lanes->blocks(), threads, shared, stream, &a);
 }

@@ -88,9 +88,7 @@ EPT_DEVICE void stream(Piece *ring, uint32_t steps, Next next, Use use) {
   finish_stream<kEach, kNear, kApart>(ring, steps, next, use);
 }
 
-// Rows are moved by two vectors a lane and step, a warp's width apart: half of the instructions that a step takes
-// beside its loads and stores.
-constexpr uint32_t kPair = 2, kPairApart = kWarp * 16;
+constexpr uint32_t kPairApart = kWarp * 16;
 // A step's vectors to each of n places, v of the row being the lane's first.
 template <uint32_t kRounds>
 EPT_DEVICE void put_step(char *const *to, uint32_t n, const Vector (&held)[kRounds], uint32_t v, uint32_t until) {

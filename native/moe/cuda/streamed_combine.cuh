@@ -21,13 +21,12 @@ class StreamedCombineSender : public CombineSender {
             state) {}
 
   EPT_DEVICE void run() {
-    const uint32_t fault = fault_of(t), membership = a.routing.membership[0], present = t.state->membership[kNext];
     begin();
     if (membership != present && threadIdx.x == 0)
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault | (membership ^ present)) && settle(t, kCombineSend, EPT_PHASE_COMBINE, generation);
-    leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
+    (void)leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
     if (works) send_first();
   }
   EPT_DEVICE bool begin_rest() {
@@ -134,7 +133,7 @@ class StreamedCombineReceiver : public CombineReceiver {
  public:
   EPT_DEVICE StreamedCombineReceiver(const StreamedCombine &args, const StreamedCombineShared &shared,
                                      const ChunkState &state)
-      : CombineReceiver(args.in, shared.both, true),
+      : CombineReceiver(args.in, shared.both),
         w(state),
         discards(args.how.discards != 0),
         in(args.in.lane, *this, kCombineRecv, EPT_PHASE_COMBINE, args.in.lane.state->received[EPT_PHASE_COMBINE],
@@ -142,7 +141,7 @@ class StreamedCombineReceiver : public CombineReceiver {
 
   EPT_DEVICE void begin() {
     in.begin();
-    look_up(t, EPT_PHASE_COMBINE, generation, s.sources);
+    look_up(t, EPT_PHASE_COMBINE, generation, membership, at_first.origin, s.sources);
   }
   EPT_DEVICE bool read(const Roles &roles) {
     const uint32_t me = roles.reader(), n = roles.readers();

@@ -23,16 +23,16 @@ class StreamedSender : public DispatchSender {
   // The first launch.
   EPT_DEVICE void run() {
     note(t, kDispatchSend, 0);
-    const uint32_t fault = fault_of(t);
-    begin();
+    begin(members());
+    if (blockIdx.x == 0 && threadIdx.x == 0) a.routing.membership[0] = present;
     const bool works = !is_faulted(fault) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    if (works) send_first();
+    const bool last = leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    if (works) send_first(last);
     note(t, kDispatchSend, 5);
   }
   // The second, before its roles. All threads; the answer is the same for all.
   EPT_DEVICE bool begin_rest() {
-    begin(EPT_PHASE_DISPATCH);
+    begin(taking(t, EPT_PHASE_DISPATCH));
     __syncthreads();
     return __syncthreads_or(out.plan()) != 0;
   }
@@ -81,8 +81,11 @@ class StreamedSender : public DispatchSender {
     return {at, shape.combine_header() + rows_to(r) * shape.combine_row};
   }
 
-  EPT_DEVICE void send_first() {
-    count(true, [](uint32_t) {});
+  EPT_DEVICE void send_first(bool last) {
+    scan(true);
+    __syncthreads();
+    sum([](uint32_t) {});
+    __syncthreads();
     if (warp_id() == 0) order();
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x) {
       expect(t, EPT_PHASE_DISPATCH, generation, r, dispatch_place(t, a.object.shape, slot(), r).offset);
@@ -93,12 +96,7 @@ class StreamedSender : public DispatchSender {
     }
     for (uint32_t e = threadIdx.x; e < a.object.experts && blockIdx.x == 0; e += blockDim.x) w.experts[e] = s.counts[e];
     (void)out.plan();
-    for (uint32_t token = first + warp_id(); token < end; token += warps()) {
-      int32_t rank = -1;
-      uint32_t row = 0;
-      const uint32_t n = ranks_of(token, rank, row);
-      keep(token, n, rank, row);
-    }
+    for (uint32_t token = first + warp_id(); token < end; token += warps()) keep(token);
     if (is_faulted(t)) return;  // a barrier, too
     if (blockIdx.x == 0 && warp_id() == warps() - 1) out.count();
     out.empty();
@@ -108,14 +106,16 @@ class StreamedSender : public DispatchSender {
       pack(token, n, plan);
       out.packed(plan.rank, plan.row);
     }
-    tell_bad_ids();
+    tell_bad_ids(last);
   }
   // A row at each of the first n lanes' ranks, and what is kept of the token.
   EPT_DEVICE void pack(uint32_t token, uint32_t n, const TokenPlan &plan) const {
     char *to = plan.rank >= 0 ? out.row_at(uint32_t(plan.rank), plan.row) : nullptr;
     fetch(token, 0);
-    rest(token, uint32_t(plan.rank), to, n);
-    payload(token, 0, to, n);
+    rest(token, [&](auto write) { write(n < kWarp ? (1u << n) - 1 : kAll, to, uint32_t(plan.rank)); });
+    s.to[threadIdx.x] = to;
+    __syncwarp();
+    payload(token, 0, n);
   }
 
   const ChunkState &w;
@@ -140,7 +140,7 @@ class StreamedReceiver : public DispatchReceiver {
     in.begin();
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) s.rows[r] = s.begin[r] = 0, s.return_at[r] = 0;
     for (uint32_t i = threadIdx.x; i < world * local; i += blockDim.x) s.counts[i] = 0;
-    look_up(t, EPT_PHASE_DISPATCH, generation, s.sources);
+    look_up(t, EPT_PHASE_DISPATCH, generation, membership, at_first.origin, s.sources);
     if (threadIdx.x == 0) *s.totals = *s.next_blank = 0;
     bulk.begin();
   }

@@ -12,9 +12,6 @@
 
 namespace ept::moe::cuda {
 
-// Eight elements are 16 bytes of the 2-byte formats; what is left of a row of fp32 is done one by one.
-constexpr uint32_t kGroup = 8;
-
 // The sum of `n` rows, in their order, group by group of columns: a warp's share of it, by kPair rounds together. Lane
 // i has row i and its weight; take(group, sum) has a group's, in fp32. kWeighed: by fma.
 template <uint32_t kSize, bool kWeighed, class Take>

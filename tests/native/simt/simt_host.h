@@ -45,6 +45,7 @@ void fetch16(char *to, const char *from) {
 }
 inline void fence_block() { ::simt::announce(); }
 inline void prefetch(const char *) {}
+inline void prefetch_far(const char *) {}
 inline void end_fetches() { ::simt::end_fetches(); }
 template <int kLeft>
 void await_fetches() {
@@ -142,6 +143,11 @@ inline unsigned long long atomicAdd(unsigned long long *at, unsigned long long m
 inline unsigned long long atomicMax(unsigned long long *at, unsigned long long value) {
   const unsigned long long before = *at;
   if (before < value) *at = value;
+  return before;
+}
+inline uint32_t atomicOr(uint32_t *at, uint32_t bits) {
+  const uint32_t before = *at;
+  *at |= bits;
   return before;
 }
 inline uint32_t atomicExch(uint32_t *at, uint32_t value) {
