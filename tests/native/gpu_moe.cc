@@ -241,8 +241,8 @@ void late_block() {
 void refused() {
   check::running("outputs too small and ids out of range");
   World world(moe_test::config_of(2, 4, 2, 32, 6), 13);
-  world.have_patience(moe_test::kSecond);
   for (int32_t layout = 0; layout < 5; layout++) {
+    world.have_patience(moe_test::kSecond);
     Step step = world.draw();
     step.row_weights = false;
     for (RankStep &s : step.ranks) {
@@ -271,8 +271,8 @@ void refused() {
     Error error;
     CHECK_EQ(ept_gpu_moe_check(world.objects[layout < 4], step.lane, &error), EPT_E_FAULT);
     CHECK_HAS(error.text, layout < 4 ? "the outputs hold" : "topk_ids has 4; an id is -1 (none) or 0 to 3");
-    OK(ept_gpu_moe_check(world.objects[layout == 4], step.lane, &error),
-       error);  // and the other has all that it waits for
+    // And the other one has all that it waits for.
+    OK(ept_gpu_moe_check(world.objects[layout == 4], step.lane, &error), error);
     world.reset();
   }
 }

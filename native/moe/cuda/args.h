@@ -264,15 +264,17 @@ EPT_HD constexpr Deal deal_of(uint32_t tokens, uint32_t blocks, uint32_t warps, 
   uint32_t parts = least;
   for (uint32_t by = least + 1; by <= 2 * least && by <= (rounds_of(vectors) + kPair - 1) / kPair; by++)
     if (takes(by) * parts < takes(parts) * by) parts = by;
-  const uint32_t tiles = (tokens + kWarp - 1) / kWarp,
-                 shares = smaller(tiles && tiles < warps ? warps / tiles : 1, top_k);
-  return {divisor(tiles),
-          shares,
-          (top_k + shares - 1) / shares,
-          tokens / blocks,
-          tokens % blocks,
-          divisor(parts),
-          parts + (most * (parts + 1) <= warps ? 1 : 0)};
+  const uint32_t tiles = (tokens + kWarp - 1) / kWarp;
+  const uint32_t shares = smaller(tiles && tiles < warps ? warps / tiles : 1, top_k);
+  Deal deal{};
+  deal.tiles = divisor(tiles);
+  deal.shares = shares;
+  deal.share = (top_k + shares - 1) / shares;
+  deal.each = tokens / blocks;
+  deal.more = tokens % blocks;
+  deal.parts = divisor(parts);
+  deal.units = parts + (most * (parts + 1) <= warps ? 1 : 0);
+  return deal;
 }
 
 struct DispatchSend {
