@@ -4,10 +4,10 @@
 // rows. Each block scans all ids for itself (they are few, and no block then waits for another), and owns a run of
 // tokens.
 //
-// A token's row number at rank r is the count of earlier tokens that go to r: by tiles of 32 tokens, a lane a token, the
-// tokens of a tile that go to r are the ballots of the warps that have looked at its ids, and how many go there from
-// the tiles before stands beside them. So numbers are the same in every block and on every run, and a warp finds all of
-// a token's at once, a rank a lane.
+// A token's row number at rank r is the count of earlier tokens that go to r: by tiles of 32 tokens, a lane a token,
+// the tokens of a tile that go to r are the ballots of the warps that have looked at its ids, and how many go there
+// from the tiles before stands beside them. So numbers are the same in every block and on every run, and a warp finds
+// all of a token's at once, a rank a lane.
 //
 // An ordinal (wire.h) is counted in the same way: how many pairs of an expert stand before this block's tokens needs no
 // order, so all warps count them, by atomics in shared memory; one warp goes through the block's own pairs.
