@@ -45,7 +45,7 @@ struct AtFirst {
 EPT_DEVICE void look_up(const LaneTable &t, uint32_t phase, uint64_t generation, uint32_t membership,
                         const Origin &first, const Sources &s) {
   const auto slot = uint32_t(generation & 1);
-  const Taking members{membership ? t.out + phase * t.world : nullptr};
+  const Taking members = taking(t, phase, membership);
   for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
     const Origin its = r == threadIdx.x ? first : ask_origin(t, phase, r);
     s.standing[r] = members.has(r) ? kAway : kReady;

@@ -41,7 +41,7 @@ class CombineSender {
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault | (membership ^ present)) && settle(t, kCombineSend, EPT_PHASE_COMBINE, generation);
-    (void)leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
+    leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
     if (works) send(taken);
     note(t, kCombineSend, 3);
     note(t, kCombineSend, 5);
@@ -57,16 +57,16 @@ class CombineSender {
       const uint64_t received = t.map.recv(EPT_PHASE_COMBINE, slot()) + its.return_at;
       const uint64_t at =
           t.map.send(EPT_PHASE_COMBINE, slot()) + object.shape.combine_staging(r < t.rank ? r : r - 1).offset;
-      const bool mapped = r == t.rank || its.kind == EPT_DEVICE_MAPPED;
       s.received[r] = received;
-      s.message[r] = device::address<char>(mapped ? its.window + received : its.staging + at);
+      s.message[r] = device::address<char>(its.way.mapped ? its.way.window + received : its.way.staging + at);
       s.packing[r] = s.packed[r] = 0;
     }
   }
   // What is known of a rank before the step: where its rows begin, where it wants their sums, and its path.
   struct Source {
-    uint32_t begin = 0, kind = 0;
-    uint64_t return_at = 0, window = 0, staging = 0;
+    uint32_t begin = 0;
+    uint64_t return_at = 0;
+    Way way;
   };
   EPT_DEVICE Source ask_source(uint32_t r) const {
     Source its;
@@ -74,11 +74,7 @@ class CombineSender {
     its.begin = a.routing.begin[r];
     if (r == world) return its;
     its.return_at = a.routing.return_at[r];
-    const ept_path &path = t.paths[r];
-    its.kind = path.kind;
-    its.window = path.window;
-    its.staging = path.source;
-    if (r == t.rank) its.window = reinterpret_cast<uintptr_t>(t.in[r]);
+    its.way = ask_way(t, r);
     return its;
   }
   EPT_DEVICE void send(Taken &taken) {

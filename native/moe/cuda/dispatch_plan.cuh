@@ -91,7 +91,7 @@ class DispatchPlan {
     }
     return mask;
   }
-  EPT_DEVICE Taking members() const { return {present ? t.out + kNext * world : nullptr}; }
+  EPT_DEVICE Taking members() const { return taking(t, kNext, present); }
   EPT_DEVICE uint32_t tiles() const { return a.deal.tiles.by; }
   EPT_DEVICE uint64_t header_bytes(uint32_t rank) const {
     return ept_dispatch_header_bytes(s.first[rank + 1] - s.first[rank]);
@@ -103,9 +103,8 @@ class DispatchPlan {
 
   // What is known of a rank before the step: its path, and where its experts and those of the next one begin.
   struct Peer {
-    int32_t kind = 0;
-    uint32_t memory = 0, first = 0, next = 0;
-    uint64_t window = 0;
+    uint32_t first = 0, next = 0;
+    Way way;
   };
   // What a block needs first, and what follows from nothing else.
   struct Needed {
@@ -233,8 +232,9 @@ class DispatchPlan {
   }
   // Of the tokens before that one, those that go to that rank.
   EPT_DEVICE uint32_t rows_before(uint32_t token, uint32_t rank) const {
-    if (token >= a.tokens) return s.rows_to[rank];
-    const TileRows its = s.tiles[token / kWarp * world + rank];
+    return token < a.tokens ? rows_before(token, s.tiles[token / kWarp * world + rank]) : s.rows_to[rank];
+  }
+  EPT_DEVICE uint32_t rows_before(uint32_t token, const TileRows &its) const {
     return its.before + uint32_t(__popc(its.those & ((1u << token % kWarp) - 1)));
   }
   // Of this block's.
@@ -243,13 +243,12 @@ class DispatchPlan {
   // which of its rows.
   template <class Act>
   EPT_DEVICE void each_rank(uint32_t token, Act act) const {
-    const uint32_t at = token % kWarp;
     EPT_ROLLED
     for (uint32_t from = 0; from < world; from += kWarp) {
       const uint32_t r = from + lane_id();
       TileRows its{};
       if (r < world) its = s.tiles[token / kWarp * world + r];
-      act(r, its.before + uint32_t(__popc(its.those & ((1u << at) - 1))), (its.those >> at & 1) != 0);
+      act(r, rows_before(token, its), (its.those >> token % kWarp & 1) != 0);
     }
   }
 
@@ -278,11 +277,7 @@ class DispatchPlan {
     its.first = a.object.first[r];
     if (r == world) return its;
     its.next = a.object.first[r + 1];
-    const ept_path &path = t.paths[r];
-    its.kind = path.kind;
-    its.memory = path.memory;
-    its.window = path.window;
-    if (r == t.rank) its.window = reinterpret_cast<uintptr_t>(t.in[r]);
+    its.way = ask_way(t, r);
     return its;
   }
   // Where the rows for a rank go: a place that follows from its window, or that place() will find; and where its list
@@ -290,9 +285,9 @@ class DispatchPlan {
   EPT_DEVICE void set(uint32_t r, const Peer &its) const {
     s.first[r] = its.first;
     if (r == world) return;
-    const bool own = r == t.rank, mapped = own || its.kind == EPT_DEVICE_MAPPED;
-    const bool listed = t.lists && mapped && (own || its.memory);
-    char *at = mapped ? device::address<char>(its.window + received() + before_rows(r, its.next - its.first)) : nullptr;
+    const bool own = r == t.rank, listed = t.lists && its.way.mapped && (own || its.way.memory);
+    const uint64_t before = received() + before_rows(r, its.next - its.first);
+    char *at = its.way.mapped ? device::address<char>(its.way.window + before) : nullptr;
     s.rows_at[r] = at;
     s.lists[r] = !listed ? nullptr : own ? a.routing.own : reinterpret_cast<uint32_t *>(at);
   }

@@ -27,7 +27,7 @@ class LateSender {
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault_of(t) | (membership ^ present)) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    (void)leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
     if (works) send();
   }
 

@@ -94,9 +94,10 @@ struct Taking {
   const uint8_t *out;  // NULL: all do
   EPT_DEVICE bool has(uint32_t rank) const { return !out || !out[rank]; }
 };
-EPT_DEVICE Taking taking(const LaneTable &t, uint32_t set) {
-  return {t.state->membership[set] ? t.out + set * t.world : nullptr};
+EPT_DEVICE Taking taking(const LaneTable &t, uint32_t set, uint32_t membership) {
+  return {membership ? t.out + set * t.world : nullptr};
 }
+EPT_DEVICE Taking taking(const LaneTable &t, uint32_t set) { return taking(t, set, t.state->membership[set]); }
 EPT_DEVICE uint32_t *claimed(const LaneTable &t, uint64_t generation) { return t.claimed + (generation & 1) * t.world; }
 // A message is read, or is about to be by who has begun already. One thread. Who raises a generation readies the next
 // one's counts.
@@ -191,6 +192,19 @@ EPT_SELDOM void post(const LaneTable &t, uint32_t half, uint32_t phase, uint64_t
     t.tickets[peer * kSignals + signal]++;
   else if (!direct)
     t.tickets[peer * kSignals + signal] = put.ticket + 1;
+}
+
+// What a send must know of a rank's path, asked for together. This rank's own memory is as a peer's that is mapped.
+struct Way {
+  bool mapped = false;
+  uint32_t memory = 0;               // the path's
+  uint64_t window = 0, staging = 0;  // where its lane begins, if that is mapped; else what is packed for it goes here
+};
+EPT_DEVICE Way ask_way(const LaneTable &t, uint32_t rank) {
+  const ept_path &path = t.paths[rank];
+  Way its{path.kind == EPT_DEVICE_MAPPED, path.memory, path.window, path.source};
+  if (rank == t.rank) its.mapped = true, its.window = reinterpret_cast<uintptr_t>(t.in[rank]);
+  return its;
 }
 
 EPT_DEVICE bool is_initiated(const LaneTable &t, uint32_t peer) {

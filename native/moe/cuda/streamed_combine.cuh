@@ -26,7 +26,7 @@ class StreamedCombineSender : public CombineSender {
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault | (membership ^ present)) && settle(t, kCombineSend, EPT_PHASE_COMBINE, generation);
-    (void)leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
+    leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
     if (works) send_first();
   }
   EPT_DEVICE bool begin_rest() {

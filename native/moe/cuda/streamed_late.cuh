@@ -27,7 +27,7 @@ class StreamedLateSender {
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault_of(t) | (membership ^ present)) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    (void)leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
     if (works) send_first();
   }
   EPT_DEVICE bool begin_rest() const { return __syncthreads_or(out.plan()) != 0; }
