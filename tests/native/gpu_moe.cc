@@ -334,6 +334,99 @@ void lies() {
   }
 }
 
+// A header of which one field is not what it must be, in either phase: the lane is faulted, and says which. What a
+// reader has no use for may be anything.
+void other_headers() {
+  check::running("headers of which a field is not of this step");
+  struct Change {
+    size_t at;
+    uint32_t bits;
+    const char *dispatch, *combine;  // what is wrong; NULL: nothing
+  };
+#define FIELD(name) offsetof(ept_moe_header, name)
+  const char *const region = "combine region", *const rows = "rows", *const row = "row bytes or top_k";
+  const Change changes[] = {
+      {FIELD(magic), 1, "magic or version", "magic or version"},
+      {FIELD(version), 1, "magic or version", "magic or version"},
+      {FIELD(version), 1 << 16, "phase, source or lane", "phase, source or lane"},
+      {FIELD(source), 1, "phase, source or lane", "phase, source or lane"},
+      {FIELD(lane), 1u << 31, "phase, source or lane", "phase, source or lane"},
+      {FIELD(chunk), 1, "phase, source or lane", "phase, source or lane"},
+      {FIELD(generation), 1, "generation", "generation"},
+      {FIELD(generation) + 4, 1, "generation", "generation"},
+      {FIELD(object), 1, "AllToAll", "AllToAll"},
+      {FIELD(membership), 1, "another membership", "another membership"},
+      {FIELD(flags), EPT_MOE_LATE_WEIGHTS, "kind of message", "kind of message"},
+      {FIELD(flags), EPT_MOE_ROW_WEIGHTS, "kind of message", row},
+      {FIELD(flags), EPT_MOE_LAST, rows, rows},
+      {FIELD(rows), 1, rows, rows},
+      {FIELD(total_rows), 1, rows, rows},
+      {FIELD(total_rows), 1u << 31, rows, rows},
+      {FIELD(row_bytes), 16, row, row},
+      {FIELD(top_k), 1, row, row},
+      {FIELD(scale_bytes), 4, "format", nullptr},
+      {FIELD(payload_format), 1, "format", nullptr},
+      {FIELD(scale_format), 1, "format", nullptr},
+      {FIELD(combine_offset), 1, region, nullptr},
+      {FIELD(combine_offset) + 4, 1, region, nullptr},
+      {FIELD(combine_capacity) + 4, 1, region, nullptr},
+      {FIELD(combine_capacity) + 4, 1u << 31, region, nullptr},
+      {sizeof(ept_moe_header) + 4, 1 << 6, "counts", nullptr},
+      {FIELD(epoch), 1, nullptr, nullptr},
+      {FIELD(consumed), 1, nullptr, nullptr},
+      {FIELD(reserved) + 16, 1, nullptr, nullptr},
+  };
+#undef FIELD
+  World world(quantised(moe_test::config_of(2, 4, 2, 256, 6), EPT_SCALES_FP32), 17);
+  const ept::moe::Shape &shape = world.objects[1]->object->object.shape;
+  for (const Change &change : changes) {
+    for (const bool combine : {false, true}) {
+      if (combine && change.at >= sizeof(ept_moe_header)) continue;  // a sum
+      Step step = world.draw();
+      step.row_weights = step.late = false;
+      for (RankStep &s : step.ranks) {
+        std::vector<int64_t> ids;
+        for (uint32_t i = 0; i < 12; i++) ids.push_back(i % 2 ? 3 : 1);  // each token to both ranks
+        routed(s, EPT_LAYOUT_MASKED, 256, ids);
+      }
+      const std::vector<Got> expected = world.on_cpu(step);
+      std::vector<Got> all(2);
+      std::vector<Bytes> routings(2);
+      for (uint32_t r = 0; r < 2; r++) world.send(step, r, routings[r]);
+      world.gpu->machine.run();
+      // What rank 0 sent to rank 1.
+      const auto message = [&](uint32_t phase) {
+        const ept::moe::cuda::LaneTable &lane = world.lanes[1].lanes->table(step.lane);
+        const uint64_t combine_at = reinterpret_cast<const uint64_t *>(routings[1].data())[0];
+        return const_cast<char *>(lane.in[0]) + lane.map.recv(phase, uint32_t(lane.state->received[phase] & 1)) +
+               (phase == EPT_PHASE_DISPATCH ? shape.dispatch_region(0).offset : combine_at);
+      };
+      const auto alter = [&](uint32_t phase) {
+        char *header = message(phase);
+        CHECK_EQ(*reinterpret_cast<uint32_t *>(header), EPT_MOE_MAGIC);
+        *reinterpret_cast<uint32_t *>(header + change.at) ^= change.bits;
+      };
+      if (!combine) alter(EPT_PHASE_DISPATCH);
+      for (uint32_t r = 0; r < 2; r++) world.receive(step, r, routings[r], all[r], expected[r]);
+      world.gpu->machine.run();
+      if (combine) {
+        for (uint32_t r = 0; r < 2; r++) world.send_sums(step, r, routings[r], all[r]);
+        world.gpu->machine.run();
+        alter(EPT_PHASE_COMBINE);
+        for (uint32_t r = 0; r < 2; r++) world.receive_sums(step, r, routings[r], all[r]);
+        world.gpu->machine.run();
+      }
+      Error error;
+      const char *wrong = combine ? change.combine : change.dispatch;
+      const int32_t code = ept_gpu_moe_check(world.objects[1], step.lane, &error);
+      CHECK_EQ(code, wrong ? EPT_E_FAULT : EPT_OK);
+      if (wrong) CHECK_HAS(error.text, wrong);
+      if (wrong) CHECK_HAS(error.text, combine ? "combine_recv" : "dispatch_recv");
+      world.reset();
+    }
+  }
+}
+
 // A multiprocessor whose memory is divided for a kernel that waits has no room for one that takes more (shared.h).
 void same_memory() {
   check::running("launches that take the same shared memory");
@@ -422,5 +515,6 @@ int main() {
   shares();
   refused();
   lies();
+  other_headers();
   return 0;
 }

@@ -41,15 +41,17 @@ struct AtFirst {
   const Origin origin;  // of source threadIdx.x
 };
 
-// Before the block's first barrier; all threads. A rank that takes no part is ready, with nothing.
+// Before the block's first barrier; all threads. A rank that takes no part is ready, with nothing. message_at(source):
+// where in its lane's memory the message of this generation is; the same thread is asked for the same source always.
+template <class At>
 EPT_DEVICE void look_up(const LaneTable &t, uint32_t phase, uint64_t generation, uint32_t membership,
-                        const Origin &first, const Sources &s) {
+                        const Origin &first, const Sources &s, At message_at) {
   const auto slot = uint32_t(generation & 1);
   const Taking members = taking(t, phase, membership);
   for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
     const Origin its = r == threadIdx.x ? first : ask_origin(t, phase, r);
     s.standing[r] = members.has(r) ? kAway : kReady;
-    s.in[r] = its.in;
+    s.message[r] = its.in + message_at(r);
     s.word[r] = its.words + signal_index(phase, slot);
     s.target[r] = generation / 2 + 1 + (slot ? its.offsets[1] : its.offsets[0]);
   }

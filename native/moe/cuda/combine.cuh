@@ -41,8 +41,9 @@ class CombineSender {
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault | (membership ^ present)) && settle(t, kCombineSend, EPT_PHASE_COMBINE, generation);
-    leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
+    const Leaving leaving = leave_send(t, kCombineSend);
     if (works) send(taken);
+    end_send(leaving, t, kCombineSend, EPT_PHASE_COMBINE, generation);
     note(t, kCombineSend, 3);
     note(t, kCombineSend, 5);
   }
@@ -308,11 +309,12 @@ class CombineReceiver {
         t(args.lane),
         s(shared),
         object(args.object),
-        at_first(args.lane, EPT_PHASE_COMBINE),
-        generation(at_first.state.received(EPT_PHASE_COMBINE)),
-        membership(at_first.state.membership(EPT_PHASE_COMBINE)),
         world(fixed_or(EPT_FIXED_WORLD, args.lane.world)),
         fan(uint32_t(args.object.shape.fan())),
+        at_first(args.lane, EPT_PHASE_COMBINE),
+        asked(ask(threadIdx.x)),
+        generation(at_first.state.received(EPT_PHASE_COMBINE)),
+        membership(at_first.state.membership(EPT_PHASE_COMBINE)),
         row_bytes(ept_combine_row_bytes(args.object.returned, args.object.top_k, 0)),
         groups(fixed_or(EPT_FIXED_HIDDEN, args.object.hidden) / kGroup),
         parts(args.parts) {}
@@ -324,10 +326,12 @@ class CombineReceiver {
     // Of few tokens, where the parts of those are that this block sums first.
     const uint32_t number = parts.of(blockIdx.x + gridDim.x * threadIdx.x);
     if (number < a.tokens) prefetch(reinterpret_cast<const char *>(a.routing.parts + uint64_t(number) * fan * 2));
-    look_up(t, EPT_PHASE_COMBINE, generation, membership, at_first.origin, s.sources);
+    look_up(t, EPT_PHASE_COMBINE, generation, membership, at_first.origin, s.sources,
+            [&](uint32_t r) { return expect_sums(r); });
     const bool works = !is_faulted(at_first.fault);
-    leave_recv(t, kCombineRecv, EPT_PHASE_COMBINE, generation);
+    const Leaving leaving = leave_recv(t, kCombineRecv);
     if (works) receive(taken);
+    end_recv(leaving, t, kCombineRecv, EPT_PHASE_COMBINE, generation);
     note(t, kCombineRecv, 3);
     const bool faulted = is_faulted(t);
     tell_end(t, EPT_PHASE_COMBINE, generation);
@@ -372,28 +376,43 @@ class CombineReceiver {
 
   EPT_DEVICE bool header(uint32_t source, bool tells = blockIdx.x == 0) {
     if (tells) note_source(t, EPT_PHASE_COMBINE, source, false);
+    const HeaderThen h(s.sources.message[source]);
+    // Whether its rows have weights beside them, and so how long they are, it says itself.
+    HeaderWord expected = header_word(t, object, EPT_PHASE_COMBINE, generation, membership, source, 0);
+    expected.is(EPT_FIELD(flags), EPT_MOE_LAST, EPT_MOE_LATE_WEIGHTS | EPT_MOE_LAST);
+    expected.is(EPT_FIELD(row_bytes), 0, 0);
+    const uint32_t rows = s.coming[source], kind = h.word(EPT_FIELD(flags)) & EPT_MOE_ROW_WEIGHTS;
+    const auto bytes = uint32_t(ept_combine_row_bytes(object.returned, object.top_k, kind != 0));
     uint32_t wrong = 0;
+    if (!is_as_expected(h, expected, object.max_tokens) || h.word(EPT_FIELD(row_bytes)) != bytes)
+      wrong = check_header(t, object, EPT_PHASE_COMBINE, generation, membership, source, h.whole(), bytes,
+                           object.max_tokens, kind);
+    if (!wrong && h.word(EPT_FIELD(total_rows)) != rows) wrong = 12;
+    if (!wrong) hear(t, source, h, tells);
     if (lane_id() == 0) {
-      const uint32_t rows = a.routing.rows_to[source];
-      const ept_moe_header h = get_header(at(source));
-      const uint32_t kind = h.flags & EPT_MOE_ROW_WEIGHTS;
-      const uint64_t bytes = ept_combine_row_bytes(object.returned, object.top_k, kind != 0);
-      wrong = wrong_in_header(t, object, EPT_PHASE_COMBINE, generation, membership, source, h, bytes, object.max_tokens,
-                              kind);
-      s.beside[source] = uint32_t(bytes - row_bytes);
-      if (!wrong && h.total_rows != rows) wrong = 12;
-      if (!wrong) hear(t, source, h, tells);
+      s.beside[source] = bytes - uint32_t(row_bytes);
       if (wrong) refuse_header(t, kCombineRecv, source, generation, rows, wrong);
     }
-    return from_lane(wrong, 0) == 0;
+    return wrong == 0;
   }
   EPT_DEVICE bool may_begin(uint32_t) const { return true; }
   EPT_DEVICE bool begin(uint32_t) const { return true; }
 
  protected:
-  EPT_DEVICE const char *at(uint32_t source) const {
-    return s.sources.in[source] + t.map.recv(EPT_PHASE_COMBINE, uint32_t(generation & 1)) +
-           a.routing.combine_at[source];
+  // What a dispatch has told a rank: where its sums go, and of how many rows.
+  struct Asked {
+    uint64_t at = 0;
+    uint32_t rows = 0;
+  };
+  EPT_DEVICE Asked ask(uint32_t r) const {
+    if (r >= world) return {};
+    return {a.routing.combine_at[r], a.routing.rows_to[r]};
+  }
+  // look_up's message_at; and it keeps how many rows come.
+  EPT_DEVICE uint64_t expect_sums(uint32_t r) const {
+    const Asked its = r == threadIdx.x ? asked : ask(r);
+    s.coming[r] = its.rows;
+    return t.map.recv(EPT_PHASE_COMBINE, uint32_t(generation & 1)) + its.at;
   }
 
   // False: the lane is faulted.
@@ -410,7 +429,7 @@ class CombineReceiver {
         EPT_REST();
       }
       beside = peek(&s.beside[its.rank]);
-      from = at(uint32_t(its.rank)) + EPT_MOE_HEADER_BYTES + uint64_t(its.row) * (row_bytes + beside);
+      from = s.sources.message[its.rank] + EPT_MOE_HEADER_BYTES + uint64_t(its.row) * (row_bytes + beside);
     }
     __syncwarp();
     if (__ballot_sync(kAll, int(rank_is_late))) return false;
@@ -462,10 +481,11 @@ class CombineReceiver {
   const LaneTable &t;
   const CombineShared &s;
   const ObjectTable &object;
+  const uint32_t world, fan;
   const AtFirst at_first;
+  const Asked asked;  // of rank threadIdx.x
   const uint64_t generation;
   const uint32_t membership;
-  const uint32_t world, fan;
   const uint64_t row_bytes;
   const uint32_t groups;
   const Divisor parts;  // that a token is summed in

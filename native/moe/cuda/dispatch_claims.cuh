@@ -36,7 +36,8 @@ class ClaimingReceiver : public DispatchReceiver {
     uint32_t numbers = t.lists ? first_listed(source) : 0;
     if (t.lists && lane_id() / kListed == 1 && j < object.max_tokens) numbers = list_of(source)[j];
     const char *there = memory(source);
-    if (!read_header(source, there)) return false;
+    Divisor cut;
+    if (!read_header(source, there, [&] { cut = cut_for(lane_id() + 1); })) return false;
     // As if all sources had as many.
     const bool claims = has_copies() && are_claimed(s.rows[source] * world, warps(), gridDim.x);
     numbers = from_lane(numbers, claims ? kListed + i : i);
@@ -44,7 +45,7 @@ class ClaimingReceiver : public DispatchReceiver {
     if (claims)
       share_claimed(source, first, there);
     else
-      share(source, there);
+      share(source, there, cut);
     if (lane_id() == 0) s.runs[source].claims = claims;
     return true;
   }

@@ -14,26 +14,60 @@ EPT_DEVICE const char *memory_of(const LaneTable &t, uint32_t rank) {
   return rank == t.rank ? t.in[rank] : device::window(t.paths[rank], 0);
 }
 
+// Where in a lane's memory the message of that source stands; in the source's own, the rows that its lists name.
+EPT_DEVICE uint64_t message_of(const LaneTable &t, const ObjectTable &object, uint64_t generation, uint32_t source) {
+  return t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) + object.shape.dispatch_region(source).offset;
+}
+
+// What a dispatch expects of all its sources.
+struct DispatchFormat {
+  uint32_t scale_bytes;
+  int32_t payload, scale;
+};
+// What is wrong in a header that is not as most are.
+EPT_SELDOM uint32_t check_dispatch_header(const LaneTable &t, const ObjectTable &object, uint64_t generation,
+                                          uint32_t membership, uint32_t source, const DispatchFormat &format,
+                                          const ept_moe_header &h) {
+  const uint64_t row = ept_row_bytes(object.payload, format.scale_bytes, object.top_k);
+  const uint32_t wrong =
+      check_header(t, object, EPT_PHASE_DISPATCH, generation, membership, source, h, row, object.max_tokens);
+  if (wrong) return wrong;
+  if (h.rows && (h.scale_bytes != format.scale_bytes || h.payload_format != uint32_t(format.payload) ||
+                 (format.scale_bytes && h.scale_format != uint32_t(format.scale))))
+    return 9;
+  return h.combine_offset % kAlign ? 11 : 0;
+}
+
 // Reads the header and the counts of a source that has come. `there`: the source's own memory; NULL: its message can't
-// be a list. The whole warp. False: the lane is faulted.
+// be a list. amid(): they are under way. The whole warp. False: the lane is faulted.
+template <class Amid>
 EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &object, uint32_t half, uint64_t generation,
-                                     uint32_t membership, uint32_t source, uint32_t scale_bytes, int32_t payload_format,
-                                     int32_t scale_format, const RecvShared &s, const char *there,
-                                     bool tells = blockIdx.x == 0) {
-  const char *at = s.sources.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
-                   object.shape.dispatch_region(source).offset;
-  uint32_t sum = 0;
-  __syncwarp();
-  const ept_moe_header h = get_header(at);  // under way with the counts
-  constexpr uint32_t kTogether = 8;         // loads under way
-  EPT_ROLLED
-  for (uint32_t base = 0; base < object.local; base += kTogether * kWarp) {
-    uint32_t n[kTogether];
+                                     uint32_t membership, uint32_t source, const DispatchFormat &format,
+                                     const RecvShared &s, const char *there, bool tells, Amid amid) {
+  const char *at = s.sources.message[source];
+  constexpr uint32_t kTogether = 8;  // loads under way
+  uint32_t n[kTogether];
+  const auto ask = [&](uint32_t base) {
     EPT_UNROLL
     for (uint32_t i = 0; i < kTogether; i++) {
       const uint32_t e = base + i * kWarp + lane_id();
       n[i] = e < object.local ? reinterpret_cast<const uint32_t *>(at + EPT_MOE_HEADER_BYTES)[e] : 0;
     }
+  };
+  __syncwarp();
+  const HeaderThen h(at);
+  ask(0);
+  const auto row = uint32_t(ept_row_bytes(object.payload, format.scale_bytes, object.top_k));
+  HeaderWord expected = header_word(t, object, EPT_PHASE_DISPATCH, generation, membership, source, row);
+  expected.is(EPT_FIELD(scale_bytes), format.scale_bytes);
+  expected.is(EPT_FIELD(payload_format), uint32_t(format.payload));
+  if (format.scale_bytes) expected.is(EPT_FIELD(scale_format), uint32_t(format.scale));
+  expected.is(EPT_FIELD(combine_offset), 0, kAlign - 1);
+  amid();
+  uint32_t sum = 0;
+  EPT_ROLLED
+  for (uint32_t base = 0; base < object.local; base += kTogether * kWarp) {
+    if (base) ask(base);
     EPT_UNROLL
     for (uint32_t i = 0; i < kTogether; i++) {
       const uint32_t e = base + i * kWarp + lane_id();
@@ -43,26 +77,22 @@ EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &obje
   }
   sum = warp_sum(sum >> 5) * 32 + warp_sum(sum & 31);
   uint32_t wrong = 0;
+  if (!is_as_expected(h, expected, object.max_tokens))
+    wrong = check_dispatch_header(t, object, generation, membership, source, format, h.whole());
+  const uint32_t rows = h.word(EPT_FIELD(total_rows)), flags = h.word(EPT_FIELD(flags));
+  const uint64_t offset = h.number(EPT_FIELD(combine_offset));
+  const uint64_t capacity = h.number(EPT_FIELD(combine_capacity)), room = object.shape.combine_recv();
+  if (!wrong && sum > uint64_t(rows) * object.top_k) wrong = 10;
+  if (!wrong && (capacity < EPT_MOE_HEADER_BYTES || offset > room || capacity > room - offset)) wrong = 11;
+  if (!wrong && flags & EPT_MOE_LISTED && !there) wrong = 13;
+  if (!wrong) hear(t, source, h, tells);
   if (lane_id() == 0) {
-    const uint64_t row = ept_row_bytes(object.payload, scale_bytes, object.top_k);
-    wrong = wrong_in_header(t, object, EPT_PHASE_DISPATCH, generation, membership, source, h, row, object.max_tokens);
-    if (!wrong && h.rows &&
-        (h.scale_bytes != scale_bytes || h.payload_format != uint32_t(payload_format) ||
-         (scale_bytes && h.scale_format != uint32_t(scale_format))))
-      wrong = 9;
-    if (!wrong && sum > uint64_t(h.total_rows) * object.top_k) wrong = 10;
-    if (!wrong && (h.combine_offset % kAlign || h.combine_capacity < EPT_MOE_HEADER_BYTES ||
-                   h.combine_offset > object.shape.combine_recv() ||
-                   h.combine_capacity > object.shape.combine_recv() - h.combine_offset))
-      wrong = 11;
-    if (!wrong && h.flags & EPT_MOE_LISTED && !there) wrong = 13;
     if (wrong) refuse_header(t, half, source, generation, 0, wrong);
-    if (!wrong) hear(t, source, h, tells);
-    s.rows[source] = h.total_rows;
-    s.return_at[source] = h.combine_offset;
-    s.runs[source].flags = h.flags;
+    s.rows[source] = rows;
+    s.return_at[source] = offset;
+    s.runs[source].flags = flags;
   }
-  return from_lane(wrong, 0) == 0;
+  return wrong == 0;
 }
 
 // Headers alone, by one block.
@@ -76,15 +106,17 @@ class Waiter {
         generation(at_first.state.received(EPT_PHASE_DISPATCH)),
         membership(at_first.state.membership(EPT_PHASE_DISPATCH)) {}
   EPT_DEVICE bool header(uint32_t source) {
-    return read_dispatch_header(t, a.object, kDispatchRecv, generation, membership, source, a.scale_bytes,
-                                a.payload_format, a.scale_format, s, memory_of(t, source));
+    return read_dispatch_header(t, a.object, kDispatchRecv, generation, membership, source,
+                                {a.scale_bytes, a.payload_format, a.scale_format}, s, memory_of(t, source),
+                                blockIdx.x == 0, [] {});
   }
   EPT_DEVICE bool may_begin(uint32_t) const { return true; }
   EPT_DEVICE bool begin(uint32_t) const { return true; }
   EPT_DEVICE void run() {
     for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) s.rows[r] = 0;
     for (uint32_t i = threadIdx.x; i < t.world * a.object.local; i += blockDim.x) s.counts[i] = 0;
-    look_up(t, EPT_PHASE_DISPATCH, generation, membership, at_first.origin, s.sources);
+    look_up(t, EPT_PHASE_DISPATCH, generation, membership, at_first.origin, s.sources,
+            [&](uint32_t r) { return message_of(t, a.object, generation, r); });
     __syncthreads();
     scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, *this);
     __syncthreads();

@@ -11,6 +11,7 @@
 // end of a group that doesn't grow (MASKED). A source that says an ordinal twice spoils rows of its own.
 #pragma once
 
+#include "moe/cuda/dispatch_headers.cuh"
 #include "moe/cuda/protocol.cuh"
 #include "moe/cuda/shared.h"
 #include "moe/cuda/stream.cuh"
@@ -41,12 +42,21 @@ class DispatchPlaces {
   // A source's rows are dealt to the blocks in turn, of each source from another block on: so which are a block's is
   // known before the header says how many there are. A row is copied in so many pieces, as if all sources had as many
   // rows as this one: in as few as keep all warps at work where the copy engine has the work of bytes (8 ranks x 16:
-  // 45.5 us for 47.9 in halves). Divisions are slow: one warp makes them, once.
+  // 45.5 us for 47.9 in halves). Divisions are slow: a lane each makes those of a number of rows, while the header
+  // comes.
   EPT_DEVICE uint32_t first_of(uint32_t source) const {
     const uint32_t turned = source * a.turn, turn = turned - a.blocks.of(turned) * gridDim.x;
     return blockIdx.x >= turn ? blockIdx.x - turn : blockIdx.x + gridDim.x - turn;
   }
-  EPT_DEVICE void share(uint32_t source, const char *there) const {
+  // The pieces of a row, of sources that have so many for a block.
+  EPT_DEVICE Divisor cut_for(uint32_t rows) const {
+    return divisor(parts_of(rows, warps(), vectors, has_copies() ? 1 : 4, kPair));
+  }
+  // `cut`: a lane's, for one row more than there are lanes before it.
+  EPT_DEVICE void share(uint32_t source, const char *there, Divisor cut) const {
+    const uint32_t rows = at_least(a.blocks.of(s.rows[source] * world + gridDim.x - 1), 1);
+    cut = {from_lane(cut.by, (rows - 1) % kWarp), from_lane(cut.inverse, (rows - 1) % kWarp)};
+    if (rows > kWarp) cut = cut_for(rows);
     if (lane_id() != 0) return;
     const uint32_t first = first_of(source);
     const uint32_t each = a.blocks.of(s.rows[source]), more = s.rows[source] - each * gridDim.x;
@@ -54,24 +64,18 @@ class DispatchPlaces {
     run.first = first;
     run.step = gridDim.x;
     run.rows = each + (first < more ? 1 : 0);
-    const uint32_t rows = a.blocks.of(s.rows[source] * world + gridDim.x - 1), least = has_copies() ? 1 : 4;
-    run.parts = divisor(parts_of(rows, warps(), vectors, least, kPair));
+    run.parts = cut;
     find_rows(source, there);
   }
   EPT_DEVICE void find_rows(uint32_t source, const char *there) const {
-    s.runs[source].from = is_listed(source)
-                              ? there + message_of(source) + object.shape.dispatch_header()
-                              : s.sources.in[source] + message_of(source) + ept_dispatch_header_bytes(local);
+    s.runs[source].from = is_listed(source) ? there + message_of(source) + object.shape.dispatch_header()
+                                            : s.sources.message[source] + ept_dispatch_header_bytes(local);
   }
-  // Where in a lane's memory the message of that source stands; in the source's own, the rows that its lists name.
-  EPT_DEVICE uint64_t message_of(uint32_t source) const {
-    return t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) + object.shape.dispatch_region(source).offset;
-  }
+  EPT_DEVICE uint64_t message_of(uint32_t source) const { return cuda::message_of(t, object, generation, source); }
   EPT_DEVICE bool is_listed(uint32_t source) const { return s.runs[source].flags & EPT_MOE_LISTED; }
   EPT_DEVICE const uint32_t *list_of(uint32_t source) const {
     if (source == t.rank) return a.routing.own;
-    return reinterpret_cast<const uint32_t *>(s.sources.in[source] + message_of(source) +
-                                              ept_dispatch_header_bytes(local));
+    return reinterpret_cast<const uint32_t *>(s.sources.message[source] + ept_dispatch_header_bytes(local));
   }
   // What would be the first kListed of this block's numbers: anything where there are fewer, or rows and no list.
   EPT_DEVICE uint32_t first_listed(uint32_t source) const {

@@ -43,9 +43,9 @@ class DispatchPlan {
         present(state.membership(kNext)) {}
 
  protected:
-  // By the warp that leaves last: all messages go, since peers wait for them.
-  EPT_DEVICE void tell_bad_ids(bool last) const {
-    if (last && lane_id() == 0 && s.bad[0])
+  // By the warp that left last: all messages go, since peers wait for them.
+  EPT_DEVICE void tell_bad_ids() const {
+    if (lane_id() == 0 && s.bad[0])
       raise_fault(t, uint32_t(-EPT_E_INVALID), kDispatchSend, -1, kIds, generation, a.object.experts, s.bad[1]);
   }
 

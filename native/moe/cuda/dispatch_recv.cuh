@@ -47,7 +47,8 @@ class DispatchReceiver : public DispatchPlaces {
       s.runs[r].rows = s.runs[r].claims = 0;
       s.next[r] = 0;
     }
-    look_up(t, EPT_PHASE_DISPATCH, generation, membership, at_first.origin, s.sources);
+    look_up(t, EPT_PHASE_DISPATCH, generation, membership, at_first.origin, s.sources,
+            [&](uint32_t r) { return message_of(r); });
     if (threadIdx.x == 0) *s.totals = *s.next_blank = 0;
     bulk.begin();
     const bool all = membership == 0;
@@ -55,8 +56,9 @@ class DispatchReceiver : public DispatchPlaces {
     for (uint32_t i = threadIdx.x; i < world * local && !all; i += blockDim.x) s.counts[i] = 0;
     for (uint32_t r = threadIdx.x; r < world && !all; r += blockDim.x) s.return_at[r] = 0;
     const bool works = !is_faulted(at_first.fault);
-    leave_recv(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation);
+    const Leaving leaving = leave_recv(t, kDispatchRecv);
     if (works) receive(self);
+    end_recv(leaving, t, kDispatchRecv, EPT_PHASE_DISPATCH, generation);
     const uint32_t met = fault_of(t);  // on its way while rows are written
     bulk.end();
     note(t, kDispatchRecv, 3);
@@ -128,14 +130,15 @@ class DispatchReceiver : public DispatchPlaces {
     // These are under way with the header.
     const uint32_t numbers = t.lists ? first_listed(source) : 0;
     const char *there = memory(source);
-    if (!read_header(source, there)) return false;
+    Divisor cut;
+    if (!read_header(source, there, [&] { cut = cut_for(lane_id() + 1); })) return false;
     if (lane_id() < kListed) s.runs[source].numbers[lane_id()] = numbers;
-    share(source, there);
+    share(source, there, cut);
     return true;
   }
 
   EPT_DEVICE bool may_begin(uint32_t source) const {
-    if (a.layout == kByRank) return true;
+    if (a.layout == kByRank || (source == 0 && a.layout != kContiguous)) return true;
     const uint32_t until = a.layout == kContiguous ? world : source;
     uint32_t lacks = 0;
     for (uint32_t r = lane_id(); r < until; r += kWarp)
@@ -166,9 +169,11 @@ class DispatchReceiver : public DispatchPlaces {
 
  protected:
   EPT_DEVICE const char *memory(uint32_t source) const { return world > 1 ? memory_of(t, source) : nullptr; }
-  EPT_DEVICE bool read_header(uint32_t source, const char *there) const {
-    const bool good = read_dispatch_header(t, object, kDispatchRecv, generation, membership, source, a.scale_bytes,
-                                           a.payload_format, a.scale_format, s, there);
+  EPT_DEVICE DispatchFormat format() const { return {a.scale_bytes, a.payload_format, a.scale_format}; }
+  template <class Amid>
+  EPT_DEVICE bool read_header(uint32_t source, const char *there, Amid amid) const {
+    const bool good = read_dispatch_header(t, object, kDispatchRecv, generation, membership, source, format(), s, there,
+                                           blockIdx.x == 0, amid);
     __syncwarp();
     return good;
   }

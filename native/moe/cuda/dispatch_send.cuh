@@ -24,13 +24,14 @@ class DispatchSender : public DispatchPlan {
     begin(members());
     if (blockIdx.x == 0 && threadIdx.x == 0) a.routing.membership[0] = present;
     const bool works = !is_faulted(fault) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    const bool last = leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    if (works) send(last);
+    const Leaving leaving = leave_send(t, kDispatchSend);
+    if (works) send();
+    if (end_send(leaving, t, kDispatchSend, EPT_PHASE_DISPATCH, generation)) tell_bad_ids();
     note(t, kDispatchSend, 5);
   }
 
  protected:
-  EPT_DEVICE void send(bool last) {
+  EPT_DEVICE void send() {
     note(t, kDispatchSend, 1);
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
       expect(t, EPT_PHASE_DISPATCH, generation, r,
@@ -55,7 +56,6 @@ class DispatchSender : public DispatchPlan {
       return {message_to(r), received(), header + uint64_t(s.rows_to[r]) * row_bytes, s.rows_to[r] * units + 1};
     });
     note(t, kDispatchSend, 3);
-    tell_bad_ids(last);
   }
 
   // What needs no plan: weights, and this warp's first piece, come already. Of its steps the ring holds the first, so

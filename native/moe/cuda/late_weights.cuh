@@ -27,8 +27,9 @@ class LateSender {
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault_of(t) | (membership ^ present)) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    const Leaving leaving = leave_send(t, kDispatchSend);
     if (works) send();
+    end_send(leaving, t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
   }
 
  private:

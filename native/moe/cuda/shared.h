@@ -29,14 +29,14 @@ constexpr uint64_t least_shared(uint32_t threads, uint64_t besides = 0) {
 struct Sources {
   const uint64_t **word;  // [world] its signal
   uint64_t *target;       // [world] what that must reach
-  const char **in;        // [world] where its messages come
+  const char **message;   // [world] where that comes
   uint32_t *standing;     // [world]
 };
 EPT_HD inline Sources sources(Carve &carve, uint32_t world) {
   Sources s{};
   s.word = carve.take<const uint64_t *>(world);
   s.target = carve.take<uint64_t>(world);
-  s.in = carve.take<const char *>(world);
+  s.message = carve.take<const char *>(world);
   s.standing = carve.take<uint32_t>(world);
   return s;
 }
@@ -148,6 +148,7 @@ struct CombineShared {
   uint32_t *packing;   // [world] pieces of the message to that rank that warps of this block are at,
   uint32_t *packed;    // [world] and that they have packed, and told nobody of yet
   uint32_t *beside;    // [world] bytes of row weights in a row of that source
+  uint32_t *coming;    // [world] rows of its sums
   uint32_t *word;
 };
 EPT_HD inline CombineShared combine_shared(Carve &carve, uint32_t threads, uint32_t world) {
@@ -160,6 +161,7 @@ EPT_HD inline CombineShared combine_shared(Carve &carve, uint32_t threads, uint3
   s.packing = carve.take<uint32_t>(world);
   s.packed = carve.take<uint32_t>(world);
   s.beside = carve.take<uint32_t>(world);
+  s.coming = carve.take<uint32_t>(world);
   s.word = carve.take<uint32_t>(1);
   return s;
 }

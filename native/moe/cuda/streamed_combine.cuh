@@ -26,8 +26,9 @@ class StreamedCombineSender : public CombineSender {
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault | (membership ^ present)) && settle(t, kCombineSend, EPT_PHASE_COMBINE, generation);
-    leave_send(t, kCombineSend, EPT_PHASE_COMBINE, generation);
+    const Leaving leaving = leave_send(t, kCombineSend);
     if (works) send_first();
+    end_send(leaving, t, kCombineSend, EPT_PHASE_COMBINE, generation);
   }
   EPT_DEVICE bool begin_rest() {
     begin();
@@ -141,7 +142,8 @@ class StreamedCombineReceiver : public CombineReceiver {
 
   EPT_DEVICE void begin() {
     in.begin();
-    look_up(t, EPT_PHASE_COMBINE, generation, membership, at_first.origin, s.sources);
+    look_up(t, EPT_PHASE_COMBINE, generation, membership, at_first.origin, s.sources,
+            [&](uint32_t r) { return expect_sums(r); });
   }
   EPT_DEVICE bool read(const Roles &roles) {
     const uint32_t me = roles.reader(), n = roles.readers();

@@ -26,8 +26,9 @@ class StreamedSender : public DispatchSender {
     begin(members());
     if (blockIdx.x == 0 && threadIdx.x == 0) a.routing.membership[0] = present;
     const bool works = !is_faulted(fault) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    const bool last = leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    if (works) send_first(last);
+    const Leaving leaving = leave_send(t, kDispatchSend);
+    if (works) send_first();
+    if (end_send(leaving, t, kDispatchSend, EPT_PHASE_DISPATCH, generation)) tell_bad_ids();
     note(t, kDispatchSend, 5);
   }
   // The second, before its roles. All threads; the answer is the same for all.
@@ -81,7 +82,7 @@ class StreamedSender : public DispatchSender {
     return {at, shape.combine_header() + rows_to(r) * shape.combine_row};
   }
 
-  EPT_DEVICE void send_first(bool last) {
+  EPT_DEVICE void send_first() {
     scan(true);
     __syncthreads();
     sum([](uint32_t) {});
@@ -106,7 +107,6 @@ class StreamedSender : public DispatchSender {
       pack(token, n, plan);
       out.packed(plan.rank, plan.row);
     }
-    tell_bad_ids(last);
   }
   // A row at each of the first n lanes' ranks, and what is kept of the token.
   EPT_DEVICE void pack(uint32_t token, uint32_t n, const TokenPlan &plan) const {
@@ -140,7 +140,8 @@ class StreamedReceiver : public DispatchReceiver {
     in.begin();
     for (uint32_t r = threadIdx.x; r < world; r += blockDim.x) s.rows[r] = s.begin[r] = 0, s.return_at[r] = 0;
     for (uint32_t i = threadIdx.x; i < world * local; i += blockDim.x) s.counts[i] = 0;
-    look_up(t, EPT_PHASE_DISPATCH, generation, membership, at_first.origin, s.sources);
+    look_up(t, EPT_PHASE_DISPATCH, generation, membership, at_first.origin, s.sources,
+            [&](uint32_t r) { return message_of(r); });
     if (threadIdx.x == 0) *s.totals = *s.next_blank = 0;
     bulk.begin();
   }
@@ -182,8 +183,7 @@ class StreamedReceiver : public DispatchReceiver {
   EPT_DEVICE uint64_t header_bytes() const { return ept_dispatch_header_bytes(local); }
   EPT_DEVICE Region region(uint32_t r) const { return dispatch_place(t, object.shape, uint32_t(generation & 1), r); }
   EPT_DEVICE bool first(uint32_t r) {
-    if (!read_dispatch_header(t, object, kDispatchRecv, generation, membership, r, a.scale_bytes, a.payload_format,
-                              a.scale_format, s, nullptr, true))
+    if (!read_dispatch_header(t, object, kDispatchRecv, generation, membership, r, format(), s, nullptr, true, [] {}))
       return false;
     __syncwarp();
     for (uint32_t e = lane_id(); e < local; e += kWarp) w.counts[r * local + e] = s.counts[r * local + e];

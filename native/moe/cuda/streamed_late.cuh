@@ -27,8 +27,9 @@ class StreamedLateSender {
       raise_fault(t, uint32_t(-EPT_E_FAULT), kCombineSend, -1, kMembers, generation, membership, present);
     const bool works =
         !is_faulted(fault_of(t) | (membership ^ present)) && settle(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
-    leave_send(t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
+    const Leaving leaving = leave_send(t, kDispatchSend);
     if (works) send_first();
+    end_send(leaving, t, kDispatchSend, EPT_PHASE_DISPATCH, generation);
   }
   EPT_DEVICE bool begin_rest() const { return __syncthreads_or(out.plan()) != 0; }
   EPT_DEVICE void rest_of_tokens() const {
