@@ -85,7 +85,10 @@ EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &obje
   if (!wrong && sum > uint64_t(rows) * object.top_k) wrong = 10;
   if (!wrong && (capacity < EPT_MOE_HEADER_BYTES || offset > room || capacity > room - offset)) wrong = 11;
   if (!wrong && flags & EPT_MOE_LISTED && !there) wrong = 13;
-  if (!wrong) hear(t, source, h, tells);
+  if (!wrong && t.acks && tells) {
+    const ept_moe_header all = h.whole();
+    if (lane_id() == 0) hear(t, source, all, tells);
+  }
   if (lane_id() == 0) {
     if (wrong) refuse_header(t, half, source, generation, 0, wrong);
     s.rows[source] = rows;

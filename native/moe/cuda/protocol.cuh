@@ -436,11 +436,6 @@ EPT_DEVICE void hear(const LaneTable &t, uint32_t source, const ept_moe_header &
     if (!device::reached(*heard, h.consumed[p])) *heard = h.consumed[p];
   }
 }
-EPT_DEVICE void hear(const LaneTable &t, uint32_t source, const HeaderThen &h, bool tells) {
-  if (!t.acks || !tells) return;
-  const ept_moe_header all = h.whole();
-  if (lane_id() == 0) hear(t, source, all, tells);
-}
 // A send tells where what answers it will land, for who looks at a header before it is received.
 EPT_DEVICE void expect(const LaneTable &t, uint32_t phase, uint64_t generation, uint32_t source, uint64_t at) {
   if (t.acks) t.lands[(phase * EPT_MOE_SLOTS + (generation & 1)) * t.world + source] = at;
