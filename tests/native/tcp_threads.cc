@@ -17,6 +17,7 @@
 #include <random>
 #include <thread>
 
+#include "../../plugins/tcp/mover.h"
 #include "tcp_ledger.h"
 
 namespace {
@@ -133,6 +134,16 @@ void what_may_be_asked_for() {
     CHECK_EQ(Rank::open(backend(), Identity{}, values, host, &instance), EPT_E_CONFIG);
     CHECK_HAS(plugin::error_text(backend()), "must be auto or a number from 0 to 64");
   }
+}
+
+// What `auto` takes: six where each rank of the host has four cores or more, or it would take those of the ranks' work.
+void how_many() {
+  for (uint32_t ranks : {0u, 1u}) CHECK_EQ(tcp::threads_for(4, ranks), 6);
+  CHECK_EQ(tcp::threads_for(3, 1), 0);
+  CHECK_EQ(tcp::threads_for(16, 4), 6);
+  CHECK_EQ(tcp::threads_for(16, 5), 0);
+  CHECK_EQ(tcp::threads_for(192, 8), 6);
+  CHECK_EQ(tcp::threads_for(2, 8), 0);
 }
 
 // ---- what goes on beside it -----------------------------------------------------------------------------------------
@@ -257,6 +268,7 @@ int main(int argc, char **argv) {
   RUN(closed());
   RUN(threads_end());
   RUN(what_may_be_asked_for());
+  RUN(how_many());
   RUN(one_stands_still());
   RUN(asleep());
   for (uint64_t seed = first; seed < first + seeds; ++seed) {
