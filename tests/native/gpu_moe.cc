@@ -277,6 +277,32 @@ void refused() {
   }
 }
 
+// A dispatch of two ranks that both have sent and nobody has received, and what each rank should get.
+struct Sent {
+  Sent(World &of, Step &its) : world(of), step(its), expected(of.on_cpu(its)), all(2), routings(2) {
+    for (uint32_t r = 0; r < 2; r++) world.send(step, r, routings[r]);
+    world.gpu->machine.run();
+  }
+  // Where rank 0's message of that phase is in the lane of `at`.
+  char *message(uint32_t phase, uint32_t at = 1) const {
+    const ept::moe::cuda::LaneTable &lane = world.lanes[at].lanes->table(step.lane);
+    const uint64_t offset = phase == EPT_PHASE_COMBINE
+                                ? reinterpret_cast<const uint64_t *>(routings[at].data())[0]  // combine_at
+                                : world.objects[at]->object->object.shape.dispatch_region(0).offset;
+    return const_cast<char *>(lane.in[0]) + lane.map.recv(phase, uint32_t(lane.state->received[phase] & 1)) + offset;
+  }
+  void receive() {
+    for (uint32_t r = 0; r < 2; r++) world.receive(step, r, routings[r], all[r], expected[r]);
+    world.gpu->machine.run();
+  }
+
+  World &world;
+  Step &step;
+  const std::vector<Got> expected;
+  std::vector<Got> all;
+  std::vector<Bytes> routings;
+};
+
 // A row that says of itself what its message's header doesn't: it is written nowhere, the lane is faulted, and a reset
 // mends it.
 void lies() {
@@ -289,19 +315,9 @@ void lies() {
       step.row_weights = false;
       // Of rank 1, which has two experts.
       for (RankStep &s : step.ranks) routed(s, layout, 32, std::vector<int64_t>(12, 3));
-      const std::vector<Got> expected = world.on_cpu(step);
-      std::vector<Got> all(2);
-      std::vector<Bytes> routings(2);
-      for (uint32_t r = 0; r < 2; r++) world.send(step, r, routings[r]);
-      world.gpu->machine.run();
-
+      Sent sent(world, step);
       // Rank 0's message to rank 1 is there, and the rows that it lists are at rank 0.
-      const auto from_rank_0 = [&](uint32_t at) {
-        const ept::moe::cuda::LaneTable &lane = world.lanes[at].lanes->table(step.lane);
-        return const_cast<char *>(lane.in[0]) + shape.dispatch_region(0).offset +
-               lane.map.recv(EPT_PHASE_DISPATCH, lane.state->received[EPT_PHASE_DISPATCH] & 1);
-      };
-      char *message = from_rank_0(1);
+      char *message = sent.message(EPT_PHASE_DISPATCH);
       ept_moe_header header;
       memcpy(&header, message, sizeof header);
       CHECK_EQ(header.magic, EPT_MOE_MAGIC);
@@ -309,7 +325,7 @@ void lies() {
       CHECK(header.flags & EPT_MOE_LISTED);
       auto *list = reinterpret_cast<uint32_t *>(message + ept_dispatch_header_bytes(2));
       CHECK_EQ(list[4], 4);
-      char *row = from_rank_0(0) + shape.dispatch_header() + 4 * header.row_bytes;
+      char *row = sent.message(EPT_PHASE_DISPATCH, 0) + shape.dispatch_header() + 4 * header.row_bytes;
       auto *experts = reinterpret_cast<int32_t *>(row + ept_row_experts(header.payload_bytes, header.scale_bytes));
       auto *ordinals =
           reinterpret_cast<uint32_t *>(row + ept_row_ordinals(header.payload_bytes, header.scale_bytes, 2));
@@ -321,14 +337,13 @@ void lies() {
       if (lie == 3) list[4] = 6;               // of the 6 that a rank has
       if (lie == 4) *reinterpret_cast<uint32_t *>(row + ept_row_token(header.payload_bytes, header.scale_bytes)) = 5;
 
-      for (uint32_t r = 0; r < 2; r++) world.receive(step, r, routings[r], all[r], expected[r]);
-      world.gpu->machine.run();
+      sent.receive();
       Error error;
       CHECK_EQ(ept_gpu_moe_check(world.objects[1], step.lane, &error), EPT_E_FAULT);
       CHECK_HAS(error.text, "a row of rank 0 is not what its header promised");
       const char *const says[] = {"(12 of 12)", "(2 of 2)", "(9 of 0)", "(6 of 6)", "(5 of 4)"};
       CHECK_HAS(error.text, says[lie]);
-      for (uint64_t i = 0; i < all[1].x.size; i++) CHECK(all[1].x.data()[i] == 0);
+      for (uint64_t i = 0; i < sent.all[1].x.size; i++) CHECK(sent.all[1].x.data()[i] == 0);
       world.reset();
     }
   }
@@ -378,7 +393,6 @@ void other_headers() {
   };
 #undef FIELD
   World world(quantised(moe_test::config_of(2, 4, 2, 256, 6), EPT_SCALES_FP32), 17);
-  const ept::moe::Shape &shape = world.objects[1]->object->object.shape;
   for (const Change &change : changes) {
     for (const bool combine : {false, true}) {
       if (combine && change.at >= sizeof(ept_moe_header)) continue;  // a sum
@@ -389,31 +403,19 @@ void other_headers() {
         for (uint32_t i = 0; i < 12; i++) ids.push_back(i % 2 ? 3 : 1);  // each token to both ranks
         routed(s, EPT_LAYOUT_MASKED, 256, ids);
       }
-      const std::vector<Got> expected = world.on_cpu(step);
-      std::vector<Got> all(2);
-      std::vector<Bytes> routings(2);
-      for (uint32_t r = 0; r < 2; r++) world.send(step, r, routings[r]);
-      world.gpu->machine.run();
-      // What rank 0 sent to rank 1.
-      const auto message = [&](uint32_t phase) {
-        const ept::moe::cuda::LaneTable &lane = world.lanes[1].lanes->table(step.lane);
-        const uint64_t combine_at = reinterpret_cast<const uint64_t *>(routings[1].data())[0];
-        return const_cast<char *>(lane.in[0]) + lane.map.recv(phase, uint32_t(lane.state->received[phase] & 1)) +
-               (phase == EPT_PHASE_DISPATCH ? shape.dispatch_region(0).offset : combine_at);
-      };
+      Sent sent(world, step);
       const auto alter = [&](uint32_t phase) {
-        char *header = message(phase);
+        char *header = sent.message(phase);
         CHECK_EQ(*reinterpret_cast<uint32_t *>(header), EPT_MOE_MAGIC);
         *reinterpret_cast<uint32_t *>(header + change.at) ^= change.bits;
       };
       if (!combine) alter(EPT_PHASE_DISPATCH);
-      for (uint32_t r = 0; r < 2; r++) world.receive(step, r, routings[r], all[r], expected[r]);
-      world.gpu->machine.run();
+      sent.receive();
       if (combine) {
-        for (uint32_t r = 0; r < 2; r++) world.send_sums(step, r, routings[r], all[r]);
+        for (uint32_t r = 0; r < 2; r++) world.send_sums(step, r, sent.routings[r], sent.all[r]);
         world.gpu->machine.run();
         alter(EPT_PHASE_COMBINE);
-        for (uint32_t r = 0; r < 2; r++) world.receive_sums(step, r, routings[r], all[r]);
+        for (uint32_t r = 0; r < 2; r++) world.receive_sums(step, r, sent.routings[r], sent.all[r]);
         world.gpu->machine.run();
       }
       Error error;

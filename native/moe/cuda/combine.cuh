@@ -388,10 +388,7 @@ class CombineReceiver {
       wrong = check_header(t, object, EPT_PHASE_COMBINE, generation, membership, source, h.whole(), bytes,
                            object.max_tokens, kind);
     if (!wrong && h.word(EPT_FIELD(total_rows)) != rows) wrong = 12;
-    if (!wrong && t.acks && tells) {
-      const ept_moe_header all = h.whole();
-      if (lane_id() == 0) hear(t, source, all, tells);
-    }
+    if (!wrong && t.acks && tells) hear(t, source, h, tells);
     if (lane_id() == 0) {
       s.beside[source] = bytes - uint32_t(row_bytes);
       if (wrong) refuse_header(t, kCombineRecv, source, generation, rows, wrong);

@@ -14,11 +14,6 @@ EPT_DEVICE const char *memory_of(const LaneTable &t, uint32_t rank) {
   return rank == t.rank ? t.in[rank] : device::window(t.paths[rank], 0);
 }
 
-// Where in a lane's memory the message of that source stands; in the source's own, the rows that its lists name.
-EPT_DEVICE uint64_t message_of(const LaneTable &t, const ObjectTable &object, uint64_t generation, uint32_t source) {
-  return t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) + object.shape.dispatch_region(source).offset;
-}
-
 // What a dispatch expects of all its sources.
 struct DispatchFormat {
   uint32_t scale_bytes;
@@ -85,10 +80,7 @@ EPT_DEVICE bool read_dispatch_header(const LaneTable &t, const ObjectTable &obje
   if (!wrong && sum > uint64_t(rows) * object.top_k) wrong = 10;
   if (!wrong && (capacity < EPT_MOE_HEADER_BYTES || offset > room || capacity > room - offset)) wrong = 11;
   if (!wrong && flags & EPT_MOE_LISTED && !there) wrong = 13;
-  if (!wrong && t.acks && tells) {
-    const ept_moe_header all = h.whole();
-    if (lane_id() == 0) hear(t, source, all, tells);
-  }
+  if (!wrong && t.acks && tells) hear(t, source, h, tells);
   if (lane_id() == 0) {
     if (wrong) refuse_header(t, half, source, generation, 0, wrong);
     s.rows[source] = rows;
@@ -119,7 +111,7 @@ class Waiter {
     for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) s.rows[r] = 0;
     for (uint32_t i = threadIdx.x; i < t.world * a.object.local; i += blockDim.x) s.counts[i] = 0;
     look_up(t, EPT_PHASE_DISPATCH, generation, membership, at_first.origin, s.sources,
-            [&](uint32_t r) { return message_of(t, a.object, generation, r); });
+            [&](uint32_t r) { return dispatch_place(t, a.object.shape, uint32_t(generation & 1), r).offset; });
     __syncthreads();
     scout(t, kDispatchRecv, EPT_PHASE_DISPATCH, generation, s.sources, *this);
     __syncthreads();

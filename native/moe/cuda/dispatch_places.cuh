@@ -71,7 +71,9 @@ class DispatchPlaces {
     s.runs[source].from = is_listed(source) ? there + message_of(source) + object.shape.dispatch_header()
                                             : s.sources.message[source] + ept_dispatch_header_bytes(local);
   }
-  EPT_DEVICE uint64_t message_of(uint32_t source) const { return cuda::message_of(t, object, generation, source); }
+  EPT_DEVICE uint64_t message_of(uint32_t source) const {
+    return dispatch_place(t, object.shape, uint32_t(generation & 1), source).offset;
+  }
   EPT_DEVICE bool is_listed(uint32_t source) const { return s.runs[source].flags & EPT_MOE_LISTED; }
   EPT_DEVICE const uint32_t *list_of(uint32_t source) const {
     if (source == t.rank) return a.routing.own;

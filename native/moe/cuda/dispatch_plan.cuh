@@ -97,9 +97,7 @@ class DispatchPlan {
     return ept_dispatch_header_bytes(s.first[rank + 1] - s.first[rank]);
   }
   EPT_DEVICE uint32_t slot() const { return uint32_t(generation & 1); }
-  EPT_DEVICE uint64_t received() const {
-    return t.map.recv(EPT_PHASE_DISPATCH, slot()) + a.object.shape.dispatch_region(t.rank).offset;
-  }
+  EPT_DEVICE uint64_t received() const { return dispatch_place(t, a.object.shape, slot(), t.rank).offset; }
 
   // What is known of a rank before the step: its path, and where its experts and those of the next one begin.
   struct Peer {

@@ -34,8 +34,7 @@ class DispatchSender : public DispatchPlan {
   EPT_DEVICE void send() {
     note(t, kDispatchSend, 1);
     for (uint32_t r = threadIdx.x; r < world && blockIdx.x == 0; r += blockDim.x)
-      expect(t, EPT_PHASE_DISPATCH, generation, r,
-             t.map.recv(EPT_PHASE_DISPATCH, slot()) + a.object.shape.dispatch_region(r).offset);
+      expect(t, EPT_PHASE_DISPATCH, generation, r, dispatch_place(t, a.object.shape, slot(), r).offset);
     scan(from_last() < world);
     start();
     __syncthreads();

@@ -37,14 +37,14 @@ class LateSender {
     return EPT_MOE_HEADER_BYTES + uint64_t(a.routing.rows_to[rank]) * row_bytes;
   }
   EPT_DEVICE uint64_t received() const {
-    return t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) + a.object.shape.dispatch_region(t.rank).offset;
+    return dispatch_place(t, a.object.shape, uint32_t(generation & 1), t.rank).offset;
   }
 
   EPT_DEVICE void send() {
     for (uint32_t r = threadIdx.x; r < t.world; r += blockDim.x) {
       if (blockIdx.x == 0)
         expect(t, EPT_PHASE_DISPATCH, generation, r,
-               t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) + a.object.shape.dispatch_region(r).offset);
+               dispatch_place(t, a.object.shape, uint32_t(generation & 1), r).offset);
       char *window = r == t.rank ? t.in[r] : device::window(t.paths[r], 0);
       uint64_t begin = t.map.send(EPT_PHASE_DISPATCH, uint32_t(generation & 1));
       for (uint32_t q = 0; q < r && !window; q++) begin += q == t.rank ? 0 : align_up(bytes_to(q), kAlign);
@@ -119,8 +119,7 @@ class LateReceiver {
 
  private:
   EPT_DEVICE void read(uint32_t source) {
-    const char *at = t.in[source] + t.map.recv(EPT_PHASE_DISPATCH, uint32_t(generation & 1)) +
-                     a.object.shape.dispatch_region(source).offset;
+    const char *at = t.in[source] + dispatch_place(t, a.object.shape, uint32_t(generation & 1), source).offset;
     const uint32_t begin = a.routing.begin[source], rows = a.routing.begin[source + 1] - begin;
     __syncthreads();
     if (threadIdx.x == 0) *came = wait(source, at, rows);

@@ -193,6 +193,12 @@ EPT_DEVICE bool end_send(const Leaving &leaving, const LaneTable &t, uint32_t ha
 // A message is packed at the peer itself where its memory is mapped here (a path's window), or in our own memory, where
 // it is read here or put from here.
 
+// Where in a reader's lane the message of that source is; in the source's own, the rows that its lists name.
+EPT_DEVICE Region dispatch_place(const LaneTable &t, const Shape &shape, uint32_t slot, uint32_t source) {
+  const Region region = shape.dispatch_region(source);
+  return {t.map.recv(EPT_PHASE_DISPATCH, slot) + region.offset, region.bytes};
+}
+
 EPT_DEVICE void post_own(const LaneTable &t, uint32_t phase, uint64_t generation) {
   Hardware::add_release_system(t.words[t.rank] + signal_index(phase, uint32_t(generation & 1)), 1);
 }
@@ -375,6 +381,13 @@ EPT_DEVICE ept_moe_header get_header(const char *from) {
 static_assert(EPT_FIELD(phase) == EPT_FIELD(version) + 2, "header_word takes them together");
 #endif
 
+// What the lane's word of a header must be, in the bits of `mask`: of a message that is whole and has rows.
+struct HeaderWord {
+  uint32_t value = 0, mask = 0;
+  EPT_DEVICE void is(uint32_t offset, uint32_t its, uint32_t bits = ~0u) {
+    if (lane_id() == offset / 4) value = its, mask = bits;
+  }
+};
 // A header that has come, a word a lane: asked for by one load, and looked at by one comparison, where a thread that
 // does it field by field has hundreds of instructions to go before the first row can. All lanes of the warp.
 class HeaderThen {
@@ -383,7 +396,9 @@ class HeaderThen {
   // `offset`: of a field, in bytes.
   EPT_DEVICE uint32_t word(uint32_t offset) const { return from_lane(word_, offset / 4); }
   EPT_DEVICE uint64_t number(uint32_t offset) const { return word(offset) | uint64_t(word(offset + 4)) << 32; }
-  EPT_DEVICE uint32_t own() const { return word_; }
+  EPT_DEVICE bool says(const HeaderWord &expected) const {
+    return __ballot_sync(kAll, int((word_ ^ expected.value) & expected.mask)) == 0;
+  }
   EPT_DEVICE ept_moe_header whole() const {
     HeaderWords to{};
     EPT_UNROLL
@@ -394,13 +409,6 @@ class HeaderThen {
  private:
   static_assert(EPT_MOE_HEADER_BYTES == 4 * kWarp);
   const uint32_t word_;
-};
-// What the lane's word of it must be, in the bits of `mask`: of a message that is whole and has rows.
-struct HeaderWord {
-  uint32_t value = 0, mask = 0;
-  EPT_DEVICE void is(uint32_t offset, uint32_t its, uint32_t bits = ~0u) {
-    if (lane_id() == offset / 4) value = its, mask = bits;
-  }
 };
 EPT_DEVICE HeaderWord header_word(const LaneTable &t, const ObjectTable &object, uint32_t phase, uint64_t generation,
                                   uint32_t membership, uint32_t source, uint32_t row_bytes) {
@@ -422,8 +430,7 @@ EPT_DEVICE HeaderWord header_word(const LaneTable &t, const ObjectTable &object,
 // Whether it says that, and that it is whole. Else check_header tells what is wrong, if anything is.
 EPT_DEVICE bool is_as_expected(const HeaderThen &h, const HeaderWord &expected, uint64_t most_rows) {
   const uint32_t rows = h.word(EPT_FIELD(total_rows));
-  return __ballot_sync(kAll, int((h.own() ^ expected.value) & expected.mask)) == 0 && h.word(EPT_FIELD(rows)) == rows &&
-         rows <= most_rows;
+  return h.says(expected) && h.word(EPT_FIELD(rows)) == rows && rows <= most_rows;
 }
 
 // ---- what a send must wait for, where there is a network ----
@@ -435,6 +442,11 @@ EPT_DEVICE void hear(const LaneTable &t, uint32_t source, const ept_moe_header &
     uint64_t *heard = &t.heard[source * EPT_PHASES + p];
     if (!device::reached(*heard, h.consumed[p])) *heard = h.consumed[p];
   }
+}
+// The same, by the whole warp.
+EPT_DEVICE void hear(const LaneTable &t, uint32_t source, const HeaderThen &h, bool tells) {
+  const ept_moe_header all = h.whole();
+  if (lane_id() == 0) hear(t, source, all, tells);
 }
 // A send tells where what answers it will land, for who looks at a header before it is received.
 EPT_DEVICE void expect(const LaneTable &t, uint32_t phase, uint64_t generation, uint32_t source, uint64_t at) {

@@ -53,10 +53,6 @@ EPT_DEVICE Region staged_dispatch(const LaneTable &t, const Shape &shape, uint32
   const Region part = share(shape.dispatch_send(), t.world - 1, r < t.rank ? r : r - 1);
   return {base + part.offset, part.bytes};
 }
-EPT_DEVICE Region dispatch_place(const LaneTable &t, const Shape &shape, uint32_t slot, uint32_t source) {
-  const Region region = shape.dispatch_region(source);
-  return {t.map.recv(EPT_PHASE_DISPATCH, slot) + region.offset, region.bytes};
-}
 
 // A token's ranks and rows there, in the first lanes, as far as they are in chunks [from, to): the whole warp. Says how
 // many.
