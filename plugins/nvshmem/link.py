@@ -107,35 +107,30 @@ def link(tools: Tools, arch: str, include: list[str], kernels: Path, library: Pa
     target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     common = [tools.nvcc, "-rdc=true", *target, "-std=c++20", "-c"]
     with tempfile.TemporaryDirectory() as folder:
-        ours, its, image = (Path(folder) / name for name in ("kernels.o", "library.o", "image.cubin"))
-        _run([*common, *_for_kernels(include), kernels, "-o", ours])
-        _run([*common, *_for_library(tools), library, "-o", its])
+        ours, image = (Path(folder) / name for name in ("kernels.o", "image.cubin"))
+        _run([*common, *_options(tools, include, library), kernels, "-o", ours])
         where = ["-L", tools.nvshmem / "lib", "-lnvshmem_device"]
-        _run([tools.nvcc, "-dlink", *target, "-cubin", ours, its, *where, "-o", image])
+        _run([tools.nvcc, "-dlink", *target, "-cubin", ours, *where, "-o", image])
         return image.read_bytes()
 
 
-def _for_kernels(include: list[str]) -> list[str]:
-    return ["--fmad=false", "-DEPT_GPU_INITIATED", *(f"-I{folder}" for folder in include)]
-
-
-def _for_library(tools: Tools) -> list[str]:
+def _options(tools: Tools, include: list[str], library: Path) -> list[str | Path]:
+    """The library's side stands before the kernels in one unit, so that what they put by becomes a part of them."""
     inner = [f"-I{folder}" for folder in _toolkit(tools.nvcc).glob("**/include/cccl") if folder.is_dir()][:1]
-    # Its headers warn of themselves.
-    return ["-w", f"-maxrregcount={KERNEL_REGISTERS}", f"-I{tools.nvshmem / 'include'}", *inner]
+    ours = ["--fmad=false", "-DEPT_GPU_INITIATED", *(f"-I{folder}" for folder in include)]
+    # NVSHMEM's headers warn of themselves.
+    its = ["-w", f"-maxrregcount={KERNEL_REGISTERS}", f"-I{tools.nvshmem / 'include'}", *inner]
+    return [*ours, *its, "-include", library.resolve()]
 
 
-def compiles(tools: Tools, arch: str, include: list[str], kernels: Path, library: Path) -> dict[str, str]:
-    """Both as PTX, unoptimised, which takes seconds where `link` takes a minute: what their sources say, by file."""
-    common = [tools.nvcc, "-rdc=true", "-gencode", f"arch=compute_{arch},code=compute_{arch}", "-std=c++20"]
-    common += ["-ptx", "-Xcicc", "-O0"]
-    made = {}
+def compiles(tools: Tools, arch: str, include: list[str], kernels: Path, library: Path) -> str:
+    """As PTX, unoptimised, which takes seconds where `link` takes a minute."""
     with tempfile.TemporaryDirectory() as folder:
-        for source, options in ((kernels, _for_kernels(include)), (library, _for_library(tools))):
-            out = Path(folder) / f"{source.stem}.ptx"
-            _run([*common, *options, source, "-o", out])
-            made[source.name] = out.read_text()
-    return made
+        out = Path(folder) / "kernels.ptx"
+        target = ["-rdc=true", "-gencode", f"arch=compute_{arch},code=compute_{arch}", "-std=c++20"]
+        as_ptx = ["-ptx", "-Xcicc", "-O0"]
+        _run([tools.nvcc, *target, *as_ptx, *_options(tools, include, library), kernels, "-o", out])
+        return out.read_text()
 
 
 def _toolkit(nvcc: Path) -> Path:

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The device library's side of device.cuh, for NVSHMEM: compiled by itself, since its headers are many, and linked with
-// the kernels (link.py). One operation a message: on a card, one work request with its signal behind it; where the peer
-// is mapped for NVSHMEM, a copy by the whole block.
+// The device library's side of device.cuh, for NVSHMEM: compiled before the kernels, in one unit with them (link.py).
+// One operation a message: on a card, one work request with its signal behind it; where the peer is mapped for NVSHMEM,
+// a copy by the whole block, and of what rows are packed in, by the warp.
 #include <nvshmem.h>
 #include <nvshmemx.h>
 #include <stdint.h>
@@ -23,20 +23,13 @@ __device__ void ept_library_put_block(void *to, const void *from, uint64_t bytes
     nvshmemx_putmem_nbi_block(to, from, bytes, int(number));
 }
 
-// INVARIANT of both. When they return, the bytes are as if the team's threads had stored them at the peer. Where the
-// peer is mapped a put is such stores (nvshmem_ptr answers by the same table as the put), and nothing is waited for:
-// the caller releases them with what it does next. Where it is not, a put is ordered with nothing, a fence would order
-// it with later puts of this thread alone and not with those of who counts the last part, and so it must have arrived:
-// by quiet. Kernels ask for parts only of peers that are mapped (ept_path.memory).
-__device__ void ept_library_part_block(void *to, const void *from, uint64_t bytes, uint32_t number) {
-  nvshmemx_putmem_nbi_block(to, from, bytes, int(number));
-  if (threadIdx.x == 0 && !nvshmem_ptr(to, int(number))) nvshmem_quiet();
-  __syncthreads();
-}
-__device__ void ept_library_part_warp(void *to, const void *from, uint64_t bytes, uint32_t number) {
+// INVARIANT. When it returns, the bytes are as if the warp's threads had stored them at the peer: where the peer is
+// mapped a put is such stores, and nothing is waited for: the caller releases them with what it does next. (Where it is
+// not, a put is ordered with nothing. Kernels have parts only for peers that are, ept_path.memory: the host asks
+// nvshmem_ptr, which answers by the same table as the put.) It is a part of the kernel's own code: called as a function,
+// amid a row with all registers in use, it took some 6 us (docs/decisions.md).
+__device__ __forceinline__ void ept_library_part_warp(void *to, const void *from, uint64_t bytes, uint32_t number) {
   nvshmemx_putmem_nbi_warp(to, from, bytes, int(number));
-  if (threadIdx.x % 32 == 0 && !nvshmem_ptr(to, int(number))) nvshmem_quiet();
-  __syncwarp();
 }
 
 __device__ void ept_library_value(uint64_t *to, uint64_t value, uint64_t *signal, uint32_t number) {

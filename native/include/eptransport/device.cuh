@@ -94,9 +94,8 @@
 #endif
 EPT_LIBRARY void ept_library_put(void *to, const void *from, uint64_t bytes, uint64_t *signal, uint32_t number);
 EPT_LIBRARY void ept_library_put_block(void *to, const void *from, uint64_t bytes, uint64_t *signal, uint32_t number);
-/* `bytes` without a signal, by all threads of a block, or of a warp: when these have met at its end it is as if they
- * had stored them at the peer themselves (8). */
-EPT_LIBRARY void ept_library_part_block(void *to, const void *from, uint64_t bytes, uint32_t number);
+/* `bytes` without a signal, by all threads of a warp, from any memory that they read, to a peer that the library has
+ * mapped. They meet first and last: then it is as if they had stored them at the peer themselves (8). */
 EPT_LIBRARY void ept_library_part_warp(void *to, const void *from, uint64_t bytes, uint32_t number);
 /* The 8 bytes of `value`, and then the signal. By one thread. */
 EPT_LIBRARY void ept_library_value(uint64_t *to, uint64_t value, uint64_t *signal, uint32_t number);
@@ -531,20 +530,17 @@ EPT_DEVICE Put put(Team team, const ept_path &path, const void *source, uint64_t
 }
 
 #ifdef EPT_GPU_INITIATED
-/* A part of what another put's signal will tell of, over a path of kind GPU with `memory` (8). All threads of the team
- * call, a warp or a block, and meet in it at its end. */
-template <class Team>
-EPT_DEVICE int32_t put_part(Team team, const ept_path &path, const void *source, uint64_t destination, uint64_t bytes) {
+/* Parts of what another put's signal will tell of, over a path of kind GPU with `memory` (8), go by
+ * ept_library_part_warp. Where, is looked up once for all of them that are in `bytes` from `destination` on: `to` is
+ * NULL if those are not the peer's. */
+struct Parts {
+  char *to;
+  uint32_t number;
+  int32_t code;
+};
+EPT_DEVICE Parts parts_to(const ept_path &path, uint64_t destination, uint64_t bytes) {
   const int32_t code = refused(path, destination, bytes, EPT_NO_SIGNAL);
-  if (code != EPT_OK || bytes == 0) return code;
-  if (!inside(reinterpret_cast<uintptr_t>(source) - path.source, bytes, path.source_bytes)) return EPT_E_ACCESS;
-  team.meet();
-  char *to = address<char>(path.window + destination);
-  if constexpr (Team::is_block)
-    ept_library_part_block(to, source, bytes, path.number);
-  else
-    ept_library_part_warp(to, source, bytes, path.number);
-  return EPT_OK;
+  return {code == EPT_OK ? address<char>(path.window + destination) : nullptr, path.number, code};
 }
 #endif
 

@@ -181,41 +181,57 @@ class CombineSender {
       if (j == 0 && part == 0) header(rank);
     }
     __syncwarp();
-    fill(s.message[rank] + EPT_MOE_HEADER_BYTES + j * row_bytes, rank, j, part, its);
+    const uint64_t at = EPT_MOE_HEADER_BYTES + j * row_bytes;
+    const bool goes = goes_in_pieces(t, rank);
+    Going going;
+    if (goes) going = {belongs(t, kCombineSend, generation, rank, s.received[rank] + at, row_bytes), is_summed(its)};
+    fill(s.message[rank] + at, rank, j, part, its, going);
     __syncwarp();
-    if (goes_in_pieces(t, rank)) put_filled(rank, j, part);
+    if (goes) put_filled(s.message[rank] + at, going, part);
     if (lane_id() == 0) packed_one(rank);
     __syncwarp();
   }
-  // What fill has written, and nothing else: other warps write the row's other parts, now or later.
-  EPT_DEVICE void put_filled(uint32_t rank, uint32_t j, uint32_t part) const {
+  // A row that goes by itself, piece by piece: where in the peer's lane it belongs. `summed`: its sums go as they are
+  // made, out of shared memory; what is packed before it goes is read once more, and that from farther away.
+  struct Going {
+    Belongs row;
+    bool summed = false;
+  };
+  // A row that is the sum of none has no step, and one of fp32 from 2 bytes no room in the ring.
+  EPT_DEVICE bool is_summed(const Places &its) const {
+    return sums() && element_size(int32_t(object.returned_format)) <= element_size(a.format) &&
+           __ballot_sync(kAll, int(its.place >= 0));
+  }
+  // What fill has written and not put, and nothing else: other warps write the row's other parts, now or later.
+  EPT_DEVICE void put_filled(const char *row, const Going &going, uint32_t part) const {
     const bool copies = !sums() && a.format == int32_t(object.returned_format);
     const uint32_t each = copies ? 16 : kGroup * element_size(int32_t(object.returned_format));
     const uint32_t count = copies ? uint32_t(object.returned / 16) : groups;
     const Span16 span = share(count, part);
-    const uint64_t row = EPT_MOE_HEADER_BYTES + j * row_bytes;
-    const auto put = [&](uint64_t from, uint64_t to) {
-      if (from < to)
-        put_piece(t, kCombineSend, generation, rank, s.message[rank] + row + from, s.received[rank] + row + from,
-                  to - from);
+    const auto send = [&](uint64_t from, uint64_t to) {
+      if (from < to) put_piece(going.row, from, row + from, to - from);
     };
-    put(uint64_t(span.from) * each, parts == 1 ? row_bytes : uint64_t(span.to) * each);
-    if (parts > 1 && part == 0) put(uint64_t(count) * each, row_bytes);
+    if (!going.summed) send(uint64_t(span.from) * each, uint64_t(span.to) * each);
+    if (part == 0) send(uint64_t(count) * each, row_bytes);
   }
   // What a part of a row of `count` pieces is: of all that fill it, and of who puts it.
   EPT_DEVICE Span16 share(uint32_t count, uint32_t part) const { return span_of(count, part, cut, kPair); }
   EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part, const Places &its) const {
+    fill(to, rank, j, part, its, Going());
+  }
+  EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part, const Places &its,
+                       const Going &going) const {
     const uint64_t number = uint64_t(s.begin[rank]) + j;
     if (!sums()) {
       const uint64_t place = a.layout == kRows ? number : rank * a.leading + j;
       convert(to, a.out.at(place), part);
       if (a.row_weights.data && part == 0) put_beside(to, place);
     } else if (a.format == kBF16 && object.returned_format == uint32_t(kBF16))
-      sum<kBF16>(to, its, part);
+      sum<kBF16>(to, its, part, going);
     else if (element_size(a.format) == 2)
-      sum<kAny2>(to, its, part);
+      sum<kAny2>(to, its, part, going);
     else
-      sum<kF32>(to, its, part);
+      sum<kF32>(to, its, part, going);
   }
 
   // A row's weights, and what pads them. top_k is at most a warp's lanes.
@@ -258,7 +274,7 @@ class CombineSender {
   }
 
   template <int32_t kFormat>
-  EPT_DEVICE void sum(char *to, const Places &its, uint32_t part) const {
+  EPT_DEVICE void sum(char *to, const Places &its, uint32_t part, const Going &going) const {
     constexpr uint32_t kSize = kFormat == kF32 ? 4 : 2;
     const int32_t from_format = known<kFormat>(a.format), format = known<kFormat>(int32_t(object.returned_format));
     const uint32_t out = element_size(format);
@@ -269,9 +285,18 @@ class CombineSender {
     const int32_t place = from_lane(its.place, k);
     const float weight = from_lane(its.weight, k);
     const char *row = lane_id() < n ? a.out.at(uint64_t(uint32_t(place))) : nullptr;
+    char *begin = to;  // where the row would begin, that a group's sum be at its place
     sum_rows<kSize, true>(
         s.ring, row, weight, n, share(groups, part), from_format,
-        [&](uint32_t group, const float (&acc)[kGroup]) { store8<true>(to + group * kGroup * out, acc, format); });
+        [&](uint32_t group, const float (&acc)[kGroup]) { store8<true>(begin + group * kGroup * out, acc, format); },
+        [&](char *free, uint32_t first) {
+          if (!going.summed) return;
+          __syncwarp();
+          begin = free - first * kGroup * out;
+        },
+        [&](char *free, uint32_t first, uint32_t count) {
+          if (going.summed) put_piece(going.row, uint64_t(first) * kGroup * out, free, uint64_t(count) * kGroup * out);
+        });
     if (part != 0 || groups * kGroup == object.hidden) return;
     const uint32_t at = groups * kGroup + lane_id();
     float acc = 0;

@@ -50,10 +50,13 @@ class DispatchSender : public DispatchPlan {
     note(t, kDispatchSend, 2);
     headers();
     rows();
-    post_initiated(t, kDispatchSend, EPT_PHASE_DISPATCH, generation, [&](uint32_t r) -> Packed {
-      const uint64_t header = header_bytes(r);
-      return {message_to(r), received(), header + uint64_t(s.rows_to[r]) * row_bytes, s.rows_to[r] * units + 1};
-    });
+    post_initiated(
+        t, kDispatchSend, EPT_PHASE_DISPATCH, generation,
+        [&](uint32_t r) -> Packed {
+          const uint64_t header = header_bytes(r);
+          return {message_to(r), received(), header + uint64_t(s.rows_to[r]) * row_bytes, s.rows_to[r] * units + 1};
+        },
+        true);
     note(t, kDispatchSend, 3);
   }
 
@@ -172,10 +175,10 @@ class DispatchSender : public DispatchPlan {
     fence_block();  // the other warps of the block that packed for this rank have done so
     const uint32_t before = atomicSub(&s.pending[rank], 1u);
     fence_block();
-    if (before != 1 || !packed(t, rank, s.pieces[rank], s.rows_to[rank] * units + 1)) return;
-    const uint64_t header = header_bytes(rank);
+    const bool went = goes_in_pieces(t, rank);
+    if (before != 1 || !packed(t, rank, s.pieces[rank], s.rows_to[rank] * units + 1, went)) return;
     post(t, kDispatchSend, EPT_PHASE_DISPATCH, generation, rank, message_to(rank), received(),
-         header + uint64_t(s.rows_to[rank]) * row_bytes);
+         header_bytes(rank) + (went ? 0 : uint64_t(s.rows_to[rank]) * row_bytes));
   }
 
   EPT_DEVICE void rows() {
@@ -218,17 +221,59 @@ class DispatchSender : public DispatchPlan {
       take(leads || (goes && !listed), where, leads ? kEveryone : r);
     });
   }
-  // Those of the warp's token side by side in shared memory; returns how many.
-  EPT_DEVICE uint32_t put_places(uint32_t token) const {
+  // Those of the warp's token that its row is stored at, side by side in shared memory; and those that it is put to
+  // piece by piece (initiated.cuh), a lane's each.
+  struct Places {
+    uint32_t stored = 0, put = 0;
+    Belongs belongs;
+  };
+  EPT_DEVICE Places put_places(uint32_t token) const {
     char **to = s.to + warp_id() * kWarp;
-    uint32_t n = 0;
-    each_place(token, [&](bool has, char *where, uint32_t) {
-      const uint32_t those = __ballot_sync(kAll, int(has));
-      if (has) to[n + uint32_t(__popc(those & below()))] = where;
-      n += uint32_t(__popc(those));
+    Places n;
+    each_place(token, [&](bool has, char *where, uint32_t whose) {
+      const uint32_t those = __ballot_sync(kAll, int(has && !is_near(whose)));
+      if (those >> lane_id() & 1) to[n.stored + uint32_t(__popc(those & below()))] = where;
+      n.stored += uint32_t(__popc(those));
+    });
+    each_near(token, [&](const Belongs &row, const char *) {
+      if (lane_id() == n.put) n.belongs = row;
+      n.put++;
     });
     __syncwarp();
     return n;
+  }
+  EPT_DEVICE bool is_near(uint32_t whose) const { return whose != kEveryone && goes_in_pieces(t, whose); }
+  // act(row, packed) by the whole warp for each rank that a token goes to in pieces: where its row belongs, and where
+  // it would be packed.
+  template <class Act>
+  EPT_DEVICE void each_near(uint32_t token, Act act) const {
+    if (!may_go_in_pieces(t)) return;
+    each_place(token, [&](bool has, char *where, uint32_t whose) {
+      EPT_ROLLED
+      for (uint32_t near = __ballot_sync(kAll, int(has && is_near(whose))); near; near &= near - 1) {
+        const uint32_t p = uint32_t(__ffs(int(near)) - 1), peer = from_lane(whose, p);
+        char *packed = from_lane(where, p);
+        const uint64_t at = received() + uint64_t(packed - message_to(peer));
+        act(belongs(t, kDispatchSend, generation, peer, at, row_bytes), packed);
+      }
+    });
+  }
+  // Bytes that stand in the warp's part of the ring, to `at` of each of those rows.
+  EPT_DEVICE void put_all(const Places &n, uint64_t at, const char *from, uint64_t bytes) const {
+    EPT_ROLLED
+    for (uint32_t p = 0; p < n.put; p++)
+      put_piece({from_lane(n.belongs.to, p), from_lane(n.belongs.number, p)}, at, from, bytes);
+  }
+  // Of a step of a row, whose vectors have been read: a warp's rounds of the message, to all.
+  template <uint32_t kEach, uint32_t kRounds>
+  EPT_DEVICE void put_round(const Places &n, uint32_t step, const Vector (&q)[kRounds], uint32_t v,
+                            const Span16 &span) const {
+    put_step(places(), n.stored, q, v, span.to);
+    if (n.put == 0) return;
+    char *const at = warps_step_at<kEach>(s.ring, step);
+    const uint32_t first = v - lane_id(), until = smaller(first + kRounds * kWarp, span.to);
+    put_step(&at, 1, q, lane_id(), until - first);
+    put_all(n, uint64_t(first) * 16, at, uint64_t(until - first) * 16);
   }
   EPT_DEVICE void beside(uint32_t token) const {
     keep(token);
@@ -240,6 +285,9 @@ class DispatchSender : public DispatchPlan {
       each_place(token,
                  [&](bool has, char *where, uint32_t whose) { write(__ballot_sync(kAll, int(has)), where, whose); });
     });
+    const uint64_t from = ept_row_scales(a.object.payload) + (a.quantise ? a.scale_bytes : 0);
+    each_near(token,
+              [&](const Belongs &row, const char *packed) { put_piece(row, from, packed + from, row_bytes - from); });
   }
   EPT_DEVICE void packed_part(uint32_t token) {
     __syncwarp();
@@ -249,14 +297,15 @@ class DispatchSender : public DispatchPlan {
     });
   }
 
-  // A part of a row, which comes since fetch(), to the first n of places().
-  EPT_DEVICE void payload(uint32_t token, uint32_t part, uint32_t n) const {
+  // A part of a row, which comes since fetch(), to places().
+  EPT_DEVICE void payload(uint32_t token, uint32_t part, const Places &n) const {
     const Span16 span = span_of(vectors, part, a.deal.parts, kPair);
     by_step([&](auto step) {
-      if constexpr (decltype(step)::kIts == kPacked)
+      if constexpr (decltype(step)::kIts == kPacked) {
+        uint32_t number = 0;
         finish<kPacked>(token, span,
-                        [&](const Vector(&held)[kPair], uint32_t v) { put_step(places(), n, held, v, span.to); });
-      else
+                        [&](const Vector(&held)[kPair], uint32_t v) { put_round<kPair>(n, number++, held, v, span); });
+      } else
         quantise<decltype(step)::kIts>(token, span, n);
     });
     __syncwarp();
@@ -265,7 +314,7 @@ class DispatchSender : public DispatchPlan {
   // Sixteen elements a lane and round, so eight lanes a block of EPT_FP8_BLOCK. Scales are kept until a warp has one
   // for each lane.
   template <int32_t kFormat>
-  EPT_DEVICE void quantise(uint32_t token, const Span16 &span, uint32_t n) const {
+  EPT_DEVICE void quantise(uint32_t token, const Span16 &span, const Places &n) const {
     using Its = Step<kFormat>;
     constexpr uint32_t kBlocks = 4 * Its::kRounds, kTurns = kWarp / kBlocks;
     const uint32_t steps = span.rounds(Its::kRounds);
@@ -279,12 +328,14 @@ class DispatchSender : public DispatchPlan {
       else
         said = sixteen_of(q[0], good, held, v < span.to);
       if (__ballot_sync(kAll, !good)) said = exactly<kFormat>(q, step, v, span);
-      put_step(places(), n, q, v, span.to);
+      put_round<Its::kEach>(n, step, q, v, span);
       const uint32_t turn = step % kTurns;
       said = from_lane(said, lane_id() % 4 * 8 + lane_id() / 4 % Its::kRounds);
       if (lane_id() / kBlocks == turn) kept = said;
       step++;
-      if (turn == kTurns - 1 || step == steps) put_scales(kept, span.from / 8 + (step - 1 - turn) * kBlocks, span, n);
+      if (turn == kTurns - 1 || step == steps)
+        put_scales(kept, span.from / 8 + (step - 1 - turn) * kBlocks, span, n,
+                   warps_step_at<Its::kEach>(s.ring, step - 1));
     });
   }
   // The codes of a lane's sixteen elements; returns what stands for the scale of its block.
@@ -338,18 +389,22 @@ class DispatchSender : public DispatchPlan {
     }
     return said;
   }
-  // Lane i has the scale of block first + i, where the span has that.
-  EPT_DEVICE void put_scales(uint32_t scale, uint32_t first, const Span16 &span, uint32_t n) const {
+  // Lane i has the scale of block first + i, where the span has that. `free`: shared memory of the warp's.
+  EPT_DEVICE void put_scales(uint32_t scale, uint32_t first, const Span16 &span, const Places &n, char *free) const {
     const uint32_t block = first + lane_id();
     const bool here = block * 8 < span.to;
-    const uint64_t at = ept_row_scales(a.object.payload) + (a.ue8m0 ? block : block * 4);
+    const uint64_t scales = ept_row_scales(a.object.payload), at = scales + (a.ue8m0 ? block : block * 4);
     char *const *to = places();
     EPT_ROLLED
-    for (uint32_t p = 0; p < n; p++) {
-      char *there = to[p] + at;
-      if (here && a.ue8m0) *there = char(scale);
-      if (here && !a.ue8m0) *reinterpret_cast<uint32_t *>(there) = scale;
-    }
+    for (uint32_t p = 0; p < n.stored; p++) put_scale(to[p] + at, scale, here);
+    if (n.put == 0) return;
+    const uint32_t size = a.ue8m0 ? 1 : 4;
+    put_scale(free + lane_id() * size, scale, here);
+    put_all(n, scales + first * size, free, smaller(kWarp, (span.to + 7) / 8 - first) * size);
+  }
+  EPT_DEVICE void put_scale(char *there, uint32_t scale, bool here) const {
+    if (here && a.ue8m0) *there = char(scale);
+    if (here && !a.ue8m0) *reinterpret_cast<uint32_t *>(there) = scale;
   }
 
   // What is kept of a token's pairs; the caller's scales, what pads them, and what says whose row it is. places(write):

@@ -33,7 +33,6 @@ constexpr uint32_t kLargeShare = 32, kOverlap = 2;
 constexpr uint32_t kConnections = 32;
 // A send's scan and tables in shared memory: what every GPU of sm_80 and later gives a block.
 constexpr uint64_t kMostShared = 96 << 10;
-constexpr uint64_t kMostWide = 160 << 10;  // a block alone on its multiprocessor, likewise
 
 }  // namespace
 
@@ -265,13 +264,6 @@ void Lanes::lay(char *begin) {
 
 uint32_t Lanes::combine_threads(uint64_t tokens) const {
   return wide_ && tokens >= uint64_t(blocks_) * kWideTokens ? kWide : threads_;
-}
-
-// A library that copies does it by all threads of a block, and twice as many have twice as much on the way.
-uint32_t Lanes::send_threads(const std::function<uint64_t(uint32_t)> &shared) const {
-  bool copies = false;
-  for (uint32_t r = 0; r < world_; r++) copies = copies || (initiates(r) && heap_->mapped(r));
-  return wide_ && copies && shared(kWide) <= kMostWide ? kWide : threads_;
 }
 
 void Lanes::start() {

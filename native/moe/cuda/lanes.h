@@ -94,9 +94,8 @@ class Lanes final : public Follower {
   uint64_t shared(uint32_t threads) const;
   // Throws where such kernels would not all be on the GPU at once (choose_blocks).
   void refuse_wider(const Kernels &kernels) const;
-  // Of a combine of so many tokens here, and of a dispatch's send that takes so much shared memory with that many.
+  // Of a combine of so many tokens here.
   uint32_t combine_threads(uint64_t tokens) const;
-  uint32_t send_threads(const std::function<uint64_t(uint32_t threads)> &shared) const;
   bool over_engine() const { return net_ != nullptr; }
   // That rank's memory is in this GPU's address space; else what goes there goes through the engine.
   bool maps(uint32_t rank) const { return rank == rank_ || peers_[rank].base; }

@@ -181,16 +181,13 @@ void dispatch_send(GpuObject &moe, const ept_dispatch_args &args, void *routing,
   a.quantise = quantise;
   a.ue8m0 = config.scale_format == EPT_SCALES_UE8M0;
   moe.carried[args.lane] = carried;
-  const uint32_t warps = moe.lanes->threads() / kWarp;
-  a.deal = deal_of(a.tokens, moe.lanes->blocks(), warps, uint32_t(moe.table.payload / 16), config.top_k);
+  const uint32_t threads = moe.lanes->threads();
+  a.deal = deal_of(a.tokens, moe.lanes->blocks(), threads / kWarp, uint32_t(moe.table.payload / 16), config.top_k);
   if (moe.streams()) a.deal.parts = divisor(1), a.deal.units = 1;  // a warp has a token by itself
   if (!moe.streams()) {
-    const auto shared = [&](uint32_t threads) {
-      return shared_bytes(
-          [&](Carve &carve) { send_shared(carve, threads, config.world, config.num_experts, uint32_t(tokens)); });
-    };
-    const uint32_t threads = moe.lanes->send_threads(shared);
-    launch(moe, kKernelDispatchSend, moe.lanes->blocks(), threads, shared(threads), stream, &a);
+    const uint64_t shared = shared_bytes(
+        [&](Carve &carve) { send_shared(carve, threads, config.world, config.num_experts, uint32_t(tokens)); });
+    launch(moe, kKernelDispatchSend, moe.lanes->blocks(), threads, shared, stream, &a);
     return;
   }
   moe.begun[args.lane].dispatch = a;

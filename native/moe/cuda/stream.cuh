@@ -81,6 +81,11 @@ template <uint32_t kEach>
 EPT_DEVICE const Piece *step_at(Piece *ring, uint32_t step) {
   return ring + own_piece() + step % (kAhead / kEach) * (kEach * kWarp);
 }
+// The warp's memory that they stand in, kEach of its widths: it is free when all its lanes have read theirs.
+template <uint32_t kEach>
+EPT_DEVICE char *warps_step_at(Piece *ring, uint32_t step) {
+  return reinterpret_cast<char *>(ring + own_piece() - lane_id() + step % (kAhead / kEach) * (kEach * kWarp));
+}
 
 template <uint32_t kEach, bool kNear, uint32_t kApart = 16, class Next, class Use>
 EPT_DEVICE void stream(Piece *ring, uint32_t steps, Next next, Use use) {

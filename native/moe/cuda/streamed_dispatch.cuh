@@ -115,7 +115,7 @@ class StreamedSender : public DispatchSender {
     rest(token, [&](auto write) { write(n < kWarp ? (1u << n) - 1 : kAll, to, uint32_t(plan.rank)); });
     s.to[threadIdx.x] = to;
     __syncwarp();
-    payload(token, 0, n);
+    payload(token, 0, {n, 0, {}});
   }
 
   const ChunkState &w;

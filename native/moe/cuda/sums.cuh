@@ -13,15 +13,20 @@
 namespace ept::moe::cuda {
 
 // The sum of `n` rows, in their order, group by group of columns: a warp's share of it, by kPair rounds together. Lane
-// i has row i and its weight; take(group, sum) has a group's, in fp32. kWeighed: by fma.
-template <uint32_t kSize, bool kWeighed, class Take>
+// i has row i and its weight; take(group, sum) has a group's, in fp32. kWeighed: by fma. Where sums are taken,
+// before(at, first) and after(at, first, groups) go around a step's, by the whole warp: `at` is 1 KiB of shared memory
+// that is free in between, and `first` the first of its groups.
+struct Nothing {
+  EPT_DEVICE void operator()(char *, uint32_t, uint32_t = 0) const {}
+};
+template <uint32_t kSize, bool kWeighed, class Take, class Before = Nothing, class After = Nothing>
 EPT_DEVICE void sum_rows(Piece *ring, const char *row, float weight, uint32_t n, const Span16 &span, int32_t format,
-                         Take take) {
+                         Take take, Before before = {}, After after = {}) {
   // Of 2 bytes: a step has two groups, a warp's width apart. Of 4: one, in two vectors.
   constexpr uint32_t kGroups = kSize == 2 ? kPair : 1, kApart = kSize == 2 ? kPairApart : 16;
   float acc[kGroups][kGroup] = {};
   const uint32_t until = n ? span.to : 0;
-  uint32_t ahead = span.from + lane_id(), ahead_row = 0, group = ahead, at = 0;
+  uint32_t ahead = span.from + lane_id(), ahead_row = 0, group = ahead, at = 0, step = 0;
   stream<kPair, false, kApart>(
       ring, span.rounds(kGroups) * n,
       [&] {
@@ -48,13 +53,18 @@ EPT_DEVICE void sum_rows(Piece *ring, const char *row, float weight, uint32_t n,
           EPT_UNROLL
           for (uint32_t e = 0; e < kGroup; e++) acc[g][e] = kWeighed ? fused(w, x[e], acc[g][e]) : acc[g][e] + x[e];
         }
+        step++;
         if (++at != n) return;
+        char *const free = warps_step_at<kPair>(ring, step - 1);
+        const uint32_t first = group - lane_id();
+        before(free, first);
         EPT_UNROLL
         for (uint32_t g = 0; g < kGroups; g++, group += kWarp) {
           if (group < span.to) take(group, acc[g]);
           EPT_UNROLL
           for (uint32_t e = 0; e < kGroup; e++) acc[g][e] = 0;
         }
+        after(free, first, smaller(kGroups * kWarp, span.to - first));
         at = 0;
       });
   if (n) return;

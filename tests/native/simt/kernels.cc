@@ -11,7 +11,6 @@
 #define EPT_CLOCK_AHEAD() ::simt::ahead.load(std::memory_order_relaxed)
 #define EPT_GPU_INITIATED  // library.h is its device library
 #define EPT_RELEASES() ::simt::release()
-#define EPT_LEAST_PART 96
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // load and store stand under the same condition
 #endif

@@ -73,20 +73,18 @@ void Library::put(const void *to, const void *from, uint64_t bytes, const uint64
   puts_++;
 }
 
-void Library::part(const void *to, const void *from, uint64_t bytes, uint32_t number, bool by_block) {
+void Library::part(const void *to, const void *from, uint64_t bytes, uint32_t number) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  (void)there(from, 0);
   Put put{there(to, number), nullptr, bytes, nullptr, {}, {}};
   put.stored.assign(static_cast<const char *>(from), static_cast<const char *>(from) + bytes);
   put.from = put.stored.data();
   put.block = here().state;
   put.warp = here().thread.x / kWarp;
-  put.announced = by_block;
   for (uint64_t at = 0; at < bytes; at += kPiece) put.pieces.push_back(at);
   std::shuffle(put.pieces.begin(), put.pieces.end(), random_);
   under_way_.push_back(std::move(put));
   ahead += costs;
-  parts_put_[by_block]++;
+  parts_put_++;
 }
 
 void Library::announce() {
@@ -151,18 +149,11 @@ void ept_library_put_block(void *to, const void *from, uint64_t bytes, uint64_t 
     if (same[i] != bytes) check::failed(__FILE__, __LINE__, "threads of a block put different bytes together");
   if (simt::here().thread.x == 0) simt::library->put(to, from, bytes, signal, number);
 }
-void ept_library_part_block(void *to, const void *from, uint64_t bytes, uint32_t number) {
-  const uint64_t *same = simt::meet_block("library_part", bytes);
-  for (uint32_t i = 0; i < simt::here().threads.x; i++)
-    if (same[i] != bytes) check::failed(__FILE__, __LINE__, "threads of a block put different parts together");
-  if (simt::here().thread.x == 0) simt::library->part(to, from, bytes, number, true);
-  (void)simt::meet_block("library_part_end", bytes);
-}
 void ept_library_part_warp(void *to, const void *from, uint64_t bytes, uint32_t number) {
   const uint64_t *same = simt::meet_warp("library_part", bytes);
   for (uint32_t i = 0; i < simt::kWarp; i++)
     if (same[i] != bytes) check::failed(__FILE__, __LINE__, "threads of a warp put different parts together");
-  if (simt::here().thread.x % simt::kWarp == 0) simt::library->part(to, from, bytes, number, false);
+  if (simt::here().thread.x % simt::kWarp == 0) simt::library->part(to, from, bytes, number);
   (void)simt::meet_warp("library_part_end", bytes);
 }
 void ept_library_value(uint64_t *to, uint64_t value, uint64_t *signal, uint32_t number) {

@@ -33,7 +33,7 @@ class Library {
   // Numbers are not ranks: rank r's.
   uint32_t number(uint32_t rank) const { return (rank + 1) % uint32_t(parts_.size()); }
 
-  void part(const void *to, const void *from, uint64_t bytes, uint32_t number, bool by_block);
+  void part(const void *to, const void *from, uint64_t bytes, uint32_t number);
   // By the thread that runs.
   void announce();
   void release();
@@ -48,8 +48,7 @@ class Library {
   uint64_t costs = 0;
   void quiet();
   uint64_t puts() const { return puts_; }
-  // Parts that a block put, and that a warp did.
-  uint64_t parts(bool by_block) const { return parts_put_[by_block]; }
+  uint64_t parts() const { return parts_put_; }  // that warps put
   // Whether it has the memory of `to` mapped where `from` puts. By rank; all if not given.
   std::function<bool(uint32_t from, uint32_t to)> maps;
   uint64_t late() const { return late_; }  // that were under way when quiet was called
@@ -77,7 +76,7 @@ class Library {
   std::mutex mutex_;  // quiet comes from any rank's thread
   bool held_ = false;
   std::atomic<bool> stuck_{false};
-  uint64_t puts_ = 0, late_ = 0, parts_put_[2] = {};
+  uint64_t puts_ = 0, late_ = 0, parts_put_ = 0;
 };
 
 // The one that kernels of this process put through.
