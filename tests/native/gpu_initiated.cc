@@ -256,6 +256,14 @@ int main() {
   // Each warp puts the part of a row that it sums, and no other.
   steps("rows of several steps", config_of(2, 5, 3, 2600, 5), "ii", 6, 8);
   CHECK(parts > 500);
+  // Of what stands in the ring until it goes: sums of fp32, also of rows of 2 bytes, for which there is no room; scales
+  // of a byte, and more of them than a warp has lanes.
+  ept_moe_config summed = config_of(3, 4, 2, 2048, 60);
+  summed.combine_dtype = EPT_DTYPE_F32;
+  steps("sums in fp32", summed, "iii", 3, 9);
+  ept_moe_config bytes = quantised(config_of(2, 4, 2, 4864, 6));
+  bytes.scale_format = EPT_SCALES_UE8M0;
+  steps("scales of a byte", bytes, "ii", 3, 10);
   chosen();
   the_rule();
   measured("measured: three ranks", "iii");
