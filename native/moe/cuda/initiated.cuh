@@ -4,8 +4,7 @@
 //
 // INVARIANTS
 //  - A message is one put-with-signal, the last thing that is put of it, and `tickets` counts those.
-//  - The message to r is whole when `done[r]` has reached its pieces (protocol.cuh). Until all its parts are put the
-//    count only grows, so that none of the blocks that wait for it misses it; who puts the last one zeroes it.
+//  - The message to r is whole when `done[r]` has reached its pieces (protocol.cuh); who puts it then zeroes it.
 //  - To a NIC (kFar) it is one put and so one work request: what two puts carry arrives in any order, but a signal only
 //    after the bytes of its own put.
 //  - Where the library copies (kNear), its puts are stores by who puts (device.cuh, 8), and rows go in the pieces that

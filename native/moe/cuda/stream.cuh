@@ -6,7 +6,9 @@
 //
 // INVARIANT. A thread reads only what it fetched itself, after it has waited for that fetch; and it fetches into a
 // place only after its read of that place in program order. So no barrier is needed, and rows are seen as ordinary
-// loads see them: what was ordered before the call (an acquire and a barrier) is ordered before the fetches.
+// loads see them: what was ordered before the call (an acquire and a barrier) is ordered before the fetches. From a
+// step's read until use() returns its place is free, for what the warp makes of it (warps_step_at): who writes beyond
+// its own pieces, or reads there, meets the others before and after.
 #pragma once
 
 #include "moe/cuda/shared.h"
