@@ -26,8 +26,8 @@ __device__ void ept_library_put_block(void *to, const void *from, uint64_t bytes
 // INVARIANT. When it returns, the bytes are as if the warp's threads had stored them at the peer: where the peer is
 // mapped a put is such stores, and nothing is waited for: the caller releases them with what it does next. (Where it is
 // not, a put is ordered with nothing. Kernels have parts only for peers that are, ept_path.memory: the host asks
-// nvshmem_ptr, which answers by the same table as the put.) It is a part of the kernel's own code: called as a function,
-// amid a row with all registers in use, it took some 6 us (docs/decisions.md).
+// nvshmem_ptr, which answers by the same table as the put.) It is a part of the kernel's own code: called as a
+// function, amid a row with all registers in use, it took some 6 us (docs/decisions.md).
 __device__ __forceinline__ void ept_library_part_warp(void *to, const void *from, uint64_t bytes, uint32_t number) {
   nvshmemx_putmem_nbi_warp(to, from, bytes, int(number));
 }
