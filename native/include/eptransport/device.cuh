@@ -529,21 +529,6 @@ EPT_DEVICE Put put(Team team, const ept_path &path, const void *source, uint64_t
   return push<M>(path, command_of(path, EPT_COMMAND_PUT, offset, destination, bytes, signal), deadline);
 }
 
-#ifdef EPT_GPU_INITIATED
-/* Parts of what another put's signal will tell of, over a path of kind GPU with `memory` (8), go by
- * ept_library_part_warp. Where, is looked up once for all of them that are in `bytes` from `destination` on: `to` is
- * NULL if those are not the peer's. */
-struct Parts {
-  char *to;
-  uint32_t number;
-  int32_t code;
-};
-EPT_DEVICE Parts parts_to(const ept_path &path, uint64_t destination, uint64_t bytes) {
-  const int32_t code = refused(path, destination, bytes, EPT_NO_SIGNAL);
-  return {code == EPT_OK ? address<char>(path.window + destination) : nullptr, path.number, code};
-}
-#endif
-
 /* The 8 bytes of `value` to `destination`, a multiple of 8, then the signal. One thread. */
 template <class M = Hardware>
 EPT_DEVICE Put put_value(const ept_path &path, uint64_t value, uint64_t destination, uint32_t signal,

@@ -216,9 +216,6 @@ class CombineSender {
   }
   // What a part of a row of `count` pieces is: of all that fill it, and of who puts it.
   EPT_DEVICE Span16 share(uint32_t count, uint32_t part) const { return span_of(count, part, cut, kPair); }
-  EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part, const Places &its) const {
-    fill(to, rank, j, part, its, Going());
-  }
   EPT_DEVICE void fill(char *to, uint32_t rank, uint32_t j, uint32_t part, const Places &its,
                        const Going &going) const {
     const uint64_t number = uint64_t(s.begin[rank]) + j;

@@ -53,10 +53,11 @@ struct Belongs {
 EPT_DEVICE Belongs belongs(const LaneTable &t, uint32_t half, uint64_t generation, uint32_t peer, uint64_t at,
                            uint64_t bytes) {
 #ifdef EPT_GPU_INITIATED
-  const device::Parts its = device::parts_to(t.paths[peer], at, bytes);
-  if (its.code != EPT_OK && lane_id() == 0)
-    raise_fault(t, uint32_t(-its.code), half, int32_t(peer), kPost, generation, bytes, uint64_t(-its.code));
-  return {its.to, its.number};
+  const ept_path &path = t.paths[peer];
+  const int32_t code = device::refused(path, at, bytes, EPT_NO_SIGNAL);
+  if (code == EPT_OK) return {device::address<char>(path.window + at), path.number};
+  if (lane_id() == 0) raise_fault(t, uint32_t(-code), half, int32_t(peer), kPost, generation, bytes, uint64_t(-code));
+  return {};
 #else
   return (void)t, (void)half, (void)generation, (void)peer, (void)at, (void)bytes, Belongs();
 #endif

@@ -119,7 +119,7 @@ class StreamedCombineSender : public CombineSender {
     }
   }
   EPT_DEVICE void pack(uint32_t rank, uint32_t row) const {
-    fill(out.row_at(rank, row), rank, row, 0, places_of_row(uint64_t(s.begin[rank]) + row));
+    fill(out.row_at(rank, row), rank, row, 0, places_of_row(uint64_t(s.begin[rank]) + row), Going());
     out.packed(lane_id() == 0 ? int32_t(rank) : -1, row);
   }
 

@@ -12,13 +12,15 @@
 
 namespace ept::moe::cuda {
 
+// Of who has nothing to do around a step.
+struct Nothing {
+  EPT_DEVICE void operator()(char *, uint32_t, uint32_t = 0) const {}
+};
+
 // The sum of `n` rows, in their order, group by group of columns: a warp's share of it, by kPair rounds together. Lane
 // i has row i and its weight; take(group, sum) has a group's, in fp32. kWeighed: by fma. Where sums are taken,
 // before(at, first) and after(at, first, groups) go around a step's, by the whole warp: `at` is 1 KiB of shared memory
 // that is free in between, and `first` the first of its groups.
-struct Nothing {
-  EPT_DEVICE void operator()(char *, uint32_t, uint32_t = 0) const {}
-};
 template <uint32_t kSize, bool kWeighed, class Take, class Before = Nothing, class After = Nothing>
 EPT_DEVICE void sum_rows(Piece *ring, const char *row, float weight, uint32_t n, const Span16 &span, int32_t format,
                          Take take, Before before = {}, After after = {}) {
